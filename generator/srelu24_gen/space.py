@@ -1,0 +1,169 @@
+"""The kernel space: which configurations are valid for a problem, and which one to start from.
+
+:func:`supports` is the one place that knows; the tuner, the dispatcher and the user's error message
+all ask it, and it gives the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, footprint
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import Activation, Family, KernelConfig, Op, Problem, Producer
+from srelu24_gen.target import GpuTarget
+
+ARCH = "sm_90a"
+MAX_EXTENT = 2**31 - 2**16
+"""M, N and K are 32-bit in the kernels, with room for the last tile; element counts may be larger."""
+
+_TILES_M = (64, 128, 192)
+_TILES_N = (128, 256)
+_ACCUMULATOR_OVERHEAD = 32
+"""Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
+_RASTER_GROUPS = (1, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a configuration is valid; if not, one sentence says why."""
+
+    ok: bool
+    reason: str = ""
+
+
+def supports_problem(problem: Problem, target: GpuTarget) -> Verdict:
+    """Whether any kernel here computes ``problem`` on ``target``."""
+    family = problem.family
+    if target.arch != ARCH:
+        return Verdict(False, f"{target.name} is {target.arch}; the kernels need {ARCH} (Hopper)")
+    if problem.m < 0 or problem.n < 1 or (family.op is not Op.SPARSIFY24 and problem.k < 1):
+        return Verdict(False, f"sizes {problem.m}x{problem.n}x{problem.k} must be positive (M may be 0)")
+    for name, extent in (("M", problem.m), ("N", problem.n), ("K", problem.k)):
+        if extent > MAX_EXTENT:
+            return Verdict(False, f"{name} = {extent} is above {MAX_EXTENT}; split the problem along {name}")
+    for name, extent in (("N", problem.n), ("K", problem.k)):
+        if extent % 8:
+            return Verdict(False, f"{name} = {extent} is not a multiple of 8; pad the layer's width")
+    return supports_family(family)
+
+
+def supports_family(family: Family) -> Verdict:
+    """Whether the family's options go together."""
+    op = family.op
+    if op is Op.GEMM_RELU2_24 and family.activation is not Activation.RELU2:
+        return Verdict(False, "gemm_relu2_24 always applies squared ReLU; its activation must be relu2")
+    if op is Op.SPGEMM and family.activation is not Activation.NONE:
+        return Verdict(False, "spgemm has no activation; it is the second GEMM of the layer")
+    if family.count_nonzeros and op is not Op.GEMM_RELU2_24:
+        return Verdict(False, f"only gemm_relu2_24 counts non-zeros, not {op.value}")
+    if family.residual and op is not Op.SPGEMM:
+        return Verdict(False, f"only spgemm adds a residual, not {op.value}")
+    if family.bias and op is Op.SPARSIFY24:
+        return Verdict(False, "sparsify24 takes no bias")
+    return Verdict(True)
+
+
+def supports(problem: Problem, config: KernelConfig, target: GpuTarget) -> Verdict:
+    """Whether ``config`` computes ``problem`` correctly on ``target``, with the reason if not."""
+    verdict = supports_problem(problem, target)
+    return verdict if not verdict.ok else supports_config(problem.family, config, target)
+
+
+def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> Verdict:
+    """Whether the kernel of ``family`` can be built as ``config`` for ``target``; sizes do not matter."""
+    op, c = family.op, config
+    if op is Op.SPARSIFY24:
+        return Verdict(True) if c == KernelConfig() else Verdict(False, "sparsify24 has only the default config")
+    if c.tile_m not in _TILES_M:
+        return Verdict(False, f"tile_m = {c.tile_m} is not one of {_TILES_M}: a consumer warpgroup owns 64 rows")
+    if c.tile_n not in _TILES_N:
+        return Verdict(False, f"tile_n = {c.tile_n} is not one of {_TILES_N}, the MMA widths the templates bind")
+    if op is Op.GEMM_RELU2_24 and c.tile_n != E_VECTOR_COLUMNS:
+        return Verdict(False, f"gemm_relu2_24 needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
+    if c.tile_k != 64:
+        return Verdict(False, f"tile_k = {c.tile_k} is not 64, the 128-byte swizzle span of 16-bit B")
+    if c.cluster_m not in (1, 2):
+        return Verdict(False, f"cluster_m = {c.cluster_m} is not 1 or 2; 4 leaves multiprocessors idle")
+    if c.raster_group < 1:
+        return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
+    size = footprint(op, family.dtype, c)
+    needed = c.tile_n // 2 + _ACCUMULATOR_OVERHEAD
+    # A wgmma is checked against the registers every thread is launched with, before setmaxnreg.
+    launched = min(255, target.registers_per_sm // size.threads // 8 * 8)
+    if launched < needed:
+        return Verdict(
+            False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
+        )
+    least = 2 if c.producer is Producer.WARPGROUP else 3
+    if c.stages < least:
+        return Verdict(False, f"stages = {c.stages}; a {c.producer.value} producer needs at least {least}")
+    if size.shared_bytes > target.smem_per_block:
+        return Verdict(
+            False, f"{c.stages} stages need {size.shared_bytes} bytes of shared memory; {target.smem_per_block} there"
+        )
+    return Verdict(True)
+
+
+def max_stages(family: Family, config: KernelConfig, target: GpuTarget) -> int:
+    """The deepest ring that fits the shared memory of ``target``."""
+    one = footprint(family.op, family.dtype, dataclasses.replace(config, stages=1)).shared_bytes
+    two = footprint(family.op, family.dtype, dataclasses.replace(config, stages=2)).shared_bytes
+    return 1 + (target.smem_per_block - one) // (two - one)
+
+
+def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
+    """Every configuration worth trying, the default first.
+
+    Raises:
+        Unsupported: no kernel computes the problem; the message is the reason.
+    """
+    first = default(problem, target)
+    if problem.family.op is Op.SPARSIFY24:
+        return [first]
+    found = [first]
+    for tile_m, tile_n, cluster_m, producer in itertools.product(_TILES_M, _TILES_N, (1, 2), Producer):
+        base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer)
+        deepest = max_stages(problem.family, base, target)
+        for less, group in itertools.product((0, 1), _RASTER_GROUPS):
+            config = dataclasses.replace(base, stages=min(deepest - less, 8), raster_group=group)
+            if config not in found and supports(problem, config, target).ok:
+                found.append(config)
+    return found
+
+
+def default(problem: Problem, target: GpuTarget) -> KernelConfig:
+    """A good configuration without measuring: the largest tile that still fills the GPU.
+
+    192x256 moves the fewest bytes per FLOP, and energy is what bounds a large GEMM; smaller tiles waste
+    less of a short last wave.
+
+    Raises:
+        Unsupported: no kernel computes the problem; the message is the reason.
+    """
+    verdict = supports_problem(problem, target)
+    if not verdict.ok:
+        raise Unsupported(f"{problem}: {verdict.reason}.")
+    if problem.family.op is Op.SPARSIFY24:
+        return KernelConfig()
+    best = max(_DEFAULTS, key=lambda c: _wave_efficiency(problem, c, target) * _TILE_SPEED[c.tile_m])
+    return dataclasses.replace(best, stages=max_stages(problem.family, best, target))
+
+
+_DEFAULTS = (
+    KernelConfig(tile_m=192, producer=Producer.THREAD),
+    KernelConfig(tile_m=128, producer=Producer.WARPGROUP),
+)
+_TILE_SPEED = {192: 1.0, 128: 0.97}
+"""Speed of a full wave, relative: measured on an H200, docs/performance-log.md."""
+
+
+def _wave_efficiency(problem: Problem, config: KernelConfig, target: GpuTarget) -> float:
+    """Useful share of the multiprocessor time: tails of the last tile and of the last wave."""
+    rows, columns = config.tile_m * config.cluster_m, config.tile_n
+    tiles = -(-problem.m // rows) * -(-problem.n // columns)
+    clusters = target.sm_count // config.cluster_m
+    waves = -(-tiles // clusters)
+    return problem.m * problem.n / (waves * clusters * rows * columns) if waves else 1.0

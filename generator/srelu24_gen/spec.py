@@ -1,0 +1,185 @@
+"""What a kernel computes (Family), on what sizes (Problem), and how (KernelConfig).
+
+Three things are kept apart: a :class:`Problem` is what a caller has, a :class:`KernelConfig` is
+what is searched and stored, everything else is derived. A :class:`KernelSpec` (family + config)
+carries no M, N, K: one binary serves every size of its family.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Self
+
+from srelu24_gen.errors import Unsupported
+
+
+class Op(StrEnum):
+    """The kernels. Shapes: A is [M, K], B is [N, K] (a torch Linear weight), output [M, N]."""
+
+    GEMM = "gemm"
+    """Dense A B^T; M tokens, N output features, K input features."""
+    GEMM_RELU2_24 = "gemm_relu2_24"
+    """Dense A B^T, then squared ReLU, 2:4 pruning along N, packed output. N = F, K = D."""
+    SPGEMM = "spgemm"
+    """Packed 2:4 A times dense B^T. N = D, K = F."""
+    SPARSIFY24 = "sparsify24"
+    """Dense [M, N] to packed 2:4 along N, no matrix product (K is 0)."""
+
+
+class DType(StrEnum):
+    """Storage type of inputs and outputs; accumulation is always fp32."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def bytes(self) -> int:
+        return 2
+
+
+class Activation(StrEnum):
+    """What happens to a value before it is stored or pruned."""
+
+    NONE = "none"
+    RELU2 = "relu2"
+
+
+class Producer(StrEnum):
+    """Who issues the TMA loads of a kernel."""
+
+    WARPGROUP = "warpgroup"
+    """A warpgroup of its own that gives its registers to the consumers (setmaxnreg)."""
+    THREAD = "thread"
+    """Thread 0 of the first consumer warpgroup, between its MMAs; leaves room for 3 consumers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """All that a compiled kernel depends on besides its configuration."""
+
+    op: Op
+    dtype: DType
+    activation: Activation = Activation.NONE
+    bias: bool = False
+    residual: bool = False
+    count_nonzeros: bool = False
+
+    @property
+    def name(self) -> str:
+        """For example ``gemm_relu2_24_bf16_bias``; unique per family."""
+        parts = [self.op.value, self.dtype.value]
+        if self.activation is not Activation.NONE and self.op is not Op.GEMM_RELU2_24:
+            parts.append(self.activation.value)
+        parts += [n for n in ("bias", "residual") if getattr(self, n)]
+        if self.count_nonzeros:
+            parts.append("count")
+        return "_".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a caller has: a family and its sizes. GEMM shapes as in :class:`Op`."""
+
+    family: Family
+    m: int
+    n: int
+    k: int = 0
+
+    @property
+    def flops(self) -> int:
+        """Dense-equivalent floating-point operations: 2 M N K."""
+        return 2 * self.m * self.n * self.k
+
+    def __str__(self) -> str:
+        return f"{self.family.name} {self.m}x{self.n}x{self.k}"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """What is searched and stored. Fields marked ``runtime`` cost no rebuild.
+
+    Units: tiles in elements, stages in k-blocks, raster_group in tiles of the cluster's height.
+    For ``sparsify24`` every field is unused and the default is the only member.
+    """
+
+    tile_m: int = 128
+    """Rows of one CTA's output tile: 64 per consumer warpgroup."""
+    tile_n: int = 256
+    """Columns of one CTA's output tile: the N of one wgmma."""
+    tile_k: int = 64
+    """Elements of (uncompressed) K per pipeline stage."""
+    cluster_m: int = 2
+    """CTAs of one cluster, side by side along M; they share B by multicast."""
+    stages: int = 4
+    """Depth of the shared-memory ring."""
+    producer: Producer = Producer.WARPGROUP
+    raster_group: int = field(default=8, metadata={"runtime": True})
+    """Cluster tiles walked along M before moving on along N."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, every field by name."""
+        return {k: v.value if isinstance(v, StrEnum) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            Unsupported: an unknown field or a value of the wrong type.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise Unsupported(f"kernel config has unknown field(s) {', '.join(unknown)}; known are {', '.join(known)}")
+        values = dict(fields)
+        for name, value in fields.items():
+            if name == "producer":
+                if value not in list(Producer):
+                    raise Unsupported(f"kernel config producer is {value!r}; known are {', '.join(Producer)}")
+                values[name] = Producer(value)
+            elif not isinstance(value, int) or isinstance(value, bool):
+                raise Unsupported(f"kernel config {name} is {value!r}; a whole number is needed")
+        return cls(**values)
+
+    def runtime_fields(self) -> dict[str, Any]:
+        """The fields that are kernel arguments rather than compiled in."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata.get("runtime")}
+
+    def compiled(self) -> Self:
+        """This config with every runtime field at its default: equal for equal binaries."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("runtime")}
+        return dataclasses.replace(self, **defaults)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One binary: a family, a configuration and the architecture it is compiled for."""
+
+    family: Family
+    config: KernelConfig
+    arch: str = "sm_90a"
+
+    @property
+    def name(self) -> str:
+        """Readable and unique per binary, usable as a file name."""
+        if self.family.op is Op.SPARSIFY24:
+            return f"{self.family.name}_{self.arch}"
+        c = self.config
+        return (
+            f"{self.family.name}_{self.arch}_{c.tile_m}x{c.tile_n}x{c.tile_k}"
+            f"_c{c.cluster_m}_s{c.stages}_{'wg' if c.producer is Producer.WARPGROUP else 'th'}"
+        )
+
+    @property
+    def digest(self) -> str:
+        """Short SHA-256 of everything compiled in, stable across processes and versions."""
+        fields = {
+            "family": {k: str(v) for k, v in dataclasses.asdict(self.family).items()},
+            "config": self.config.compiled().to_dict(),
+            "arch": self.arch,
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]

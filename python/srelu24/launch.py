@@ -1,0 +1,259 @@
+"""Operands to kernel arguments: TMA descriptors, parameter blocks, grids. Encoded once, then cached.
+
+The layouts here mirror ``templates/include/srelu24/sm90/params.cuh`` (the parameter structs) and
+``tile_load.cuh`` (the boxes and the row order of B): keep them in step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from dataclasses import dataclass
+
+import torch
+from cuda.bindings import driver
+from torch import Tensor
+
+from srelu24.loader import ArgumentBlock, LoadedKernel, check, load
+from srelu24.sparse24 import Sparse24
+from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
+from srelu24_gen.compile import build
+from srelu24_gen.spec import DType, KernelSpec, Op, Problem
+
+TORCH_DTYPE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
+_TMA_DTYPE = {
+    DType.BF16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    DType.FP16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+}
+_CACHED_BLOCKS = 4096
+"""Parameter blocks kept per kernel; torch's allocator reuses addresses, so few are needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The tensors of one launch, all on one CUDA device. Shapes as in :class:`srelu24_gen.spec.Op`.
+
+    a: [M, K], last dimension contiguous; a Sparse24 of shape (M, K) for spgemm.
+    b: [N, K], last dimension contiguous (none for sparsify24).
+    bias: [N]. residual: [M, N], last dimension contiguous. counts: int32 [N], added to.
+    out: [M, N]; a Sparse24 of shape (M, N) for gemm_relu2_24 and sparsify24. Written whole.
+    """
+
+    a: Tensor | Sparse24
+    out: Tensor | Sparse24
+    b: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    counts: Tensor | None = None
+
+
+def allocate(problem: Problem, device: torch.device) -> Tensor | Sparse24:
+    """An uninitialised output for ``problem``; the kernels write all of it."""
+    dtype = TORCH_DTYPE[problem.family.dtype]
+    if problem.family.op in (Op.GEMM_RELU2_24, Op.SPARSIFY24):
+        return Sparse24.empty(problem.m, problem.n, dtype, device)
+    return torch.empty(problem.m, problem.n, dtype=dtype, device=device)
+
+
+def run(spec: KernelSpec, operands: Operands) -> None:
+    """Launch on the current torch stream of the operands' device, without synchronising.
+
+    Builds and loads the kernel on first use. The operands are trusted: callers check shapes, types and
+    alignment (:mod:`srelu24.ops`).
+
+    Raises:
+        CompileError, ToolchainError: the kernel could not be built.
+        LaunchError: the driver refused the cubin or the launch.
+    """
+    out = operands.out.values if isinstance(operands.out, Sparse24) else operands.out
+    if out.shape[0] == 0:
+        return
+    launcher_for(spec, out.device.index)(operands)
+
+
+@functools.cache
+def launcher_for(spec: KernelSpec, device: int) -> GemmLauncher | SparsifyLauncher:
+    """The loaded kernel of ``spec`` on ``cuda:device`` with its argument cache."""
+    return (SparsifyLauncher if spec.family.op is Op.SPARSIFY24 else GemmLauncher)(spec, device)
+
+
+class GemmLauncher:
+    """gemm, gemm_relu2_24 and spgemm of one spec on one device."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        self.spec = spec
+        self.size = footprint(spec.family.op, spec.family.dtype, spec.config)
+        self.kernel: LoadedKernel = load(
+            build(spec), device, threads=self.size.threads, shared_bytes=self.size.shared_bytes
+        )
+        self.sm_count = torch.cuda.get_device_properties(device).multi_processor_count
+        self._blocks: dict[tuple[int, ...], tuple[ArgumentBlock, int]] = {}
+
+    def __call__(self, o: Operands) -> None:
+        a = o.a.values if isinstance(o.a, Sparse24) else o.a
+        out = o.out.values if isinstance(o.out, Sparse24) else o.out
+        assert o.b is not None
+        n, k = o.b.shape
+        key = (
+            a.data_ptr(),
+            o.b.data_ptr(),
+            out.data_ptr(),
+            o.a.metadata.data_ptr() if isinstance(o.a, Sparse24) else 0,
+            o.out.metadata.data_ptr() if isinstance(o.out, Sparse24) else 0,
+            0 if o.bias is None else o.bias.data_ptr(),
+            0 if o.residual is None else o.residual.data_ptr(),
+            0 if o.counts is None else o.counts.data_ptr(),
+            a.shape[0],
+            n,
+            k,
+            a.stride(0),
+            o.b.stride(0),
+            out.stride(0),
+            0 if o.residual is None else o.residual.stride(0),
+        )
+        found = self._blocks.get(key)
+        if found is None:
+            found = self._encode(*key)
+            if len(self._blocks) >= _CACHED_BLOCKS:
+                self._blocks.clear()
+            self._blocks[key] = found
+        block, grid = found
+        self.kernel.launch(grid, block.address, torch.cuda.current_stream(self.kernel.device).cuda_stream)
+
+    def _encode(
+        self,
+        a: int,
+        b: int,
+        out: int,
+        metadata: int,
+        out_metadata: int,
+        bias: int,
+        residual: int,
+        counts: int,
+        m: int,
+        n: int,
+        k: int,
+        a_stride: int,
+        b_stride: int,
+        out_stride: int,
+        residual_stride: int,
+    ) -> tuple[ArgumentBlock, int]:
+        family, c = self.spec.family, self.spec.config
+        sparse = family.op is Op.SPGEMM
+        map_a = _tensor_map(
+            family.dtype,
+            a,
+            dims=(k // 2 if sparse else k, m),
+            strides=(a_stride,),
+            box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
+            swizzle_bytes=64 if sparse else 128,
+        )
+        maps_b = self._maps_b(b, n, k, b_stride)
+        content = b"".join((map_a, *maps_b)) + struct.pack(
+            "<6Q2q4i",
+            metadata,
+            out,
+            out_metadata,
+            bias,
+            residual,
+            counts,
+            out_stride,
+            residual_stride,
+            m,
+            n,
+            k,
+            c.raster_group,
+        )
+        tiles = -(-m // (c.tile_m * c.cluster_m)) * -(-n // c.tile_n)
+        return ArgumentBlock(content), c.cluster_m * min(tiles, self.sm_count // c.cluster_m)
+
+    def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes]:
+        """B's rows in the order ``LoadOrder`` names: {k, pair, run of neighbours, pairs in 8 columns}."""
+        dtype, box = self.spec.family.dtype, (self.spec.config.tile_k, 2, 4, 4)
+
+        def rows_from(first: int, run: int, runs: int) -> bytes:
+            return _tensor_map(
+                dtype,
+                b + first * stride * dtype.bytes,
+                dims=(k, 2, runs, 4),
+                strides=(stride, run * stride, 2 * stride),
+                box=box,
+                swizzle_bytes=128,
+            )
+
+        if self.spec.family.op is not Op.GEMM_RELU2_24:
+            whole = rows_from(0, 8, n // 8)
+            return whole, whole
+        low = rows_from(0, 16, -(-n // 16))
+        # With n == 8 the upper half of the run does not exist; what is loaded for it is zeroed later.
+        return low, rows_from(8, 16, n // 16) if n >= 16 else low
+
+
+class SparsifyLauncher:
+    """sparsify24 of one spec on one device."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        self.kernel = load(build(spec), device, threads=WARPGROUP_THREADS, shared_bytes=0)
+
+    def __call__(self, o: Operands) -> None:
+        assert isinstance(o.a, Tensor) and isinstance(o.out, Sparse24)
+        m, n = o.a.shape
+        values, metadata = o.out.values, o.out.metadata
+        block = ArgumentBlock(
+            struct.pack(
+                "<3Q2q2i",
+                o.a.data_ptr(),
+                values.data_ptr(),
+                metadata.data_ptr(),
+                o.a.stride(0),
+                values.stride(0),
+                m,
+                n,
+            )
+        )
+        grid = metadata.shape[0] * metadata.shape[1]
+        stream = torch.cuda.current_stream(self.kernel.device).cuda_stream
+        self.kernel.launch(grid, block.address, stream)
+
+
+_SWIZZLE = {
+    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+}
+
+
+def _tensor_map(
+    dtype: DType,
+    address: int,
+    *,
+    dims: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle_bytes: int,
+) -> bytes:
+    """A CUtensorMap's 128 bytes. Dims and strides in elements, innermost first (its stride is 1).
+
+    Elements outside read as zero.
+
+    Raises:
+        LaunchError: the driver refused the description.
+    """
+    rank = len(dims)
+    encoded = check(
+        driver.cuTensorMapEncodeTiled(
+            _TMA_DTYPE[dtype],
+            rank,
+            address,
+            [driver.cuuint64_t(d) for d in dims],
+            [driver.cuuint64_t(s * dtype.bytes) for s in strides],
+            [driver.cuuint32_t(x) for x in box],
+            [driver.cuuint32_t(1)] * rank,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            _SWIZZLE[swizzle_bytes],
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        f"describing a tensor of {dims} elements with row strides {strides} to the TMA",
+    )
+    return ctypes.string_at(int(encoded.getPtr()), 128)  # type: ignore[attr-defined]

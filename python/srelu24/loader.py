@@ -1,0 +1,105 @@
+"""Cubin to kernel through cuda-python, and the launch itself."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+
+import torch
+from cuda.bindings import driver
+
+from srelu24_gen.compile import BuiltKernel
+from srelu24_gen.errors import LaunchError
+
+
+def check(result: tuple[object, ...], doing: str) -> object:
+    """Unwrap a cuda.bindings result.
+
+    Raises:
+        LaunchError: the driver answered with an error; the message says what was being done.
+    """
+    status = result[0]
+    if status != driver.CUresult.CUDA_SUCCESS:
+        name = getattr(status, "name", str(status))
+        raise LaunchError(f"{doing} failed with {name}.")
+    return result[1] if len(result) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel the driver holds, ready on one device."""
+
+    name: str
+    function: driver.CUfunction
+    library: driver.CUlibrary
+    shared_bytes: int
+    threads: int
+    device: int
+
+    def launch(self, grid: int, arguments: int, stream: int) -> None:
+        """Launch ``grid`` CTAs on ``stream`` (raw handle) without synchronising.
+
+        Args:
+            arguments: address of the array of pointers to the kernel's arguments; the driver copies them.
+
+        Raises:
+            LaunchError: the driver refused.
+        """
+        _make_context_current(self.device)
+        status = driver.cuLaunchKernel(
+            self.function, grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, arguments, 0
+        )[0]
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise LaunchError(f"launching {self.name} on cuda:{self.device} failed with {status.name}.")
+
+
+def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) -> LoadedKernel:
+    """Load a cubin on ``cuda:device``.
+
+    Raises:
+        LaunchError: the driver refuses the cubin, for example one for another architecture.
+    """
+    name = built.spec.name
+    _make_context_current(device)
+    library = check(
+        driver.cuLibraryLoadData(built.cubin, [], [], 0, [], [], 0),
+        f"loading the cubin of {name} on {torch.cuda.get_device_name(device)}",
+    )
+    kernel = check(driver.cuLibraryGetKernel(library, built.meta.entry.encode()), f"finding the kernel in {name}")
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    check(
+        driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, driver.CUdevice(device)),
+        f"giving {name} {shared_bytes} bytes of shared memory",
+    )
+    return LoadedKernel(
+        name=name,
+        function=driver.CUfunction(int(kernel)),  # type: ignore[call-overload]
+        library=library,  # type: ignore[arg-type]
+        shared_bytes=shared_bytes,
+        threads=threads,
+        device=device,
+    )
+
+
+_thread = threading.local()
+
+
+def _make_context_current(device: int) -> None:
+    """A launch needs the device's primary context current in this thread; torch makes it so."""
+    if getattr(_thread, "device", None) is None:
+        torch.cuda.set_device(torch.cuda.current_device())
+        _thread.device = True
+
+
+class ArgumentBlock:
+    """One by-value kernel argument, 64-byte aligned as tensor maps need, and the pointer array to it."""
+
+    __slots__ = ("_memory", "_pointers", "address")
+
+    def __init__(self, content: bytes) -> None:
+        self._memory = ctypes.create_string_buffer(len(content) + 64)
+        start = (ctypes.addressof(self._memory) + 63) & ~63
+        ctypes.memmove(start, content, len(content))
+        self._pointers = (ctypes.c_void_p * 1)(start)
+        self.address = ctypes.addressof(self._pointers)

@@ -1,0 +1,92 @@
+// Two 16-bit values in one 32-bit register: row g in the low half, row g + 8 in the high half.
+// The instructions differ between bfloat16 and half; everything else in the kernels does not.
+#pragma once
+
+#include <cutlass/numeric_types.h>
+
+#include <cuda/std/cstdint>
+
+namespace srelu24 {
+
+using cuda::std::int32_t;
+using cuda::std::int64_t;
+using cuda::std::uint16_t;
+using cuda::std::uint32_t;
+using cuda::std::uint64_t;
+using cuda::std::uint8_t;
+
+template <class Element>
+struct Packed;
+
+template <>
+struct Packed<cutlass::bfloat16_t> {
+  static constexpr uint32_t kInfinity = 0x7f807f80u;
+
+  /// Round two floats to nearest even.
+  static __device__ __forceinline__ uint32_t round(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  /// Round two floats to nearest even, then max(., 0). NaN becomes the canonical NaN.
+  static __device__ __forceinline__ uint32_t round_relu(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  /// max(x, 0) of both halves; NaN stays NaN.
+  static __device__ __forceinline__ uint32_t relu(uint32_t x) {
+    uint32_t r;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(0u));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t square(uint32_t x) {
+    uint32_t r;
+    asm("mul.rn.bf16x2 %0, %1, %1;" : "=r"(r) : "r"(x));
+    return r;
+  }
+  static __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }
+  static __device__ __forceinline__ float high(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+};
+
+template <>
+struct Packed<cutlass::half_t> {
+  static constexpr uint32_t kInfinity = 0x7c007c00u;
+
+  static __device__ __forceinline__ uint32_t round(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t round_relu(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t relu(uint32_t x) {
+    uint32_t r;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(0u));
+    return r;
+  }
+  static __device__ __forceinline__ uint32_t square(uint32_t x) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0, %1, %1;" : "=r"(r) : "r"(x));
+    return r;
+  }
+  static __device__ __forceinline__ float low(uint32_t x) {
+    float r;
+    asm("{.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;}" : "=f"(r) : "r"(x));
+    return r;
+  }
+  static __device__ __forceinline__ float high(uint32_t x) {
+    float r;
+    asm("{.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, h;}" : "=f"(r) : "r"(x));
+    return r;
+  }
+};
+
+/// The low halves of x and y, and the high halves: undoes the (row g, row g + 8) pairing.
+__device__ __forceinline__ uint32_t low_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
+__device__ __forceinline__ uint32_t high_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
+
+}  // namespace srelu24

@@ -1,0 +1,167 @@
+// What happens to the accumulators before the mainloop (bias and residual are their initial values) and
+// after it (activation, pruning, stores). A thread (g = lane / 4, t = lane % 4) of warp w holds, of its warpgroup's
+// 64 rows, rows 16w + g and +8, and of every 8 columns 8j the two 8j + 2t + {0, 1}: accumulator
+// 4j + 2h + b is row half h, column 8j + 2t + b. LoadOrder (tile_load.cuh) says which output column that is.
+#pragma once
+
+#include <srelu24/prune24.cuh>
+#include <srelu24/sm90/tile_load.cuh>
+
+namespace srelu24 {
+
+/// Where this thread's part of a warpgroup's 64 x kTileN block lies in the output.
+struct BlockPosition {
+  int row;      // first of this thread's two rows (the other is +8)
+  int column;   // first column of the tile
+  int block;    // row / 64 of the warpgroup's block
+  int thread;   // in the warpgroup
+};
+
+__device__ __forceinline__ BlockPosition block_position(int first_row, int first_column) {
+  int const thread = threadIdx.x % 128;
+  return {first_row + thread / 32 * 16 + thread % 32 / 4, first_column, first_row / 64, thread};
+}
+
+/// Eight neighbouring elements, 16-byte aligned, as floats.
+template <class Element>
+__device__ __forceinline__ void load8(float (&x)[8], void const* p) {
+  uint4 const v = __ldg(static_cast<uint4 const*>(p));
+  uint32_t const w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = Packed<Element>::low(w[i]);
+    x[2 * i + 1] = Packed<Element>::high(w[i]);
+  }
+}
+
+/// First of the eight neighbouring output columns that accumulators [16i, 16i + 16) hold for two rows.
+template <class Config>
+__device__ __forceinline__ int column_of(BlockPosition const& at, int i) {
+  int const t = at.thread % 4;
+  return at.column + (Config::kLoadOrder == LoadOrder::kOwn16 ? 64 * (i / 2) + 16 * t + 8 * (i % 2) : 32 * i + 8 * t);
+}
+
+/// accumulators = bias + residual, where the kernel has them. Loaded straight into the accumulators, before
+/// the mainloop, they take no registers of their own.
+template <class Config>
+__device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+                                           BlockPosition const& at) {
+  using Element = typename Config::Element;
+#pragma unroll
+  for (int i = 0; i < Config::kTileN / 32; ++i) {
+    int const column = column_of<Config>(at, i);
+    bool const inside = column < p.n;  // n is a multiple of 8
+    float bias[8] = {};
+    if (Config::kBias && inside) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int64_t const row = at.row + 8 * h;
+      float x[8] = {};
+      if (Config::kResidual && inside && row < p.m) {
+        load8<Element>(x, static_cast<Element const*>(p.residual) + row * p.residual_stride + column);
+      }
+#pragma unroll
+      for (int c = 0; c < 8; ++c) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] = bias[c] + x[c];
+    }
+  }
+}
+
+/// out = act(accumulators), row-major, LoadOrder::kOwn8: eight columns a store.
+template <class Config>
+__device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+                                            BlockPosition const& at) {
+  using Element = typename Config::Element;
+  using P = Packed<Element>;
+  auto* out = static_cast<Element*>(p.out);
+#pragma unroll
+  for (int i = 0; i < Config::kTileN / 32; ++i) {
+    int const column = column_of<Config>(at, i);
+    if (column >= p.n) continue;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int64_t const row = at.row + 8 * h;
+      uint32_t y[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float const low = acc[16 * i + 4 * c + 2 * h], high = acc[16 * i + 4 * c + 2 * h + 1];
+        y[c] = Config::kRelu2 ? P::square(P::round_relu(low, high)) : P::round(low, high);
+      }
+      if (row < p.m) *reinterpret_cast<uint4*>(out + row * p.out_stride + column) = make_uint4(y[0], y[1], y[2], y[3]);
+    }
+  }
+}
+
+/// Zero what lies beyond the matrix, where a bias, Inf or NaN may have left something.
+template <class Config>
+__device__ __forceinline__ void zero_outside(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+                                               BlockPosition const& at) {
+#pragma unroll
+  for (int i = 0; i < Config::kTileN / 32; ++i) {
+    bool const column_inside = column_of<Config>(at, i) < p.n;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      bool const inside = column_inside && at.row + 8 * h < p.m;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) {
+        float& x = acc[16 * i + 4 * (c / 2) + 2 * h + c % 2];
+        x = inside ? x : 0.f;
+      }
+    }
+  }
+}
+
+/// Add this warp's non-zeros of 16 features to the global counts. `value[f]`: feature f of both rows.
+__device__ __forceinline__ void count_nonzeros16(uint32_t const (&value)[16], int32_t* counts, int valid) {
+  int const g = threadIdx.x % 32 / 4;
+  uint32_t sums[4] = {};  // four byte-wide counters a word: at most 16 rows
+#pragma unroll
+  for (int f = 0; f < 16; ++f) {
+    uint32_t const nonzero = ((value[f] & 0x7fffu) != 0) + ((value[f] & 0x7fff0000u) != 0);
+    sums[f / 4] += nonzero << (8 * (f % 4));
+  }
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) sums[s] += __shfl_xor_sync(~0u, sums[s], lanes);
+  }
+  // Lane g of the eight that share these features adds features g and g + 8.
+  uint32_t const low = g & 4 ? sums[1] : sums[0], high = g & 4 ? sums[3] : sums[2];
+  int const shift = 8 * (g % 4);
+  if (g < valid) atomicAdd(counts + g, static_cast<int>(low >> shift & 0xff));
+  if (g + 8 < valid) atomicAdd(counts + g + 8, static_cast<int>(high >> shift & 0xff));
+}
+
+/// Squared ReLU, 2:4 along the columns, packed values and E; LoadOrder::kOwn16, kTileN == 256.
+template <class Config>
+__device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+                                             BlockPosition const& at) {
+  using Element = typename Config::Element;
+  using P = Packed<Element>;
+  static_assert(Config::kTileN == 256, "one 16-byte vector of E covers 256 columns");
+  if (at.block * 64 + 64 > p.m || at.column + Config::kTileN > p.n) zero_outside<Config>(acc, p, at);
+
+  uint32_t words[4];
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    uint32_t value[16];
+#pragma unroll
+    for (int f = 0; f < 16; ++f) {
+      int const x = 4 * (8 * q + f / 2) + f % 2;
+      value[f] = P::round_relu(acc[x], acc[x + 2]);
+    }
+    int const feature = at.column + 64 * q + at.thread % 4 * 16;
+    if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);
+    uint4 low, high;
+    words[q] = prune16<Element, true>(value, low, high);
+    if (feature < p.n) {
+      auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
+      if (at.row < p.m) *reinterpret_cast<uint4*>(out) = low;
+      if (at.row + 8 < p.m) *reinterpret_cast<uint4*>(out + 8 * p.out_stride) = high;
+    }
+  }
+  int64_t const vectors = (p.n + 255) / 256;
+  p.out_metadata[(at.block * vectors + at.column / 256) * 128 + at.thread] =
+      make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+}  // namespace srelu24

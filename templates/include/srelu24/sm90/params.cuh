@@ -1,0 +1,38 @@
+// The kernels' arguments, as srelu24/launch.py packs them: keep the two in step.
+#pragma once
+
+#include <srelu24/packed.cuh>
+
+namespace srelu24 {
+
+/// A CUtensorMap, encoded by the host.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+/// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
+struct GemmParams {
+  TensorMap a;              // [m, k], or the packed values [m, k / 2]
+  TensorMap b[2];           // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
+  uint4 const* metadata;    // spgemm: E of A, [ceil(m / 64)][ceil(k / 256)][128]
+  void* out;                // [m, n], or the packed values [m, n / 2]
+  uint4* out_metadata;      // gemm_relu2_24: E of the output, [ceil(m / 64)][ceil(n / 256)][128]
+  void const* bias;         // [n] or null
+  void const* residual;     // [m, n] or null
+  int32_t* counts;          // gemm_relu2_24: non-zeros per feature [n], added to, or null
+  int64_t out_stride;       // elements between rows of out
+  int64_t residual_stride;  // elements between rows of residual
+  int32_t m, n, k;
+  int32_t raster_group;     // cluster tiles walked along M before moving on along N
+};
+
+/// Arguments of sparsify24. Input is [m, n].
+struct SparsifyParams {
+  void const* in;
+  void* out;            // packed values [m, n / 2]
+  uint4* out_metadata;  // [ceil(m / 64)][ceil(n / 256)][128]
+  int64_t in_stride, out_stride;
+  int32_t m, n;
+};
+
+}  // namespace srelu24
