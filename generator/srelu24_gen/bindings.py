@@ -58,6 +58,19 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
     )
 
 
+def load_block(op: Op) -> int:
+    """Rows of B that the kernel's load order permutes together (``LoadOrder`` in ``tile_load.cuh``)."""
+    return 64 if op is Op.GEMM_RELU2_24 else 32
+
+
+def loads_ragged_n(config: KernelConfig) -> bool:
+    """Whether the kernel can load an N that ends inside a block of :func:`load_block` rows.
+
+    A producer thread shares its registers with the accumulators and has none left for that path.
+    """
+    return config.producer is Producer.WARPGROUP
+
+
 def template_for(spec: KernelSpec) -> str:
     """Path of the template below ``templates/``."""
     family = "sparsify24" if spec.family.op is Op.SPARSIFY24 else "gemm"
@@ -92,6 +105,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "mma": f"GMMA_64x{config.tile_n}x32_{types}_SS" if sparse else f"MMA_64x{config.tile_n}x16_{types}_SS",
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,
+        "ragged_n": _cpp(loads_ragged_n(config)),
         "load_order": "kOwn16" if prune else "kOwn8",
         "prune": _cpp(prune),
         "bias": _cpp(family.bias),

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from srelu24_gen.bindings import E_VECTOR_COLUMNS, footprint
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, footprint, load_block, loads_ragged_n
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
@@ -69,7 +69,12 @@ def supports_family(family: Family) -> Verdict:
 def supports(problem: Problem, config: KernelConfig, target: GpuTarget) -> Verdict:
     """Whether ``config`` computes ``problem`` correctly on ``target``, with the reason if not."""
     verdict = supports_problem(problem, target)
-    return verdict if not verdict.ok else supports_config(problem.family, config, target)
+    if not verdict.ok:
+        return verdict
+    block = load_block(problem.family.op)
+    if problem.n % block and not loads_ragged_n(config) and problem.family.op is not Op.SPARSIFY24:
+        return Verdict(False, f"N = {problem.n} is not a multiple of {block}, which a producer thread cannot load")
+    return supports_config(problem.family, config, target)
 
 
 def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> Verdict:
@@ -148,7 +153,8 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
         raise Unsupported(f"{problem}: {verdict.reason}.")
     if problem.family.op is Op.SPARSIFY24:
         return KernelConfig()
-    best = max(_DEFAULTS, key=lambda c: _wave_efficiency(problem, c, target) * _TILE_SPEED[c.tile_m])
+    valid = [c for c in _DEFAULTS if supports(problem, c, target).ok]
+    best = max(valid, key=lambda c: _wave_efficiency(problem, c, target) * _TILE_SPEED[c.tile_m])
     return dataclasses.replace(best, stages=max_stages(problem.family, best, target))
 
 

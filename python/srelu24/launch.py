@@ -163,31 +163,46 @@ class GemmLauncher:
             m,
             n,
             k,
-            c.raster_group,
+            -(-k // c.tile_k),
         )
-        tiles = -(-m // (c.tile_m * c.cluster_m)) * -(-n // c.tile_n)
-        return ArgumentBlock(content), c.cluster_m * min(tiles, self.sm_count // c.cluster_m)
+        tiles_m, tiles_n = -(-m // (c.tile_m * c.cluster_m)), -(-n // c.tile_n)
+        content += _raster(tiles_m, tiles_n, c.raster_group)
+        return ArgumentBlock(content), c.cluster_m * min(tiles_m * tiles_n, self.sm_count // c.cluster_m)
 
-    def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes]:
-        """B's rows in the order ``LoadOrder`` names: {k, pair, run of neighbours, pairs in 8 columns}."""
-        dtype, box = self.spec.family.dtype, (self.spec.config.tile_k, 2, 4, 4)
+    def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
+        """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
+        c, dtype = self.spec.config, self.spec.family.dtype
+        run = 16 if self.spec.family.op is Op.GEMM_RELU2_24 else 8
+        block = 4 * run
 
-        def rows_from(first: int, run: int, runs: int) -> bytes:
+        def whole_blocks() -> bytes:
+            # Without a whole block nothing inside is read through this map, but it must be encodable.
             return _tensor_map(
                 dtype,
-                b + first * stride * dtype.bytes,
-                dims=(k, 2, runs, 4),
-                strides=(stride, run * stride, 2 * stride),
-                box=box,
+                b,
+                dims=(k, 2, 4, run // 2, max(1, n // block)),
+                strides=(stride, run * stride, 2 * stride, block * stride),
+                box=(c.tile_k, 2, 4, run // 2, c.tile_n // c.cluster_m // block),
                 swizzle_bytes=128,
             )
 
-        if self.spec.family.op is not Op.GEMM_RELU2_24:
-            whole = rows_from(0, 8, n // 8)
-            return whole, whole
-        low = rows_from(0, 16, -(-n // 16))
+        def rows_from(first: int) -> bytes:
+            return _tensor_map(
+                dtype,
+                b + first * stride * dtype.bytes,
+                dims=(k, 2, -(-(n - first) // run), 4),
+                strides=(stride, run * stride, 2 * stride),
+                box=(c.tile_k, 2, 4, 4),
+                swizzle_bytes=128,
+            )
+
+        if n % block == 0:  # no ragged end: b_rows is never read
+            share = whole_blocks()
+            return share, share, share
+        low = rows_from(0)
         # With n == 8 the upper half of the run does not exist; what is loaded for it is zeroed later.
-        return low, rows_from(8, 16, n // 16) if n >= 16 else low
+        high = rows_from(8) if run == 16 and n > 8 else low
+        return whole_blocks(), low, high
 
 
 class SparsifyLauncher:
@@ -215,6 +230,23 @@ class SparsifyLauncher:
         grid = metadata.shape[0] * metadata.shape[1]
         stream = torch.cuda.current_stream(self.kernel.device).cuda_stream
         self.kernel.launch(grid, block.address, stream)
+
+
+def _raster(tiles_m: int, tiles_n: int, group: int) -> bytes:
+    """RasterParams of ``params.cuh``: bands of ``group`` cluster tiles along M."""
+    group = min(group, tiles_m)
+    full_bands, rest = divmod(tiles_m, group)
+    return struct.pack("<4i", tiles_m * tiles_n, tiles_n, group, full_bands) + b"".join(
+        _fast_divmod(d) for d in (group * tiles_n, group, rest or group)
+    )
+
+
+def _fast_divmod(divisor: int) -> bytes:
+    """cutlass::FastDivmod (cutlass/fast_math.h): divides 31-bit numbers by a multiplication and a shift."""
+    if divisor == 1:
+        return struct.pack("<iII", 1, 0, 0)
+    power = 31 + (divisor - 1).bit_length()
+    return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
 
 
 _SWIZZLE = {

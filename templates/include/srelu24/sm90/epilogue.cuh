@@ -4,6 +4,8 @@
 // 4j + 2h + b is row half h, column 8j + 2t + b. LoadOrder (tile_load.cuh) says which output column that is.
 #pragma once
 
+#include <cutlass/arch/memory.h>
+
 #include <srelu24/prune24.cuh>
 #include <srelu24/sm90/tile_load.cuh>
 
@@ -20,6 +22,10 @@ struct BlockPosition {
 __device__ __forceinline__ BlockPosition block_position(int first_row, int first_column) {
   int const thread = threadIdx.x % 128;
   return {first_row + thread / 32 * 16 + thread % 32 / 4, first_column, first_row / 64, thread};
+}
+
+__device__ __forceinline__ void store16(void* p, uint4 const& value, bool guard) {
+  cutlass::arch::global_store<uint4, sizeof(uint4)>(value, p, guard);
 }
 
 /// Eight neighbouring elements, 16-byte aligned, as floats.
@@ -86,7 +92,7 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Ge
         float const low = acc[16 * i + 4 * c + 2 * h], high = acc[16 * i + 4 * c + 2 * h + 1];
         y[c] = Config::kRelu2 ? P::square(P::round_relu(low, high)) : P::round(low, high);
       }
-      if (row < p.m) *reinterpret_cast<uint4*>(out + row * p.out_stride + column) = make_uint4(y[0], y[1], y[2], y[3]);
+      store16(out + row * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
     }
   }
 }
@@ -153,11 +159,9 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], G
     if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);
     uint4 low, high;
     words[q] = prune16<Element, true>(value, low, high);
-    if (feature < p.n) {
-      auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
-      if (at.row < p.m) *reinterpret_cast<uint4*>(out) = low;
-      if (at.row + 8 < p.m) *reinterpret_cast<uint4*>(out + 8 * p.out_stride) = high;
-    }
+    auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
+    store16(out, low, feature < p.n && at.row < p.m);
+    store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);
   }
   int64_t const vectors = (p.n + 255) / 256;
   p.out_metadata[(at.block * vectors + at.column / 256) * 128 + at.thread] =

@@ -19,19 +19,17 @@ namespace srelu24 {
 template <class Config, class Between>
 __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Config>& shared, int cta, int consumer,
                                         Between&& between) {
-  Raster const raster = raster_of<Config>(p);
-  int const k_blocks = k_blocks_of<Config>(p);
   Mainloop<Config> mainloop(shared, consumer);
   typename Mainloop<Config>::Accumulators accumulators;
 
   auto first_row = [&](Tile tile) { return (tile.m * Config::kClusterM + cta) * Config::kTileM + consumer * 64; };
   auto metadata_of = [&](Tile tile) {  // rows beyond M read the last block's E; their result is dropped
     int64_t const block = min(first_row(tile) / 64, (p.m - 1) / 64);
-    return p.metadata + block * ceil_div(p.k, 256) * 128 + threadIdx.x % 128;
+    return p.metadata + block * ((p.k + 255) / 256) * 128 + threadIdx.x % 128;
   };
 
   int index = blockIdx.x / Config::kClusterM;
-  Tile tile = raster(index);
+  Tile tile = raster(p.raster, index);
   uint32_t e[4] = {};
   if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata_of(tile));
   while (true) {
@@ -39,15 +37,15 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
       initialize<Config>(accumulators, p, block_position(first_row(tile), tile.n * Config::kTileN));
     }
     if constexpr (Config::kSparse) {
-      mainloop.sparse(accumulators, k_blocks, metadata_of(tile), e, between);
+      mainloop.sparse(accumulators, p.k_blocks, metadata_of(tile), e, between);
     } else {
-      mainloop.dense(accumulators, k_blocks, between);
+      mainloop.dense(accumulators, p.k_blocks, between);
     }
     Tile const done = tile;
     index += gridDim.x / Config::kClusterM;
-    bool const more = index < raster.tiles();
+    bool const more = index < p.raster.tiles;
     if (more) {  // the next tile's E arrives while this one is stored
-      tile = raster(index);
+      tile = raster(p.raster, index);
       if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata_of(tile));
     }
     int const row = first_row(done);
@@ -66,15 +64,14 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
 /// The whole kernel. The grid is a multiple of the cluster and no larger than the number of cluster tiles.
 template <class Config>
 __device__ __forceinline__ void gemm(GemmParams const& p) {
-  extern __shared__ uint8_t dynamic_shared[];
-  // The swizzle patterns repeat every 1024 bytes of address.
-  auto const base = (reinterpret_cast<uint64_t>(dynamic_shared) + 1023) & ~uint64_t{1023};
-  auto& shared = *reinterpret_cast<SharedStorage<Config>*>(base);
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle patterns repeat every 1024 bytes
+  if (cute::cast_smem_ptr_to_uint(dynamic_shared) % 1024 != 0) __trap();
+  auto& shared = *reinterpret_cast<SharedStorage<Config>*>(dynamic_shared);
 
   int const cta = Config::kClusterM > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.a));
-    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.b[0]));
+    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.b_share));
     init_barriers(shared);
   }
   auto sync_cluster = [] {
@@ -91,8 +88,8 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
   if constexpr (Config::kProducerWarpgroup) {
     if (warpgroup == 0) {
       if constexpr (Config::kConsumers > 1) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-      if (threadIdx.x == 0) {
-        LoaderState<Config> state;
+      if (threadIdx.x < 32 && cute::elect_one_sync()) {
+        LoaderState state;
         TileLoader<Config> loader{p, shared, state, cta};
         loader.start(first_tile);
         while (loader.load_next()) {
@@ -106,11 +103,12 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
     // Loads run kLag stages behind a full ring: the stage being refilled was released kLag steps ago.
     constexpr int kLag = 2;
     TileLoader<Config> loader{p, shared, shared.loader, cta};
+    bool const loads = threadIdx.x < 32 && cute::elect_one_sync();
     auto produce = [&] {
-      if (threadIdx.x == 0) loader.load_next();
+      if (loads) loader.load_next();
       __syncwarp();
     };
-    if (threadIdx.x == 0) loader.start(first_tile);
+    if (loads) loader.start(first_tile);
     for (int i = 0; i < Config::kStages - kLag; ++i) produce();
     consume<Config>(p, shared, cta, warpgroup, produce);
   }

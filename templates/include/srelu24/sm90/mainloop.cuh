@@ -16,21 +16,33 @@ namespace srelu24 {
 
 using cute::SM90::GMMA::ScaleOut;
 
-/// Shared-memory descriptor of a K-major operand whose rows are one swizzle span wide.
-__device__ __forceinline__ uint64_t matrix_descriptor(void const* smem, cute::SM90::GMMA::LayoutType swizzle,
-                                                      int span_bytes) {
-  cute::GmmaDescriptor d;
-  d.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(smem) >> 4;
-  d.bitfield.leading_byte_offset_ = 1;  // unused for swizzled layouts
-  d.bitfield.stride_byte_offset_ = (8 * span_bytes) >> 4;
-  d.bitfield.layout_type_ = static_cast<uint8_t>(swizzle);
-  return d;
-}
+/// Shared-memory descriptor of a K-major operand whose rows are one swizzle span of bytes. Only the address
+/// in the low word varies, so advancing along K is one 32-bit addition.
+template <int SpanBytes>
+struct MatrixDescriptor {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit MatrixDescriptor(void const* smem)
+      : low(cute::cast_smem_ptr_to_uint(smem) >> 4 | 1u << 16) {}  // the leading offset is unused, and 1
+
+  /// The descriptor `bytes` further along K.
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    using cute::SM90::GMMA::LayoutType;
+    cute::GmmaDescriptor d;
+    d.bitfield.stride_byte_offset_ = 8 * SpanBytes >> 4;
+    d.bitfield.layout_type_ = static_cast<uint8_t>(SpanBytes == 128 ? LayoutType::B128 : LayoutType::B64);
+    d.reg32_[0] = low + (bytes >> 4);
+    return d;
+  }
+};
 
 template <class Config>
 struct Mainloop {
   static constexpr int kAccumulators = Config::kTileN / 2;
   using Accumulators = float[kAccumulators];
+  static constexpr int kSpanA = Config::kSparse ? 64 : 128;
+  using DescriptorA = MatrixDescriptor<kSpanA>;
+  using DescriptorB = MatrixDescriptor<128>;
 
   SharedStorage<Config>& shared;
   int const warpgroup;  // consumer index: rows [64 * warpgroup, +64) of the tile
@@ -43,10 +55,10 @@ struct Mainloop {
   __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Between&& between) {
 #pragma unroll 1
     for (int k_block = 0; k_block < k_blocks; ++k_block) {
-      step(accumulators, k_block == 0, between, [&](uint64_t a, uint64_t b, ScaleOut scale) {
+      step(accumulators, k_block == 0, between, [&](DescriptorA a, DescriptorB b, ScaleOut scale) {
 #pragma unroll
-        for (int k = 0; k < Config::kTileK / 16; ++k) {
-          fma<typename Config::Mma>(accumulators, a + 2 * k, b + 2 * k, k == 0 ? scale : ScaleOut::One);
+        for (int k = 0; k < Config::kTileK / 16; ++k) {  // 16 of K: 32 bytes
+          fma<typename Config::Mma>(accumulators, a.at(32 * k), b.at(32 * k), k == 0 ? scale : ScaleOut::One);
         }
       });
     }
@@ -82,10 +94,11 @@ struct Mainloop {
     metadata += 128;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      step(accumulators, k_block == 0, between, [&](uint64_t a, uint64_t b, ScaleOut scale) {
-        // One register serves both k32 halves: lanes t = 0, 1 supply the first, t = 2, 3 the second.
-        sparse_fma<typename Config::Mma>(accumulators, a, b, e[q], scale);
-        sparse_fma<typename Config::MmaUpper>(accumulators, a + 2, b + 4, e[q], ScaleOut::One);
+      step(accumulators, k_block == 0, between, [&](DescriptorA a, DescriptorB b, ScaleOut scale) {
+        // 32 of K: 32 bytes of packed A, 64 of B. One register of E serves both halves of the k-block: lanes
+        // t = 0, 1 supply the first, t = 2, 3 the second.
+        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[q], scale);
+        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[q], ScaleOut::One);
       });
       // Only now has every MMA that reads `next` retired.
       if (q == 0 && k_block + 4 < k_blocks) load_vector(next, metadata);
@@ -96,13 +109,10 @@ struct Mainloop {
 
   template <class Between, class Issue>
   __device__ __forceinline__ void step(Accumulators& accumulators, bool first, Between& between, Issue&& issue) {
-    using cute::SM90::GMMA::LayoutType;
     int const stage = ring.stage;
     shared.full[stage].wait(ring.phase);
-    constexpr int kSpanA = Config::kSparse ? 64 : 128;
-    uint64_t const a = matrix_descriptor(shared.a[stage] + warpgroup * 64 * kSpanA,
-                                         Config::kSparse ? LayoutType::B64 : LayoutType::B128, kSpanA);
-    uint64_t const b = matrix_descriptor(shared.b[stage], LayoutType::B128, 128);
+    DescriptorA const a(shared.a[stage] + warpgroup * 64 * kSpanA);
+    DescriptorB const b(shared.b[stage]);
     fence(accumulators);
     cute::warpgroup_arrive();
     issue(a, b, first && !Config::kInitialized ? ScaleOut::Zero : ScaleOut::One);

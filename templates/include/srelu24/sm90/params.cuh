@@ -1,6 +1,8 @@
 // The kernels' arguments, as srelu24/launch.py packs them: keep the two in step.
 #pragma once
 
+#include <cutlass/fast_math.h>
+
 #include <srelu24/packed.cuh>
 
 namespace srelu24 {
@@ -10,10 +12,20 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
+/// The walk over the output's cluster tiles (raster.cuh). Divisors come with the host's multipliers.
+struct RasterParams {
+  int32_t tiles, tiles_n;
+  int32_t group;              // cluster tiles walked along M before moving on along N: the height of a band
+  int32_t full_bands;         // bands of that height; the last may be lower
+  cutlass::FastDivmod band;   // group * tiles_n
+  cutlass::FastDivmod height, last_height;
+};
+
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
 struct GemmParams {
   TensorMap a;              // [m, k], or the packed values [m, k / 2]
-  TensorMap b[2];           // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
+  TensorMap b_share;        // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
+  TensorMap b_rows[2];
   uint4 const* metadata;    // spgemm: E of A, [ceil(m / 64)][ceil(k / 256)][128]
   void* out;                // [m, n], or the packed values [m, n / 2]
   uint4* out_metadata;      // gemm_relu2_24: E of the output, [ceil(m / 64)][ceil(n / 256)][128]
@@ -23,7 +35,8 @@ struct GemmParams {
   int64_t out_stride;       // elements between rows of out
   int64_t residual_stride;  // elements between rows of residual
   int32_t m, n, k;
-  int32_t raster_group;     // cluster tiles walked along M before moving on along N
+  int32_t k_blocks;
+  RasterParams raster;
 };
 
 /// Arguments of sparsify24. Input is [m, n].

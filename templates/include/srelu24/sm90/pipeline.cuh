@@ -22,12 +22,18 @@ struct RingPosition {
   __device__ __forceinline__ int previous() const { return stage == 0 ? Stages - 1 : stage - 1; }
 };
 
-/// What the producer will load next: kept by one thread only, in shared memory where registers are short.
-template <class Config>
+/// What the producer loads next. One thread owns it; where registers are short it lies in shared memory, and
+/// 16 bytes are one access.
+struct alignas(16) NextLoad {
+  int k;            // of the next k-block; at or beyond the end when there is none
+  int row, column;  // first row of A, first row of B of this CTA's share
+  uint8_t stage, phase;
+  bool ragged;  // the share holds the end of B inside a block of rows
+};
+
 struct LoaderState {
-  RingPosition<Config::kStages> ring;
-  int tile_index, k_block;
-  int row, column;  // first row of A, first row of B of the tile
+  NextLoad load;
+  int tile_index;
 };
 
 /// Ring of Config::kStages k-blocks. `full` completes when the TMA has written a stage, `empty` when every
@@ -38,7 +44,7 @@ struct SharedStorage {
   alignas(1024) uint8_t a[Config::kStages][Config::kStageBytesA];
   cutlass::arch::ClusterTransactionBarrier full[Config::kStages];
   cutlass::arch::ClusterBarrier empty[Config::kStages];
-  LoaderState<Config> loader;
+  LoaderState loader;
 };
 
 template <class Config>

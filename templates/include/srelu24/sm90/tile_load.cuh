@@ -7,9 +7,15 @@
 //   LoadOrder::kOwn8   output column  8t + 2j + b        of each 32  (8 neighbours: one 16-byte store)
 //   LoadOrder::kOwn16  output column 16t + 2j + b        of each 64  (16 neighbours: 4 groups of 4)
 //
-// A box is {64 of k, b: 2, t: 4, j: 4} = 32 rows of 128 bytes. As a tensor map, with strides in rows of B:
-// kOwn8 {k, 2 x 1, n/8 x 8, 4 x 2}; kOwn16 the same with 16 for 8, once from row 0 (j < 4) and once from
-// row 8 (j >= 4). The t dimension runs over all of B, so the TMA's own bounds handle every n % 8 == 0.
+// Rows come in blocks of 32 (kOwn8) or 64 (kOwn16). One box loads a CTA's whole share of the tile:
+//
+//   b_share   {k, b: 2, t: 4, j, blocks}    strides in rows of B: 1, 8 or 16, 2, the block
+//
+// The TMA's bounds cannot cut inside a block, so the share that holds the ragged end of B (n not a multiple of
+// the block) is loaded in boxes of 32 rows from maps whose t dimension runs over all of B and ends where B does:
+//
+//   b_rows    {k, b: 2, t: n/8, j: 4}       strides 1, 8, 2;  for kOwn16 t: n/16 with stride 16, once from
+//                                           row 0 (j < 4) and once from row 8 (j >= 4)
 #pragma once
 
 #include <cute/arch/copy_sm90_desc.hpp>
@@ -27,62 +33,86 @@ template <class Config>
 struct TileLoader {
   GemmParams const& params;
   SharedStorage<Config>& shared;
-  LoaderState<Config>& next;
+  LoaderState& state;
   int const cta;  // rank in the cluster
 
   /// Begin at `tile_index`, with every stage free.
   __device__ __forceinline__ void start(int tile_index) {
-    next.ring = {0, 1};
-    next.tile_index = tile_index;
-    next.k_block = 0;
-    locate();
+    state.tile_index = tile_index;
+    state.load = tile_start(tile_index, 0, 1);
   }
 
   /// Issue the next k-block's loads, if there is one. Waits until its stage is free.
   __device__ __forceinline__ bool load_next() {
-    if (next.tile_index >= raster_of<Config>(params).tiles()) return false;
-    int const stage = next.ring.stage;
-    shared.empty[stage].wait(next.ring.phase);
+    NextLoad load = state.load;
+    if (load.k >= params.k) return false;
+    int const stage = load.stage;
+    shared.empty[stage].wait(load.phase);
     shared.full[stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
     auto* barrier = reinterpret_cast<uint64_t*>(&shared.full[stage]);
 
-    int const k = next.k_block * Config::kTileK;
-    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[stage], Config::kSparse ? k / 2 : k,
-                                 next.row);
-#pragma unroll
-    for (int i = 0; i < kBoxesPerCta; ++i) load_box(barrier, stage, cta * kBoxesPerCta + i, k);
-
-    next.ring.advance();
-    if (++next.k_block == k_blocks_of<Config>(params)) {
-      next.k_block = 0;
-      next.tile_index += gridDim.x / Config::kClusterM;
-      locate();
+    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[stage],
+                                 Config::kSparse ? load.k / 2 : load.k, load.row);
+    uint8_t* const share = shared.b[stage] + cta * kShareRows * 128;
+    if (Config::kRaggedN && load.ragged) {
+#pragma unroll 1
+      for (int first = 0; first < kShareRows; first += kBoxRows) load_rows(barrier, share, first, load);
+    } else {
+      load_share(barrier, share, load);
     }
+
+    load.k += Config::kTileK;
+    if (++load.stage == Config::kStages) {
+      load.stage = 0;
+      load.phase ^= 1;
+    }
+    if (load.k >= params.k) {
+      int const tile_index = state.tile_index + gridDim.x / Config::kClusterM;
+      if (tile_index < params.raster.tiles) {
+        state.tile_index = tile_index;
+        load = tile_start(tile_index, load.stage, load.phase);
+      }
+    }
+    state.load = load;
     return true;
   }
 
  private:
+  static constexpr bool kOwn16 = Config::kLoadOrder == LoadOrder::kOwn16;
+  static constexpr int kBlockRows = kOwn16 ? 64 : 32, kRun = kBlockRows / 4;
+  static constexpr int kShareRows = Config::kTileN / Config::kClusterM;
   static constexpr int kBoxRows = 32;
-  static constexpr int kBoxesPerCta = Config::kTileN / kBoxRows / Config::kClusterM;
+  static constexpr uint16_t kEveryCta = (1 << Config::kClusterM) - 1;
   static constexpr uint64_t kCacheHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
-  __device__ __forceinline__ void locate() {
-    Tile const tile = raster_of<Config>(params)(next.tile_index);
-    next.row = (tile.m * Config::kClusterM + cta) * Config::kTileM;
-    next.column = tile.n * Config::kTileN;
+  __device__ __forceinline__ NextLoad tile_start(int tile_index, uint8_t stage, uint8_t phase) {
+    Tile const tile = raster(params.raster, tile_index);
+    int const row = (tile.m * Config::kClusterM + cta) * Config::kTileM;
+    int const column = tile.n * Config::kTileN + cta * kShareRows;
+    int const end = params.n / kBlockRows * kBlockRows;  // of the whole blocks
+    bool const ragged = Config::kRaggedN && end < params.n && column <= end && end < column + kShareRows;
+    return {0, row, column, stage, phase, ragged};
   }
 
-  /// Box `i` of the tile's B: 32 rows, multicast to every CTA of the cluster.
-  __device__ __forceinline__ void load_box(uint64_t* barrier, int stage, int i, int k) {
-    constexpr bool kOwn16 = Config::kLoadOrder == LoadOrder::kOwn16;
-    TensorMap const* map = &params.b[kOwn16 ? i & 1 : 0];
-    int const t = kOwn16 ? (next.column + 64 * (i >> 1)) / 16 : (next.column + 32 * i) / 8;
-    void* destination = shared.b[stage] + i * kBoxRows * 128;
+  __device__ __forceinline__ void load_share(uint64_t* barrier, void* share, NextLoad const& load) {
+    int const block = load.column / kBlockRows;
     if constexpr (Config::kClusterM > 1) {
-      constexpr uint16_t kEveryCta = (1 << Config::kClusterM) - 1;
-      cute::SM90_TMA_LOAD_MULTICAST_4D::copy(map, barrier, kEveryCta, kCacheHint, destination, k, 0, t, 0);
+      cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&params.b_share, barrier, kEveryCta, kCacheHint, share, load.k, 0, 0, 0,
+                                             block);
     } else {
-      cute::SM90_TMA_LOAD_4D::copy(map, barrier, kCacheHint, destination, k, 0, t, 0);
+      cute::SM90_TMA_LOAD_5D::copy(&params.b_share, barrier, kCacheHint, share, load.k, 0, 0, 0, block);
+    }
+  }
+
+  /// Rows [first, first + 32) of the share.
+  __device__ __forceinline__ void load_rows(uint64_t* barrier, uint8_t* share, int first, NextLoad const& load) {
+    TensorMap const* map = &params.b_rows[kOwn16 && first % 64 != 0];
+    int const t = (load.column + first / kBlockRows * kBlockRows) / kRun;
+    void* const destination = share + first * 128;
+    if constexpr (Config::kClusterM > 1) {
+      cute::SM90_TMA_LOAD_MULTICAST_4D::copy(map, barrier, kEveryCta, kCacheHint, destination, load.k, 0, t, 0);
+    } else {
+      cute::SM90_TMA_LOAD_4D::copy(map, barrier, kCacheHint, destination, load.k, 0, t, 0);
     }
   }
 };

@@ -1,0 +1,332 @@
+"""Sparse24: where every bit of values and metadata lies, both orders of E, validation, torch plumbing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from srelu24.sparse24 import Sparse24, metadata_shape, pack_metadata, row_stride, unpack_metadata
+from srelu24_gen.errors import Unsupported
+
+LEGAL_NIBBLES = [i0 | i1 << 2 for i1 in range(4) for i0 in range(i1)]
+ROWS = [0, 1, 63, 64, 65, 130]
+COLUMNS = [8, 24, 64, 256, 264, 1864]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def random_nibbles(m: int, f: int, seed: int = 0) -> Tensor:
+    picks = torch.randint(6, (m, f // 4), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor(LEGAL_NIBBLES, dtype=torch.uint8)[picks]
+
+
+def random_packed(m: int, f: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Sparse24:
+    """Any legal nibbles, any bits as values (NaN payloads and -0.0 among them)."""
+    packed = Sparse24.empty(m, f, dtype, "cpu")
+    bits = torch.randint(-(2**15), 2**15, (m, f // 2), generator=torch.Generator().manual_seed(seed))
+    packed.values.copy_(bits.to(torch.int16).view(dtype))
+    packed.metadata.copy_(pack_metadata(random_nibbles(m, f, seed)))
+    return packed
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.dtype == b.dtype
+    assert torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+# ---------------------------------------------------------------- fragment order
+
+
+@pytest.mark.parametrize(("m", "f"), [(1, 8), (63, 24), (65, 264), (70, 520)])
+def test_fragment_order_word_by_word(m: int, f: int) -> None:
+    """Every word of E against the sentence in docs/architecture.md, padding included."""
+    nibbles = random_nibbles(m, f)
+    e = pack_metadata(nibbles)
+    assert e.shape == metadata_shape(m, f)
+    assert e.dtype == torch.int32
+
+    def half(row: int, column: int) -> int:
+        groups = [(column + 4 * n) // 4 for n in range(4)]
+        return sum((int(nibbles[row, c]) if row < m and c < f // 4 else 4) << 4 * n for n, c in enumerate(groups))
+
+    for i, j in torch.cartesian_prod(*map(torch.arange, e.shape[:2])).tolist():
+        for thread in range(128):
+            w, g, t = thread // 32, thread % 32 // 4, thread % 4
+            for q in range(4):
+                row, column = 64 * i + 16 * w + g, 256 * j + 64 * q + 16 * t
+                word = half(row, column) | half(row + 8, column) << 16
+                assert int(e[i, j, thread, q]) & 0xFFFFFFFF == word
+
+
+@given(m=st.integers(0, 200), f8=st.integers(1, 80), seed=st.integers(0, 2**32))
+def test_metadata_is_a_bijection(m: int, f8: int, seed: int) -> None:
+    """Any 16 nibble values survive, so no two groups share bits; what is left over is zero groups."""
+    f = 8 * f8
+    nibbles = torch.randint(16, (m, f // 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    e = pack_metadata(nibbles)
+    assert e.shape == metadata_shape(m, f)
+    assert torch.equal(unpack_metadata(e, m, f), nibbles)
+    blocks_m, blocks_f = e.shape[:2]
+    everything = unpack_metadata(e, 64 * blocks_m, 256 * blocks_f)
+    assert (everything[m:] == 4).all()
+    assert (everything[:, f // 4 :] == 4).all()
+
+
+def test_metadata_from_a_strided_view() -> None:
+    nibbles = random_nibbles(40, 64)
+    assert torch.equal(pack_metadata(nibbles.T.contiguous().T), pack_metadata(nibbles))
+
+
+# ---------------------------------------------------------------- CUTLASS's order
+
+_ATOM_16BIT = """
+  using TensorEAtom_16bit = decltype(make_ordered_layout(Shape<Shape<_8,_2,_4>, Shape<_16,_2,NumK>>{},
+                                                         Step <Step <_3,_1,_5>, Step < _0,_4,  _2>>{}));
+"""
+
+
+def cute_ordered_layout(text: str, num_k: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """``make_ordered_layout`` of an E atom: (shape, stride) of the M modes and of the K modes, fastest first."""
+    numbers = [num_k if n == "NumK" else int(n) for n in re.findall(r"_(\d+)|(NumK)", text) for n in n if n]
+    shape, step = numbers[:6], numbers[6:]
+    assert sorted(step) == list(range(6))
+    strides, running = [0] * 6, 1
+    for mode in sorted(range(6), key=step.__getitem__):
+        strides[mode], running = running, running * shape[mode]
+    modes = list(zip(shape, strides, strict=True))
+    return modes[:3], modes[3:]
+
+
+def crd2idx(coordinate: int, modes: list[tuple[int, int]]) -> int:
+    index = 0
+    for size, stride in modes:
+        index, coordinate = index + coordinate % size * stride, coordinate // size
+    assert coordinate == 0
+    return index
+
+
+def cutlass_nibbles(e: Tensor, m: int, f: int, tile_k: int) -> Iterator[tuple[int, int, int]]:
+    """Walk E as CuTe would: (row, group, nibble) by ``fill_layoutE``, 8 logical elements per byte."""
+    atom_k = min(tile_k, 128)
+    modes_m, modes_k = cute_ordered_layout(_ATOM_16BIT[_ATOM_16BIT.index("Shape") :], atom_k // 32)
+    padded_m, padded_k = -(-m // 64) * 64, -(-f // atom_k) * atom_k
+    memory = e.flatten().view(torch.uint8).tolist()
+    assert len(memory) == padded_m * padded_k // 8
+    for row in range(padded_m):
+        for k in range(0, padded_k, 4):
+            offset = crd2idx(row % 64, modes_m) + row // 64 * 64 * atom_k
+            offset += crd2idx(k % atom_k, modes_k) + k // atom_k * padded_m * atom_k
+            yield row, k // 4, memory[offset // 8] >> offset % 8 // 4 * 4 & 0xF
+
+
+@pytest.mark.parametrize("tile_k", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize(("m", "f"), [(1, 8), (63, 24), (65, 264), (128, 512)])
+def test_to_cutlass_is_cutes_layout(m: int, f: int, tile_k: int) -> None:
+    nibbles = random_nibbles(m, f).tolist()
+    packed = random_packed(m, f)
+    values, e = packed.to_cutlass(tile_k)
+    for row, group, nibble in cutlass_nibbles(e, m, f, tile_k):
+        assert nibble == (nibbles[row][group] if row < m and group < f // 4 else 4)
+    assert values.shape == (m, row_stride(f))
+    assert values.is_contiguous()
+    assert_same_bits(values[:, : f // 2], packed.values)
+    assert not values[:, f // 2 :].any()
+
+
+def test_the_layout_above_is_the_installed_cutlass() -> None:
+    spec = importlib.util.find_spec("cutlass_library")
+    if spec is None or spec.origin is None:
+        pytest.skip("nvidia-cutlass is not installed")
+    header = "source/include/cutlass/gemm/collective/builders/sm90_sparse_config.inl"
+    text = (Path(spec.origin).parent / header).read_text()
+    assert "".join(_ATOM_16BIT.split()) in "".join(text.split())
+
+
+@settings(max_examples=40)
+@given(
+    m=st.sampled_from(ROWS),
+    f=st.sampled_from(COLUMNS),
+    tile_k=st.sampled_from([32, 64, 96, 128, 192]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_cutlass_round_trip(m: int, f: int, tile_k: int, dtype: torch.dtype) -> None:
+    packed = random_packed(m, f, dtype)
+    values, e = packed.to_cutlass(tile_k)
+    back = Sparse24.from_cutlass(values, e.view(torch.uint8).flatten(), (m, f), tile_k)
+    assert_same_bits(back.values, packed.values)
+    assert torch.equal(back.metadata, packed.metadata)
+
+
+def test_from_cutlass_ignores_its_padding() -> None:
+    packed = random_packed(65, 24)
+    values, e = packed.to_cutlass(64)
+    values[:, 12:] = torch.nan
+    everything = Sparse24.from_cutlass(torch.zeros(128, 32).bfloat16(), e, (128, 64), 64)
+    nibbles = unpack_metadata(everything.metadata, 128, 64)
+    nibbles[65:], nibbles[:, 6:] = 0xE, 0xE
+    everything.metadata.copy_(pack_metadata(nibbles))
+    back = Sparse24.from_cutlass(values, everything.to_cutlass(64)[1], (65, 24), 64)
+    assert_same_bits(back.to_dense(), packed.to_dense())
+    assert torch.equal(back.metadata, packed.metadata)
+
+
+@pytest.mark.parametrize("tile_k", [-64, 0, 16, 48])
+def test_cutlass_tile_k_must_be_a_multiple_of_32(tile_k: int) -> None:
+    with pytest.raises(Unsupported, match="multiple of 32"):
+        random_packed(1, 8).to_cutlass(tile_k)
+
+
+def test_from_cutlass_refuses_wrong_sizes() -> None:
+    values, e = random_packed(65, 264).to_cutlass(64)
+    with pytest.raises(Unsupported, match="contiguous bytes"):
+        Sparse24.from_cutlass(values, e, (65, 264), 128)
+    with pytest.raises(Unsupported, match="contiguous bytes"):
+        Sparse24.from_cutlass(values, e.view(torch.float32), (65, 264), 64)
+    with pytest.raises(Unsupported, match="values"):
+        Sparse24.from_cutlass(values[:, :100], e, (65, 264), 64)
+
+
+# ---------------------------------------------------------------- the dense matrix
+
+
+@settings(max_examples=40)
+@given(m=st.sampled_from([0, 1, 63, 65]), f=st.sampled_from([8, 24, 264]), dtype=st.sampled_from(DTYPES))
+def test_to_dense_bit_by_bit(m: int, f: int, dtype: torch.dtype) -> None:
+    packed = random_packed(m, f, dtype)
+    bits = packed.values.contiguous().view(torch.int16).tolist()
+    expected = [[0] * f for _ in range(m)]
+    for row, groups in enumerate(random_nibbles(m, f).tolist()):
+        for c, nibble in enumerate(groups):
+            expected[row][4 * c + nibble % 4] = bits[row][2 * c]
+            expected[row][4 * c + nibble // 4] = bits[row][2 * c + 1]
+    dense = packed.to_dense()
+    assert dense.shape == (m, f)
+    assert dense.is_contiguous()
+    assert dense.view(torch.int16).tolist() == expected
+
+
+# ---------------------------------------------------------------- construction
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that what is not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("f", COLUMNS)
+@pytest.mark.parametrize("m", ROWS)
+def test_empty(m: int, f: int, dtype: torch.dtype) -> None:
+    packed = Sparse24.empty(m, f, dtype, "cpu")
+    assert packed.shape == (m, f)
+    assert packed.dtype == dtype
+    assert packed.device == torch.device("cpu")
+    assert packed.values.shape == (m, f // 2)
+    assert packed.values.stride() == (-(-f // 2 // 8) * 8, 1)
+    assert packed.metadata.shape == (-(-m // 64), -(-f // 256), 128, 4)
+    storage = packed.values.as_strided((m, row_stride(f)), (row_stride(f), 1))
+    assert storage[:, : f // 2].isnan().all()
+    assert not storage[:, f // 2 :].any()
+
+
+@pytest.mark.parametrize(("m", "f"), [(-1, 8), (1, 0), (1, -8), (1, 4), (1, 12)])
+def test_shapes_that_cannot_be(m: int, f: int) -> None:
+    with pytest.raises(Unsupported, match="multiple of 8"):
+        Sparse24.empty(m, f, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.float8_e4m3fn])
+def test_dtypes_that_cannot_be(dtype: torch.dtype) -> None:
+    with pytest.raises(Unsupported, match=r"torch\.bfloat16 or torch\.float16"):
+        Sparse24.empty(1, 8, dtype, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda v, e: (v[:-1], e), "values are"),
+        (lambda v, e: (v.contiguous(), e), "strides"),
+        (lambda v, e: (v.mT.contiguous().mT, e), "strides"),
+        (lambda v, e: (v, e[:1]), "metadata"),
+        (lambda v, e: (v, e.long()), "metadata"),
+        (lambda v, e: (v, e.mT.contiguous().mT), "non-contiguous"),
+        (lambda v, e: (v, e.to("meta")), "one device"),
+        (lambda v, e: (v.float(), e), "bfloat16"),
+    ],
+)
+def test_fields_that_do_not_fit(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], complaint: str) -> None:
+    good = random_packed(65, 24)
+    with pytest.raises(Unsupported, match=complaint):
+        Sparse24(*change(good.values, good.metadata), good.shape)
+
+
+@pytest.mark.parametrize(
+    "nibbles",
+    [torch.zeros(4, 6, dtype=torch.int32), torch.zeros(24, dtype=torch.uint8), torch.zeros(4, 3, dtype=torch.uint8)],
+)
+def test_pack_metadata_refuses(nibbles: Tensor) -> None:
+    with pytest.raises(Unsupported):
+        pack_metadata(nibbles)
+
+
+def test_unpack_metadata_refuses_another_shape() -> None:
+    with pytest.raises(Unsupported, match="metadata"):
+        unpack_metadata(pack_metadata(random_nibbles(65, 264)), 64, 264)
+
+
+# ---------------------------------------------------------------- torch plumbing
+
+
+def test_pytree() -> None:
+    packed = random_packed(65, 24)
+    leaves, spec = pytree.tree_flatten({"s": packed})
+    assert leaves[0] is packed.values
+    assert leaves[1] is packed.metadata
+    back = pytree.tree_unflatten(leaves, spec)["s"]
+    assert isinstance(back, Sparse24)
+    assert back.shape == (65, 24)
+    nothing = pytree.tree_map(lambda _: None, packed)  # transforms put placeholders in the place of tensors
+    assert nothing.values is None
+    assert nothing.shape == (65, 24)
+
+
+def test_through_torch_compile() -> None:
+    """In and out of a compiled function without a graph break, and again with another M."""
+
+    def step(s: Sparse24, scale: Tensor) -> tuple[Sparse24, Tensor]:
+        scaled = Sparse24.empty(*s.shape, s.dtype, s.device)
+        scaled.values.copy_(s.values * scale)
+        scaled.metadata.copy_(s.metadata)
+        return scaled, s.to_dense().sum(dim=1)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    scale = torch.tensor(2.0, dtype=torch.bfloat16)
+    for m in (65, 3, 130):
+        packed = Sparse24.empty(m, 24, torch.bfloat16, "cpu")
+        packed.values.copy_(torch.randn(m, 12))
+        packed.metadata.copy_(pack_metadata(random_nibbles(m, 24)))
+        scaled, sums = compiled(packed, scale)
+        assert isinstance(scaled, Sparse24)
+        assert scaled.shape == (m, 24)
+        assert torch.equal(scaled.to_dense(), packed.to_dense() * 2)
+        assert torch.equal(sums, packed.to_dense().sum(dim=1))
+
+
+def test_repr_is_short() -> None:
+    assert repr(random_packed(65, 24)) == "Sparse24(65x24, torch.bfloat16, cpu)"
+
+
+def test_random_nibbles_cover_all_six() -> None:
+    assert set(random_nibbles(8, 64).flatten().tolist()) == set(LEGAL_NIBBLES)
