@@ -23,7 +23,9 @@ _TILES_M = (64, 128, 192)
 _TILES_N = (128, 256)
 _ACCUMULATOR_OVERHEAD = 32
 """Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
-_RASTER_GROUPS = (1, 4, 8, 16)
+_RASTER_GROUPS = (2, 4, 8, 16)
+_MOST_STAGES = 8
+"""Deeper rings hide nothing more: eight k-blocks are several microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +115,17 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
 
 
 def max_stages(family: Family, config: KernelConfig, target: GpuTarget) -> int:
-    """The deepest ring that fits the shared memory of ``target``."""
+    """The deepest useful ring that fits the shared memory of ``target``."""
     one = footprint(family.op, family.dtype, dataclasses.replace(config, stages=1)).shared_bytes
     two = footprint(family.op, family.dtype, dataclasses.replace(config, stages=2)).shared_bytes
-    return 1 + (target.smem_per_block - one) // (two - one)
+    return min(_MOST_STAGES, 1 + (target.smem_per_block - one) // (two - one))
 
 
 def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
-    """Every configuration worth trying, the default first.
+    """Every configuration worth trying, the default first. The ring is always as deep as fits.
+
+    Tiles of less than 128x256 move more bytes per FLOP; they are tried only where larger ones would leave
+    multiprocessors idle.
 
     Raises:
         Unsupported: no kernel computes the problem; the message is the reason.
@@ -128,12 +133,15 @@ def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     first = default(problem, target)
     if problem.family.op is Op.SPARSIFY24:
         return [first]
+    few_tiles = -(-problem.m // 128) * -(-problem.n // 256) < 2 * target.sm_count
+    tiles_m = _TILES_M if few_tiles else tuple(t for t in _TILES_M if t >= 128)
+    tiles_n = _TILES_N if few_tiles else (max(_TILES_N),)
     found = [first]
-    for tile_m, tile_n, cluster_m, producer in itertools.product(_TILES_M, _TILES_N, (1, 2), Producer):
+    for tile_m, tile_n, cluster_m, producer in itertools.product(tiles_m, tiles_n, (2, 1), Producer):
         base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer)
-        deepest = max_stages(problem.family, base, target)
-        for less, group in itertools.product((0, 1), _RASTER_GROUPS):
-            config = dataclasses.replace(base, stages=min(deepest - less, 8), raster_group=group)
+        base = dataclasses.replace(base, stages=max_stages(problem.family, base, target))
+        for group in _RASTER_GROUPS:
+            config = dataclasses.replace(base, raster_group=group)
             if config not in found and supports(problem, config, target).ok:
                 found.append(config)
     return found

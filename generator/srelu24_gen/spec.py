@@ -151,7 +151,7 @@ class KernelConfig:
 
     def compiled(self) -> Self:
         """This config with every runtime field at its default: equal for equal binaries."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("runtime")}
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("runtime")}
         return dataclasses.replace(self, **defaults)
 
 

@@ -86,7 +86,11 @@ struct Packed<cutlass::half_t> {
 };
 
 /// The low halves of x and y, and the high halves: undoes the (row g, row g + 8) pairing.
-__device__ __forceinline__ uint32_t low_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5410); }
-__device__ __forceinline__ uint32_t high_halves(uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7632); }
+__device__ __forceinline__ uint32_t low_halves(uint32_t x, uint32_t y) {
+  return __byte_perm(x, y, 0x5410);
+}
+__device__ __forceinline__ uint32_t high_halves(uint32_t x, uint32_t y) {
+  return __byte_perm(x, y, 0x7632);
+}
 
 }  // namespace srelu24

@@ -21,16 +21,18 @@ __device__ __forceinline__ uint32_t mask_ge(uint32_t x, uint32_t y) {
   return mask;
 }
 
-__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t x, uint32_t y) { return (x & mask) | (y & ~mask); }
+__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t x, uint32_t y) {
+  return (x & mask) | (y & ~mask);
+}
 
 /// Keep the two largest magnitudes of (a, b, c, d); `kept0` has the lower index.
 /// `nibble` gets 4 index bits at bit `Shift` (row g) and at bit `Shift + 16` (row g + 8).
 template <int Shift>
-__device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t const (&magnitude)[4],
-                                            uint32_t& kept0, uint32_t& kept1, uint32_t& nibble) {
+__device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t const (&magnitude)[4], uint32_t& kept0,
+                                            uint32_t& kept1, uint32_t& nibble) {
   auto const [a, b, c, d] = magnitude;
-  uint32_t const first_ge = mask_ge(a, b);   // a beats b
-  uint32_t const third_ge = mask_ge(c, d);   // c beats d
+  uint32_t const first_ge = mask_ge(a, b);                              // a beats b
+  uint32_t const third_ge = mask_ge(c, d);                              // c beats d
   uint32_t const low_pair = mask_ge(__vminu2(a, b), __vmaxu2(c, d));    // both of a, b are kept
   uint32_t const high_pair = ~mask_ge(__vmaxu2(a, b), __vminu2(c, d));  // both of c, d are kept
   uint32_t const keep_a = low_pair | first_ge;
@@ -38,10 +40,10 @@ __device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t
   kept0 = select(high_pair, value[2], select(keep_a, value[0], value[1]));
   kept1 = select(low_pair, value[1], select(high_pair | ~third_ge, value[3], value[2]));
 
-  nibble |= ~(high_pair | keep_a) & (0x00010001u << Shift);            // i0 = 1
-  nibble |= high_pair & (0x00020002u << Shift);                        // i0 = 2
+  nibble |= ~(high_pair | keep_a) & (0x00010001u << Shift);               // i0 = 1
+  nibble |= high_pair & (0x00020002u << Shift);                           // i0 = 2
   nibble |= (low_pair | high_pair | ~third_ge) & (0x00040004u << Shift);  // i1 odd
-  nibble |= ~low_pair & (0x00080008u << Shift);                        // i1 >= 2
+  nibble |= ~low_pair & (0x00080008u << Shift);                           // i1 >= 2
 }
 
 /// Prune 16 neighbouring features: `value[f]` holds feature f of both rows.

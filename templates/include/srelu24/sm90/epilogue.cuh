@@ -13,10 +13,10 @@ namespace srelu24 {
 
 /// Where this thread's part of a warpgroup's 64 x kTileN block lies in the output.
 struct BlockPosition {
-  int row;      // first of this thread's two rows (the other is +8)
-  int column;   // first column of the tile
-  int block;    // row / 64 of the warpgroup's block
-  int thread;   // in the warpgroup
+  int row;     // first of this thread's two rows (the other is +8)
+  int column;  // first column of the tile
+  int block;   // row / 64 of the warpgroup's block
+  int thread;  // in the warpgroup
 };
 
 __device__ __forceinline__ BlockPosition block_position(int first_row, int first_column) {
@@ -57,8 +57,6 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
     bool const inside = column < p.n;  // n is a multiple of 8
-    float bias[8] = {};
-    if (Config::kBias && inside) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int64_t const row = at.row + 8 * h;
@@ -67,7 +65,18 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
         load8<Element>(x, static_cast<Element const*>(p.residual) + row * p.residual_stride + column);
       }
 #pragma unroll
-      for (int c = 0; c < 8; ++c) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] = bias[c] + x[c];
+      for (int c = 0; c < 8; ++c) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] = x[c];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Config::kTileN / 32; ++i) {
+    int const column = column_of<Config>(at, i);
+    float bias[8] = {};
+    if (Config::kBias && column < p.n) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] += bias[c];
     }
   }
 }
@@ -93,25 +102,6 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Ge
         y[c] = Config::kRelu2 ? P::square(P::round_relu(low, high)) : P::round(low, high);
       }
       store16(out + row * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
-    }
-  }
-}
-
-/// Zero what lies beyond the matrix, where a bias, Inf or NaN may have left something.
-template <class Config>
-__device__ __forceinline__ void zero_outside(float (&acc)[Config::kTileN / 2], GemmParams const& p,
-                                               BlockPosition const& at) {
-#pragma unroll
-  for (int i = 0; i < Config::kTileN / 32; ++i) {
-    bool const column_inside = column_of<Config>(at, i) < p.n;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      bool const inside = column_inside && at.row + 8 * h < p.m;
-#pragma unroll
-      for (int c = 0; c < 8; ++c) {
-        float& x = acc[16 * i + 4 * (c / 2) + 2 * h + c % 2];
-        x = inside ? x : 0.f;
-      }
     }
   }
 }
@@ -144,7 +134,8 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], G
   using Element = typename Config::Element;
   using P = Packed<Element>;
   static_assert(Config::kTileN == 256, "one 16-byte vector of E covers 256 columns");
-  if (at.block * 64 + 64 > p.m || at.column + Config::kTileN > p.n) zero_outside<Config>(acc, p, at);
+  // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
+  uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
 
   uint32_t words[4];
 #pragma unroll
@@ -153,7 +144,8 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], G
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
       int const x = 4 * (8 * q + f / 2) + f % 2;
-      value[f] = P::round_relu(acc[x], acc[x + 2]);
+      uint32_t const inside = column_of<Config>(at, 2 * q + f / 8) < p.n ? rows : 0u;
+      value[f] = P::round_relu(acc[x], acc[x + 2]) & inside;
     }
     int const feature = at.column + 64 * q + at.thread % 4 * 16;
     if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);

@@ -5,10 +5,10 @@
 // which costs 6-8 %.
 #pragma once
 
+#include <cuda/std/utility>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/arch/mma_sm90_gmma_sparse.hpp>
-#include <cuda/std/utility>
 
 #include <srelu24/sm90/pipeline.cuh>
 

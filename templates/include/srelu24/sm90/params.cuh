@@ -15,16 +15,16 @@ struct alignas(64) TensorMap {
 /// The walk over the output's cluster tiles (raster.cuh). Divisors come with the host's multipliers.
 struct RasterParams {
   int32_t tiles, tiles_n;
-  int32_t group;              // cluster tiles walked along M before moving on along N: the height of a band
-  int32_t full_bands;         // bands of that height; the last may be lower
-  cutlass::FastDivmod band;   // group * tiles_n
+  int32_t group;             // cluster tiles walked along M before moving on along N: the height of a band
+  int32_t full_bands;        // bands of that height; the last may be lower
+  cutlass::FastDivmod band;  // group * tiles_n
   cutlass::FastDivmod height, last_height;
 };
 
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
 struct GemmParams {
-  TensorMap a;              // [m, k], or the packed values [m, k / 2]
-  TensorMap b_share;        // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
+  TensorMap a;        // [m, k], or the packed values [m, k / 2]
+  TensorMap b_share;  // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
   TensorMap b_rows[2];
   uint4 const* metadata;    // spgemm: E of A, [ceil(m / 64)][ceil(k / 256)][128]
   void* out;                // [m, n], or the packed values [m, n / 2]

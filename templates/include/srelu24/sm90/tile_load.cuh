@@ -51,8 +51,8 @@ struct TileLoader {
     shared.full[stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
     auto* barrier = reinterpret_cast<uint64_t*>(&shared.full[stage]);
 
-    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[stage],
-                                 Config::kSparse ? load.k / 2 : load.k, load.row);
+    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[stage], Config::kSparse ? load.k / 2 : load.k,
+                                 load.row);
     uint8_t* const share = shared.b[stage] + cta * kShareRows * 128;
     if (Config::kRaggedN && load.ragged) {
 #pragma unroll 1

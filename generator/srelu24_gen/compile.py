@@ -1,0 +1,287 @@
+"""KernelSpec -> BuiltKernel: the key of a binary, compiling, building once across processes, building many."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from srelu24_gen.errors import CompileError, Srelu24Error
+from srelu24_gen.nvrtc import Answer
+from srelu24_gen.paths import templates_dir
+from srelu24_gen.render import RenderedKernel, render
+from srelu24_gen.spec import KernelSpec
+from srelu24_gen.store import BuildStore, KernelMeta
+from srelu24_gen.target import Toolchain
+
+__all__ = [
+    "ABI",
+    "ENTRY",
+    "BuildStore",
+    "BuiltKernel",
+    "KernelMeta",
+    "Outcome",
+    "build",
+    "build_many",
+    "build_rendered",
+    "compile_source",
+]
+
+ENTRY = "srelu24_kernel"
+"""Symbol of the kernel in every binary."""
+ABI = 1
+"""Raise it when the launcher passes parameters in another way: older binaries are then built anew."""
+FLAGS = ("-std=c++20", "-default-device", "--ptxas-options=-v", "--no-cache")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What NVRTC makes of a source."""
+
+    cubin: bytes
+    log: str
+    """Compiler and ptxas output, with its resource report."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltKernel:
+    """A binary ready to load."""
+
+    spec: KernelSpec
+    cubin: bytes
+    meta: KernelMeta
+    folder: Path | None
+    """Its entry in the build store; None where the store could not be written."""
+    from_cache: bool
+
+
+Outcome = BuiltKernel | Srelu24Error
+"""Of one build among many: failures are data."""
+
+
+def build(spec: KernelSpec, *, store: BuildStore | None = None, toolchain: Toolchain | None = None) -> BuiltKernel:
+    """Render and compile a kernel, or take it from the store.
+
+    Raises:
+        ToolchainError, RenderError, CompileError, CacheError: as their names say.
+    """
+    return build_rendered(render(spec), store=store, toolchain=toolchain)
+
+
+def build_rendered(
+    rendered: RenderedKernel, *, store: BuildStore | None = None, toolchain: Toolchain | None = None
+) -> BuiltKernel:
+    """As :func:`build`, from a source.
+
+    Raises:
+        CompileError: NVRTC rejected it; source and log are kept in the folder that the error names.
+        ToolchainError, CacheError: as their names say.
+    """
+    store, toolchain = store or BuildStore(), toolchain or Toolchain.find()
+    key = _key(rendered, toolchain)
+    if hit := _cached(rendered, key, store):
+        return hit
+    name = rendered.spec.name
+    with store.lock(key):
+        if hit := _cached(rendered, key, store):  # built by another process while this one waited
+            return hit
+        try:
+            compiled = compile_source(rendered.source, name, arch=rendered.spec.arch, toolchain=toolchain)
+            meta = _describe(rendered, key, compiled, toolchain)
+        except CompileError as error:
+            command = shlex.join(["nvrtc", *_options(rendered.spec.arch, toolchain), "kernel.cu"])
+            folder = store.keep_failure(key, name, source=rendered.source, log=error.log, command=command)
+            where = f"; source, log and command are in {folder}" if folder else ""
+            raise CompileError(f"{error}{where}", error.log, folder) from None
+        folder = store.publish(meta, source=rendered.source, cubin=compiled.cubin, log=compiled.log)
+    return BuiltKernel(rendered.spec, compiled.cubin, meta, folder, from_cache=False)
+
+
+def build_many(
+    specs: Iterable[KernelSpec],
+    *,
+    jobs: int | None = None,
+    on_done: Callable[[KernelSpec, Outcome], None] | None = None,
+    store: BuildStore | None = None,
+    toolchain: Toolchain | None = None,
+) -> list[Outcome]:
+    """Build kernels side by side, each compiled by a process of its own.
+
+    Specs that differ in runtime fields only are compiled once. An interrupt lets running compilations end, so
+    their results are kept.
+
+    Args:
+        jobs: processes at a time, by default the CPUs this process may use.
+        on_done: called in this thread as each spec is done, in no particular order.
+
+    Returns:
+        In the order of ``specs``: the kernel, or the error that its build raised.
+
+    Raises:
+        ToolchainError, CacheError: nothing can be built at all.
+    """
+    store, toolchain = store or BuildStore(), toolchain or Toolchain.find()
+    specs = list(specs)
+    outcomes: dict[KernelSpec, Outcome] = {}
+    wanted: dict[KernelSpec, list[KernelSpec]] = {}
+    for spec in dict.fromkeys(specs):
+        wanted.setdefault(dataclasses.replace(spec, config=spec.config.compiled()), []).append(spec)
+
+    def done(binary: KernelSpec, outcome: Outcome) -> None:
+        for spec in wanted[binary]:
+            outcomes[spec] = dataclasses.replace(outcome, spec=spec) if isinstance(outcome, BuiltKernel) else outcome
+            if on_done:
+                on_done(spec, outcomes[spec])
+
+    missing: list[RenderedKernel] = []
+    for binary in wanted:
+        try:
+            rendered = render(binary)
+        except Srelu24Error as error:
+            done(binary, error)
+            continue
+        if hit := _cached(rendered, _key(rendered, toolchain), store):
+            done(binary, hit)
+        else:
+            missing.append(rendered)
+    pool = ThreadPoolExecutor(jobs or _cpus())
+    try:
+        futures = {pool.submit(_attempt, rendered, store, toolchain): rendered.spec for rendered in missing}
+        for future in as_completed(futures):
+            done(futures[future], future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [outcomes[spec] for spec in specs]
+
+
+def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: Toolchain | None = None) -> Compiled:
+    """CUDA C++ to a cubin, without the store, in a process of its own (:mod:`srelu24_gen.nvrtc` says why).
+
+    Raises:
+        CompileError: NVRTC rejected it; ``log`` has all it printed.
+        ToolchainError: NVRTC or headers are missing.
+    """
+    toolchain = toolchain or Toolchain.find()
+    # The compiler finds what this process finds, however sys.path came about.
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), *sys.path]))
+    try:
+        child = subprocess.run(
+            [sys.executable, "-P", "-m", "srelu24_gen.nvrtc"],
+            input=json.dumps({"source": source, "options": _options(arch, toolchain)}).encode(),
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,  # the terminal's Ctrl-C is for the parent
+            check=True,
+        )
+        head, _, cubin = child.stdout.partition(b"\n")
+        answer: Answer = json.loads(head)
+    except subprocess.CalledProcessError as error:
+        ended = f"the process compiling {name} ended with status {error.returncode}"
+        log = error.stderr.decode(errors="replace")
+        raise CompileError(f"{ended}; if memory ran out, build with fewer jobs", log) from error
+    except (OSError, ValueError) as error:
+        raise CompileError(f"the process compiling {name} could not be run: {error}") from error
+    if not cubin:
+        first = re.search(r"^.*\berror\b.*$", answer["log"], re.MULTILINE)
+        reason = first.group().strip() if first else answer["status"]
+        raise CompileError(
+            f"NVRTC {toolchain.nvrtc_version} rejected {name}: {reason}", answer["log"] or answer["status"]
+        )
+    return Compiled(cubin, answer["log"], answer["seconds"])
+
+
+def _options(arch: str, toolchain: Toolchain) -> list[str]:
+    folders = (templates_dir() / "include", *toolchain.include_dirs)
+    return [f"--gpu-architecture={arch}", *FLAGS, *(f"--include-path={folder}" for folder in folders)]
+
+
+def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
+    """SHA-256 of all that decides what the binary is; no paths, so that it is the same on every machine."""
+    parts = {
+        "abi": ABI,
+        "source": rendered.source,
+        "headers": _headers_digest(templates_dir() / "include"),
+        "flags": [rendered.spec.arch, *FLAGS],
+        "nvrtc": toolchain.nvrtc_version,
+        "cutlass": toolchain.cutlass_version,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _headers_digest(folder: Path) -> str:
+    """SHA-256 of every file below ``folder``; a file is read again only when its time or size has changed."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        info = path.stat()
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        digest.update(_file_digest(path, info.st_mtime_ns, info.st_size))
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(path: Path, _mtime_ns: int, _size: int) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def _cached(rendered: RenderedKernel, key: str, store: BuildStore) -> BuiltKernel | None:
+    name = rendered.spec.name
+    found = store.load(key, name)
+    return BuiltKernel(rendered.spec, *found, store.entry(key, name), from_cache=True) if found else None
+
+
+def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain: Toolchain) -> KernelMeta:
+    """Read ptxas's report (``--ptxas-options=-v``); its lines for NVRTC 13.0 are in tests/compile."""
+    spec, log = rendered.spec, compiled.log
+    _, found, report = log.partition(f"Compiling entry function '{ENTRY}'")
+    if not found:
+        raise CompileError(f'{rendered.template} defines no kernel extern "C" __global__ {ENTRY}', log)
+    report = report.partition("Compiling entry function")[0]
+    stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    used = re.search(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?", report)
+    if not stack or not used:
+        raise CompileError(
+            f"NVRTC {toolchain.nvrtc_version} reports the registers of {spec.name} in an unknown form", log
+        )
+    return KernelMeta(
+        name=spec.name,
+        key=key,
+        entry=ENTRY,
+        arch=spec.arch,
+        template=rendered.template,
+        family={k: v if isinstance(v, bool) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
+        config=spec.config.compiled().to_dict(),
+        registers=int(used[1]),
+        stack_bytes=int(stack[1]),
+        spill_bytes=int(stack[2]) + int(stack[3]),
+        static_smem=int(used[2] or 0),
+        warnings=[line.strip() for line in re.findall(r"^ptxas\b[^(\n]*(\(C\d+\).*)$", log, re.MULTILINE)],
+        compile_seconds=round(compiled.seconds, 3),
+        nvrtc_version=toolchain.nvrtc_version,
+        cutlass_version=toolchain.cutlass_version,
+        source_digest=hashlib.sha256(rendered.source.encode()).hexdigest(),
+        abi=ABI,
+        cubin_bytes=len(compiled.cubin),
+        cubin_sha256=hashlib.sha256(compiled.cubin).hexdigest(),
+    )
+
+
+def _attempt(rendered: RenderedKernel, store: BuildStore, toolchain: Toolchain) -> Outcome:
+    try:
+        return build_rendered(rendered, store=store, toolchain=toolchain)
+    except CompileError as error:
+        return error
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,147 @@
+"""GPU targets by key and by device; what Toolchain.find says when a part is missing."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from srelu24_gen import target
+from srelu24_gen.errors import ToolchainError, Unsupported
+from srelu24_gen.target import TARGETS, Toolchain, target_by_key, target_for_device
+
+
+def test_limits_follow_from_the_hopper_multiprocessor() -> None:
+    for key, gpu in TARGETS.items():
+        assert gpu.key == key
+        assert gpu.arch == "sm_90a"
+        assert gpu.smem_per_block == (228 - 1) * 1024, "228 KiB per SM, of which 1 KiB is the system's"
+        assert gpu.registers_per_sm * 4 == 256 * 1024, "a 256 KiB register file"
+        assert gpu.l2_bytes % (1 << 20) == 0
+    # 16896 and 14592 CUDA cores of NVIDIA's data sheets, 128 per multiprocessor.
+    assert target_by_key("h100").sm_count == target_by_key("h200").sm_count == 16896 // 128
+    assert target_by_key("h100-pcie").sm_count == 14592 // 128
+
+
+def test_an_unknown_key_names_the_known_ones() -> None:
+    with pytest.raises(Unsupported, match=r"'b200'.*h100, .*h200"):
+        target_by_key("b200")
+
+
+@pytest.mark.parametrize(
+    ("name", "sms", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 132, "h100"),
+        ("NVIDIA H100 PCIe", 114, "h100-pcie"),
+        ("NVIDIA H100 NVL", 132, "h100-nvl"),
+        ("NVIDIA H200", 132, "h200"),
+        ("NVIDIA GH200 480GB", 132, "gh200"),
+        ("NVIDIA GH200 144G HBM3e", 132, "gh200"),
+        ("NVIDIA H200 NVL", 132, "h200-nvl"),
+        ("NVIDIA H800", 132, "h800"),
+        ("NVIDIA H20", 78, "h20"),
+        ("NVIDIA H200 MIG 1g.18gb", 16, "h200-mig-1g-18gb"),
+        ("NVIDIA GH200 480GB MIG 1g.12gb", 16, "gh200-480gb-mig-1g-12gb"),
+    ],
+)
+def test_devices_are_told_apart(name: str, sms: int, key: str) -> None:
+    found = target_for_device(name, (9, 0), sms)
+    assert (found.key, found.name, found.sm_count) == (key, name, sms)
+    assert re.fullmatch(r"[a-z0-9-]+", found.key), "a key is a folder name"
+
+
+def test_every_known_device_is_found_by_its_own_description() -> None:
+    for gpu in TARGETS.values():
+        assert target_for_device(gpu.name, (9, 0), gpu.sm_count) == gpu
+
+
+def test_part_of_a_known_gpu_is_another_target_with_its_own_limits() -> None:
+    found = target_for_device("NVIDIA H200", (9, 0), 60, smem_per_block=1000, registers_per_sm=2000, l2_bytes=3000)
+    assert found.key not in TARGETS
+    assert (found.sm_count, found.smem_per_block, found.registers_per_sm, found.l2_bytes) == (60, 1000, 2000, 3000)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_architectures_are_refused_with_the_reason(capability: tuple[int, int]) -> None:
+    with pytest.raises(Unsupported, match=rf"Some GPU has compute capability {capability[0]}\.{capability[1]}.*9\.0"):
+        target_for_device("Some GPU", capability, 108)
+
+
+# ---- toolchain
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A complete environment of empty headers, and an NVRTC 13.0 that answers its version."""
+    headers = {
+        "cutlass_library/source/include/cute/arch/mma_sm90_gmma_sparse.hpp": "",
+        "cutlass_library/source/include/cutlass/version.h": (
+            "#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 1 \n"
+        ),
+        "nvidia/cu13/include/cuda_fp16.h": "",
+        "nvidia/cu13/include/cuda.h": "#define CUDA_VERSION 13000\n",
+        "nvidia/cu13/include/crt/host_defines.h": "",
+        "nvidia/cu13/include/cccl/cuda/std/cstdint": "",
+    }
+    for name, text in headers.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(target, "_package_dirs", lambda package: iter([tmp_path / "elsewhere", tmp_path / package]))
+    monkeypatch.setattr(target, "_nvrtc_version", lambda: (13, 0))
+    monkeypatch.setattr(target, "_patch_version", lambda major, minor: f"{major}.{minor}.99")
+    target._find_parts.cache_clear()
+    yield tmp_path
+    target._find_parts.cache_clear()
+
+
+def test_a_complete_environment_is_found(environment: Path) -> None:
+    found = Toolchain.find()
+    assert found.nvrtc_version == "13.0.99"
+    assert found.cutlass_version == "4.2.1"
+    cuda = environment / "nvidia/cu13/include"
+    assert found.include_dirs == (environment / "cutlass_library/source/include", cuda, cuda / "cccl")
+
+
+@pytest.mark.parametrize(
+    ("header", "wheel"),
+    [
+        ("cutlass_library/source/include/cute/arch/mma_sm90_gmma_sparse.hpp", "nvidia-cutlass"),
+        ("nvidia/cu13/include/cuda_fp16.h", "nvidia-cuda-runtime"),
+        ("nvidia/cu13/include/crt/host_defines.h", "nvidia-cuda-crt"),
+        ("nvidia/cu13/include/cccl/cuda/std/cstdint", "nvidia-cuda-cccl"),
+    ],
+)
+def test_a_missing_header_names_the_wheel_and_is_looked_for_again(environment: Path, header: str, wheel: str) -> None:
+    (environment / header).unlink()
+    with pytest.raises(ToolchainError, match=rf"pip install '{wheel}=="):
+        Toolchain.find()
+    (environment / header).touch()
+    assert Toolchain.find().include_dirs
+
+
+def test_nvrtc_of_another_cuda_is_refused(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "_nvrtc_version", lambda: (12, 8))
+    with pytest.raises(ToolchainError, match=r"NVRTC is 12\.8 but the CUDA headers are 13.*nvidia-cuda-nvrtc==13"):
+        Toolchain.find()
+
+
+def test_missing_bindings_and_missing_library_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_library() -> None:
+        raise RuntimeError('Failure finding "libnvrtc.so"')  # what cuda-pathfinder raises
+
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=SimpleNamespace(nvrtcVersion=no_library)))
+    with pytest.raises(ToolchainError, match="pip install 'nvidia-cuda-nvrtc==13"):
+        target._nvrtc_version()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(ToolchainError, match="pip install 'cuda-bindings==13"):
+        target._nvrtc_version()
+
+
+def test_the_wheels_patch_level_counts_only_if_it_is_that_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda package: "13.0.88")
+    assert target._patch_version(13, 0) == "13.0.88"
+    assert target._patch_version(13, 1) == "13.1"
