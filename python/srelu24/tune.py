@@ -1,0 +1,180 @@
+"""The tuner: finds the fastest kernels for an FFN on this GPU and stores them with their evidence.
+
+How it searches is in :mod:`srelu24.search`; here it meets the GPU, the compiler and the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+import torch
+from rich.markup import escape
+from rich.progress import TaskID
+
+from srelu24 import views
+from srelu24.db import Database
+from srelu24.dispatch import clear_cache, gpu_of
+from srelu24.measure import environment
+from srelu24.search import Runner, Search
+from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted, TuneReport
+from srelu24.worker import Job, Outcome, Step, Worker
+from srelu24_gen.compile import BuiltKernel, build_many
+from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
+
+
+def tune_ffn(
+    m: int,
+    d: int,
+    f: int,
+    dtype: DType,
+    *,
+    bias: bool = False,
+    density: float = 0.1,
+    budget_s: float = 120.0,
+    resume: bool = True,
+    dense: bool = False,
+    device: torch.device | str = "cuda",
+    db: Database | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    runner: Runner | None = None,
+) -> TuneReport:
+    """Search for the best configurations of an FFN of M tokens, width D and hidden width F.
+
+    Every trial is on disk as soon as it is known, so an interrupt loses nothing that was measured.
+
+    Args:
+        bias: whether both layers have one.
+        density: share of non-zero activations in the data it is timed on.
+        budget_s: seconds for the search; what was begun is finished.
+        resume: take over candidates that were screened before, of the same binary, GPU and density.
+        dense: tune the dense GEMMs first, with a third of the time, and time them next to the sparse ones.
+        device: the GPU to tune.
+        db: where trials and records go; the user's database by default.
+        on_event: called with every :data:`~srelu24.tune_events.Event`; :func:`live_view` gives one that draws.
+        runner: replaces the GPU and the compiler.
+
+    Raises:
+        Unsupported: the sizes or the device are not supported.
+        CompileError, LaunchError: a default configuration cannot be built or does not run.
+        RecordError: the database cannot be written.
+    """
+    gemm1 = Problem(Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, bias), m, f, d)
+    gemm2 = Problem(Family(Op.SPGEMM, dtype, bias=bias), m, d, f)
+    dense1 = Problem(Family(Op.GEMM, dtype, Activation.RELU2, bias), m, f, d)
+    dense2 = Problem(Family(Op.GEMM, dtype, bias=bias), m, d, f)
+    if m < 1:
+        raise Unsupported(f"M is {m}; tuning needs at least one token")
+    db = db or Database.open()
+    emit = on_event or (lambda event: None)
+    runner = runner or GpuRunner(torch.device(device))
+    begin = runner.now()
+    reports: list[TuneReport] = []
+    with contextlib.closing(runner):
+        beside: tuple[Step, ...] = ()
+        if dense:
+            reports.append(Search((dense1, dense2), runner, db, density, budget_s / 3, resume, emit).run())
+            beside = tuple(Step(record.problem, record.kernel_config()) for record in reports[0].records)
+            budget_s -= budget_s / 3
+        reports.append(Search((gemm1, gemm2), runner, db, density, budget_s, resume, emit, beside).run())
+    records = [record for report in reversed(reports) for record in report.records]
+    report = dataclasses.replace(reports[-1], records=records, seconds=runner.now() - begin)
+    clear_cache()  # so that this process runs what was found
+    emit(Finished(report))
+    return report
+
+
+class GpuRunner:
+    """A device, its worker process, and compilers on the other cores. Source of the idea: Inductor's autotuner."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise Unsupported(f"the device to tune is {device}; a CUDA GPU of compute capability 9.0 is needed")
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.target = gpu_of(self._device)
+        self._worker = Worker(str(self._device))
+
+    def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
+        """Compiles in the background, so that the GPU can time what is done."""
+        done: queue.SimpleQueue[tuple[KernelSpec, str | Srelu24Error] | BaseException | None] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def on_done(spec: KernelSpec, outcome: BuiltKernel | Srelu24Error) -> None:
+            done.put((spec, outcome.meta.key if isinstance(outcome, BuiltKernel) else outcome))
+            if stop.is_set():
+                raise InterruptedError("nobody waits for these kernels any more")
+
+        def work() -> None:
+            try:
+                build_many(specs, jobs=max(1, len(os.sched_getaffinity(0)) - 1), on_done=on_done)
+                done.put(None)
+            except BaseException as error:  # handed to the thread that waits
+                done.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            while (item := done.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+
+    def run(self, job: Job) -> Iterator[Outcome]:
+        return self._worker.run(job)
+
+    def versions(self) -> dict[str, str]:
+        names = ("driver", "power_limit_watts", "cuda", "torch", "nvrtc", "cutlass", "srelu24", "commit")
+        found = environment(self._device)
+        return {name: str(found[name]) for name in names if found.get(name) is not None}
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+@contextlib.contextmanager
+def live_view() -> Iterator[Callable[[Event], None]]:
+    """A progress view on stderr: a bar per stage and problem, the best so far, failures as they come, the result."""
+    with views.progress() as progress:
+        tasks: dict[tuple[str, str], TaskID] = {}
+
+        def on_event(event: Event) -> None:
+            match event:
+                case StageStarted():
+                    title = escape(f"{event.stage} {event.what}")
+                    tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
+                case Advanced():
+                    best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
+                    title = escape(f"{event.stage} {event.what}{best}")
+                    progress.update(tasks[event.stage, event.what], completed=event.done, description=title)
+                case Failure():
+                    progress.console.print(
+                        escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"
+                    )
+                case Finished():
+                    for line in summary(event.report):
+                        progress.console.print(escape(line), soft_wrap=True)
+
+        yield on_event
+
+
+def summary(report: TuneReport) -> list[str]:
+    """The result in words, a line per kernel and one for the whole."""
+    lines = []
+    for record in report.records:
+        config, evidence = views.config_text(record.family.op, record.config), record.evidence
+        lines.append(f"{record}: {config}, {evidence.ms:.3f} ms (default {evidence.default_ms:.3f} ms)")
+    verdict = "no pair beats the default beyond noise" if report.kept_default else f"{report.speedup:.3f}x the default"
+    counts = f"{report.tried} timed, {report.resumed} taken over, {len(report.failures)} failed"
+    lines.append(f"Chained {report.pair_ms:.3f} ms: {verdict}.")
+    lines.append(f"{counts}, {report.skipped} not reached, in {report.seconds:.0f} s.")
+    return lines

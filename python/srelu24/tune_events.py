@@ -1,0 +1,76 @@
+"""What the tuner tells: events while it searches, a report at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from srelu24.db import TuningRecord
+
+Stage = Literal["screen", "refine", "pair"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    """``what`` is a problem, or both of a pair; ``total`` counts candidates."""
+
+    stage: Stage
+    what: str
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Advanced:
+    """``done`` of ``total`` candidates (a fraction while they are timed together); ``best`` so far over the default."""
+
+    stage: Stage
+    what: str
+    done: float
+    total: int
+    best: str
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A candidate that could not be built, hung, crashed or was wrong."""
+
+    stage: Stage
+    what: str
+    config: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TuneReport:
+    """What a search found."""
+
+    records: list[TuningRecord]
+    """The winners of GEMM1 and GEMM2, as stored; with ``dense``, those of the dense GEMMs follow."""
+    pair_ms: float
+    """Both winners chained, milliseconds."""
+    pair_default_ms: float
+    """Both defaults chained, in the same rounds."""
+    speedup: float
+    """Default pair over winning pair, median of paired rounds; 1 where the default is kept."""
+    kept_default: bool
+    tried: int
+    """Candidates timed in this run, all stages."""
+    resumed: int
+    """Candidates taken over from an earlier run."""
+    skipped: int
+    """Candidates left out because the time was up."""
+    failures: list[Failure]
+    pruned: list[Failure]
+    """Configurations that cannot work for these sizes on this GPU, with the reason."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The search is over."""
+
+    report: TuneReport
+
+
+Event = StageStarted | Advanced | Failure | Finished
