@@ -19,9 +19,12 @@ from srelu24.loader import ArgumentBlock, LoadedKernel, check, load
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
+from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import DType, KernelSpec, Op, Problem
 
 TORCH_DTYPE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
+DTYPES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+"""Storage types of the kernels, by torch's name."""
 _TMA_DTYPE = {
     DType.BF16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     DType.FP16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -73,8 +76,14 @@ def run(spec: KernelSpec, operands: Operands) -> None:
 
 
 @functools.cache
-def launcher_for(spec: KernelSpec, device: int) -> GemmLauncher | SparsifyLauncher:
-    """The loaded kernel of ``spec`` on ``cuda:device`` with its argument cache."""
+def launcher_for(spec: KernelSpec, device: int) -> Launcher:
+    """The loaded kernel of ``spec`` on ``cuda:device`` with its argument cache.
+
+    Raises:
+        LaunchError: the kernel is not loaded yet and a CUDA graph is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise LaunchError(f"{spec.name} is not loaded yet; run the operation once before capturing a CUDA graph.")
     return (SparsifyLauncher if spec.family.op is Op.SPARSIFY24 else GemmLauncher)(spec, device)
 
 
@@ -107,7 +116,7 @@ class GemmLauncher:
             a.shape[0],
             n,
             k,
-            a.stride(0),
+            _row_stride(a),
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
@@ -119,7 +128,7 @@ class GemmLauncher:
                 self._blocks.clear()
             self._blocks[key] = found
         block, grid = found
-        self.kernel.launch(grid, block.address, torch.cuda.current_stream(self.kernel.device).cuda_stream)
+        self.kernel.launch(grid, block.address, _stream(self.kernel.device))
 
     def _encode(
         self,
@@ -212,7 +221,8 @@ class SparsifyLauncher:
         self.kernel = load(build(spec), device, threads=WARPGROUP_THREADS, shared_bytes=0)
 
     def __call__(self, o: Operands) -> None:
-        assert isinstance(o.a, Tensor) and isinstance(o.out, Sparse24)
+        assert isinstance(o.a, Tensor)
+        assert isinstance(o.out, Sparse24)
         m, n = o.a.shape
         values, metadata = o.out.values, o.out.metadata
         block = ArgumentBlock(
@@ -228,8 +238,17 @@ class SparsifyLauncher:
             )
         )
         grid = metadata.shape[0] * metadata.shape[1]
-        stream = torch.cuda.current_stream(self.kernel.device).cuda_stream
-        self.kernel.launch(grid, block.address, stream)
+        self.kernel.launch(grid, block.address, _stream(self.kernel.device))
+
+
+def _stream(device: int) -> int:
+    """The current stream's handle; torch's public way builds an object first, for 3 us."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def _row_stride(matrix: Tensor) -> int:
+    """Elements between rows. Of a single row torch keeps any stride, and the TMA wants a multiple of 16 bytes."""
+    return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
 
 
 def _raster(tiles_m: int, tiles_n: int, group: int) -> bytes:
@@ -248,6 +267,8 @@ def _fast_divmod(divisor: int) -> bytes:
     power = 31 + (divisor - 1).bit_length()
     return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
 
+
+Launcher = GemmLauncher | SparsifyLauncher
 
 _SWIZZLE = {
     64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
@@ -288,4 +309,4 @@ def _tensor_map(
         ),
         f"describing a tensor of {dims} elements with row strides {strides} to the TMA",
     )
-    return ctypes.string_at(int(encoded.getPtr()), 128)  # type: ignore[attr-defined]
+    return ctypes.string_at(int(encoded.getPtr()), 128)

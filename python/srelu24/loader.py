@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cuda.bindings import driver
@@ -13,7 +14,7 @@ from srelu24_gen.compile import BuiltKernel
 from srelu24_gen.errors import LaunchError
 
 
-def check(result: tuple[object, ...], doing: str) -> object:
+def check(result: tuple[Any, ...], doing: str) -> Any:
     """Unwrap a cuda.bindings result.
 
     Raises:
@@ -74,8 +75,8 @@ def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) ->
     )
     return LoadedKernel(
         name=name,
-        function=driver.CUfunction(int(kernel)),  # type: ignore[call-overload]
-        library=library,  # type: ignore[arg-type]
+        function=driver.CUfunction(int(kernel)),
+        library=library,
         shared_bytes=shared_bytes,
         threads=threads,
         device=device,

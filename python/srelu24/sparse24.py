@@ -97,7 +97,7 @@ class Sparse24:
         values, padding = padded[:, : f // 2], padded[:, f // 2 :]
         if padding.shape[1]:
             padding.zero_()
-        return cls(values, torch.empty(metadata_shape(m, f), dtype=torch.int32, device=device), (m, f))
+        return _unchecked(values, torch.empty(metadata_shape(m, f), dtype=torch.int32, device=device), (m, f))
 
     def to_dense(self) -> Tensor:
         """The pruned matrix [M, F] in the storage type: kept values bit for bit, +0 elsewhere."""
@@ -275,9 +275,15 @@ def _flatten(s: Sparse24) -> tuple[list[Any], tuple[int, int]]:
 
 def _unflatten(leaves: Any, shape: tuple[int, int]) -> Sparse24:
     # Leaves may be anything here (None, specs, fake tensors), so __post_init__ must not judge them.
+    values, metadata = leaves
+    return _unchecked(values, metadata, shape)
+
+
+def _unchecked(values: Any, metadata: Any, shape: tuple[int, int]) -> Sparse24:
+    """A Sparse24 of parts known to fit, without the checks: they cost more than a kernel launch."""
     s = object.__new__(Sparse24)
-    for name, leaf in zip(("values", "metadata"), leaves, strict=True):
-        object.__setattr__(s, name, leaf)
+    object.__setattr__(s, "values", values)
+    object.__setattr__(s, "metadata", metadata)
     object.__setattr__(s, "shape", shape)
     return s
 

@@ -1,0 +1,56 @@
+"""srelu24: squared-ReLU feed-forward networks with 2:4-pruned activations on the sparse tensor cores.
+
+    import srelu24
+    y = srelu24.ffn(x, w1, w2)            # prune24(relu(x w1^T)^2) w2^T
+    s = srelu24.sparsify24(h)             # dense to packed 2:4
+    y = srelu24.matmul(s, w2)             # S w2^T
+    print(srelu24.explain(x, w1, w2))     # which kernels, from which record, and why
+
+Names load on first use, so that the command line starts without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from srelu24_gen import __version__
+
+if TYPE_CHECKING:
+    from srelu24.explanation import Explanation as Explanation
+    from srelu24.explanation import explain as explain
+    from srelu24.ops import FallbackWarning as FallbackWarning
+    from srelu24.ops import ffn as ffn
+    from srelu24.ops import gemm_relu2_24 as gemm_relu2_24
+    from srelu24.ops import gemm_relu2_24_count as gemm_relu2_24_count
+    from srelu24.ops import linear as linear
+    from srelu24.ops import matmul as matmul
+    from srelu24.ops import sparsify24 as sparsify24
+    from srelu24.sparse24 import Sparse24 as Sparse24
+
+_HOME = {
+    "Explanation": "explanation",
+    "FallbackWarning": "ops",
+    "Sparse24": "sparse24",
+    "explain": "explanation",
+    "ffn": "ops",
+    "gemm_relu2_24": "ops",
+    "gemm_relu2_24_count": "ops",
+    "linear": "ops",
+    "matmul": "ops",
+    "sparsify24": "ops",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'srelu24' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"srelu24.{_HOME[name]}"), name)
+    globals()[name] = value  # also undoes what importing a submodule of the same name binds
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_HOME))

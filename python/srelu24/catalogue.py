@@ -1,0 +1,173 @@
+"""The kernels of a shape: which there are, which one would be used, what is built and recorded; and building them.
+
+Needs no GPU, and no torch: without torch the default configurations are chosen, not the recorded ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+from srelu24 import db
+from srelu24_gen import compile as compiler
+from srelu24_gen import paths, space
+from srelu24_gen.bindings import footprint
+from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.target import GpuTarget
+
+
+class Shape(NamedTuple):
+    """Sizes of an FFN: M tokens, model width D, hidden width F."""
+
+    m: int
+    d: int
+    f: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From ``MxDxF``, for example ``16384x4096x16384``.
+
+        Raises:
+            Unsupported: anything else.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
+        if match is None:
+            raise Unsupported(
+                f"shape {text!r} is not MxDxF (tokens, model width, hidden width), such as 16384x4096x16384"
+            )
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.d}x{self.f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The configuration a problem would run with, and where it comes from (the sources of dispatch.choose)."""
+
+    problem: Problem
+    config: KernelConfig
+    source: str
+
+    def spec(self, target: GpuTarget) -> KernelSpec:
+        return KernelSpec(self.problem.family, self.config, target.arch)
+
+
+def ffn_problems(shape: Shape, dtype: DType) -> tuple[Problem, Problem]:
+    """The two GEMMs of an FFN: X W1^T with pruning (N = F, K = D), then S W2^T (N = D, K = F)."""
+    first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2)
+    return Problem(first, shape.m, shape.f, shape.d), Problem(Family(Op.SPGEMM, dtype), shape.m, shape.d, shape.f)
+
+
+def all_problems(shape: Shape, dtype: DType) -> list[Problem]:
+    """The two GEMMs of an FFN, and the kernels of its dense and its unfused form."""
+    m, d, f = shape
+    return [
+        *ffn_problems(shape, dtype),
+        Problem(Family(Op.GEMM, dtype, Activation.RELU2), m, f, d),
+        Problem(Family(Op.GEMM, dtype), m, d, f),
+        Problem(Family(Op.SPARSIFY24, dtype, Activation.RELU2), m, f),
+    ]
+
+
+def choose(problem: Problem, target: GpuTarget) -> Chosen:
+    """What a call on this GPU would run; raises Unsupported with the reason where no kernel fits."""
+    try:
+        from srelu24 import dispatch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return Chosen(problem, space.default(problem, target), "default")
+    choice = dispatch.choose(problem, target)
+    return Chosen(problem, choice.config, choice.source)
+
+
+def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any]]:
+    """One row per kernel and candidate configuration of a shape, the chosen one marked.
+
+    "built" means that the cache holds a kernel of that name, perhaps from templates that have changed since.
+
+    Raises:
+        Unsupported: no kernel computes the shape on this target; the message is the reason.
+    """
+    built = {entry.name for entry in compiler.BuildStore(paths.cache_dir()).entries()}
+    recorded = {(r.family, r.m, r.n, r.k, r.kernel_config()) for r in _readable_records(target)}
+    rows = []
+    for problem in all_problems(shape, dtype):
+        chosen = choose(problem, target)
+        for config in dict.fromkeys([chosen.config, *space.candidates(problem, target)]):
+            spec = KernelSpec(problem.family, config, target.arch)
+            rows.append(
+                {
+                    "shape": str(shape),
+                    "gpu": target.key,
+                    "op": problem.family.op.value,
+                    "family": problem.family.name,
+                    "kernel": spec.name,
+                    "config": config.to_dict(),
+                    "chosen": config == chosen.config,
+                    "source": chosen.source if config == chosen.config else None,
+                    "built": spec.name in built,
+                    "recorded": (problem.family, problem.m, problem.n, problem.k, config) in recorded,
+                }
+            )
+    return rows
+
+
+def _readable_records(target: GpuTarget) -> Iterable[db.TuningRecord]:
+    for record in db.Database.open().records():
+        try:
+            record.kernel_config()
+        except Unsupported:  # written by another version; dispatch warns about it where it matters
+            continue
+        if record.gpu == target.key:
+            yield record
+
+
+def specs_for(
+    shapes: Iterable[Shape], dtype: DType, target: GpuTarget, every_candidate: bool = False
+) -> list[KernelSpec]:
+    """The binaries that shapes need, each once: the chosen configurations, or all candidates."""
+    found: dict[str, KernelSpec] = {}
+    for shape in shapes:
+        for problem in ffn_problems(shape, dtype):
+            chosen = choose(problem, target)
+            configs = [chosen.config, *(space.candidates(problem, target) if every_candidate else [])]
+            for config in configs:
+                spec = KernelSpec(problem.family, config, target.arch)
+                found.setdefault(spec.digest, spec)
+    return list(found.values())
+
+
+def build_kernels(
+    specs: list[KernelSpec], jobs: int | None = None, on_done: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """Compiles kernels in parallel; one row each, with what the compiler reports, or with the error.
+
+    ``smem_bytes`` is static and dynamic shared memory per block, ``seconds`` what the compiler took when it was built.
+    """
+    outcomes = compiler.build_many(specs, jobs=jobs, on_done=lambda spec, outcome: on_done())
+    return [_built_row(spec, outcome) for spec, outcome in zip(specs, outcomes, strict=True)]
+
+
+def _built_row(spec: KernelSpec, result: compiler.Outcome) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": spec.name, "config": spec.config.to_dict(), "error": None}
+    if isinstance(result, Srelu24Error):
+        return row | {"error": str(result)}
+    meta = result.meta
+    dynamic = 0
+    if spec.family.op is not Op.SPARSIFY24:
+        dynamic = footprint(spec.family.op, spec.family.dtype, spec.config).shared_bytes
+    return row | {
+        "registers": meta.registers,
+        "stack_bytes": meta.stack_bytes,
+        "spill_bytes": meta.spill_bytes,
+        "smem_bytes": meta.static_smem + dynamic,
+        "seconds": meta.compile_seconds,
+        "from_cache": result.from_cache,
+        "folder": str(result.folder) if result.folder else None,
+        "warnings": list(meta.warnings),
+    }

@@ -1,0 +1,77 @@
+"""Checks of the tensors a caller gives: what is wrong is refused, what the kernels cannot read has a reason."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from srelu24.dispatch import gpu_of
+from srelu24.launch import DTYPES
+from srelu24_gen.errors import Unsupported
+
+ALIGNMENT = 16
+"""Bytes to which the TMA needs addresses and row strides aligned."""
+
+
+def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
+    """Raise Unsupported unless x [..., D], w1 [F, D], w2 [D, F], b1 [F] and b2 [D] fit together."""
+    if x.dim() < 1:
+        raise Unsupported("x has no dimensions; it must be [..., D].")
+    d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
+    check_matrix("w1", w1, (None, d), x)
+    check_matrix("w2", w2, (d, f), x)
+    check_vector("b1", b1, f, x)
+    check_vector("b2", b2, d, x)
+
+
+def check_matrix(name: str, tensor: Tensor, shape: tuple[int | None, int | None], like: Tensor) -> None:
+    """Raise Unsupported unless ``tensor`` is a matrix of that shape, of the type and on the device of ``like``."""
+    wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
+    if tensor.dim() != 2 or any(s is not None and s != t for s, t in zip(shape, tensor.shape, strict=True)):
+        raise Unsupported(f"{name} has shape {list(tensor.shape)}; {wanted} is needed.")
+    _check_kind(name, tensor, like)
+
+
+def check_vector(name: str, tensor: Tensor | None, size: int, like: Tensor) -> None:
+    """Raise Unsupported unless ``tensor`` is None or a vector of that size, type and device."""
+    if tensor is None:
+        return
+    if tensor.dim() != 1 or tensor.shape[0] != size:
+        raise Unsupported(f"{name} has shape {list(tensor.shape)}; [{size}] is needed.")
+    _check_kind(name, tensor, like)
+
+
+def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise Unsupported(f"{name} is {tensor.dtype}; bfloat16 or float16 is needed.")
+    if tensor.dtype != like.dtype:
+        raise Unsupported(f"{name} is {tensor.dtype} and the input {like.dtype}; give both the same type.")
+    if tensor.device != like.device:
+        raise Unsupported(f"{name} is on {tensor.device} and the input on {like.device}; move both to one device.")
+
+
+def kernel_reason(*tensors: Tensor | None) -> str | None:
+    """Why the kernels cannot take these operands, or None if they can. The sizes are known to fit together."""
+    first = tensors[0]
+    assert first is not None
+    if first.dtype not in DTYPES:
+        return f"the type is {first.dtype}, and the kernels take bfloat16 and float16"
+    if first.is_cuda:
+        try:
+            gpu_of(first.device)
+        except Unsupported as error:
+            return str(error).rstrip(".")
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        width = tensor.shape[-1]
+        if width % 8 or width == 0:
+            return f"a width of {width} is not a positive multiple of 8"
+        if tensor.stride(-1) != 1 and width > 1:
+            return f"a tensor of shape {list(tensor.shape)} is not contiguous in its last dimension"
+        if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT:
+            return f"a tensor of shape {list(tensor.shape)} does not start at a multiple of {ALIGNMENT} bytes"
+        if tensor.dim() == 2:
+            rows, stride = tensor.shape[0], tensor.stride(0)
+            if rows > 1 and (stride * tensor.element_size() % ALIGNMENT or stride < width):
+                return f"a row stride of {stride} elements is not a multiple of {ALIGNMENT} bytes"
+    return None

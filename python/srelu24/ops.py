@@ -1,0 +1,316 @@
+"""The public operations, as torch.library ops with fake kernels.
+
+CUDA tensors run the kernels, CPU tensors the reference (:mod:`srelu24.reference`). What the kernels cannot do
+runs as dense PyTorch with one warning per reason; :func:`srelu24.explain` says which and why. Wrong input
+(ranks, sizes or types that do not fit together) raises :class:`srelu24_gen.errors.Unsupported`, a ValueError.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from srelu24 import reference
+from srelu24.dispatch import launcher
+from srelu24.launch import DTYPES, Operands
+from srelu24.operands import check_ffn, check_matrix, check_vector, kernel_reason
+from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import Activation, Op
+
+_library = torch.library.Library("srelu24", "DEF")
+_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2) -> Tensor")
+_library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
+_library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor)")
+_library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
+_library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
+_library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
+
+
+class FallbackWarning(UserWarning):
+    """A call ran as dense PyTorch; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------- public functions
+
+
+def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
+    """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
+
+    ``prune24(relu(x w1^T + b1)^2) w2^T + b2``, arXiv 2503.16672 section 3, numerics in docs/numerics.md.
+    Without a supported GPU, dtype or size, and while gradients are recorded, it runs dense and unpruned, with one
+    warning.
+
+    Args:
+        x: [..., D], bf16 or fp16. Row stride a multiple of 16 bytes, last dimension contiguous.
+        w1: [F, D]. w2: [D, F]. D and F multiples of 8.
+        b1: [F]. b2: [D].
+
+    Returns:
+        [..., D] in the type of ``x``.
+
+    Raises:
+        Unsupported: ranks, sizes, types or devices do not fit together.
+        CompileError, LaunchError: a kernel could not be built or launched.
+    """
+    check_ffn(x, w1, w2, b1, b2)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
+        _warn("gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()")
+        return _dense_ffn(x, w1, w2, b1, b2)
+    if x.dim() == 2:
+        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2)  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2)
+    return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """Dense ``act(x w^T + bias)``, activation "none" or "relu2": x [..., K], w [N, K], bias [N] -> [..., N].
+
+    Raises:
+        Unsupported: ranks, sizes, types or devices do not fit together.
+    """
+    _activation(activation)
+    check_matrix("w", w, (None, x.shape[-1] if x.dim() else None), x)
+    check_vector("bias", bias, w.shape[0], x)
+    y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
+    return y.view(*x.shape[:-1], w.shape[0])
+
+
+def gemm_relu2_24(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> Sparse24:
+    """First GEMM of the layer, fused: ``prune24(relu(x w1^T + b1)^2)``, x [M, D], w1 [F, D], b1 [F] -> packed [M, F].
+
+    Raises:
+        Unsupported: the operands do not fit together, or no kernel takes them; the message says why.
+    """
+    _check_gemm1(x, w1, b1)
+    values, metadata = torch.ops.srelu24.gemm_relu2_24(x, w1, b1)
+    return Sparse24(values, metadata, (x.shape[0], w1.shape[0]))
+
+
+def gemm_relu2_24_count(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> tuple[Sparse24, Tensor]:
+    """:func:`gemm_relu2_24`, and for every feature the rows where it is not zero before pruning: int32 [F].
+
+    Raises:
+        Unsupported: as :func:`gemm_relu2_24`.
+    """
+    _check_gemm1(x, w1, b1)
+    values, metadata, counts = torch.ops.srelu24.gemm_relu2_24_count(x, w1, b1)
+    return Sparse24(values, metadata, (x.shape[0], w1.shape[0])), counts
+
+
+def sparsify24(h: Tensor, activation: str = "relu2") -> Sparse24:
+    """Dense [M, F] to packed 2:4 along F.
+
+    "relu2" keeps the two largest of each 4 of relu(h), squared; "none" the two of largest magnitude as they are.
+
+    Raises:
+        Unsupported: not a 2-D bf16 or fp16 tensor that the kernel can read; the message says why.
+    """
+    _activation(activation)
+    check_matrix("h", h, (None, None), h)
+    values, metadata = torch.ops.srelu24.sparsify24(h, activation)
+    return Sparse24(values, metadata, (h.shape[0], h.shape[1]))
+
+
+def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """``S w2^T + bias + residual`` on the sparse tensor cores: S [M, F] packed, w2 [D, F] -> [M, D].
+
+    Raises:
+        Unsupported: ranks, sizes, types or devices do not fit together.
+    """
+    check_matrix("w2", w2, (None, s.shape[1]), s.values)
+    check_vector("bias", bias, w2.shape[0], s.values)
+    if residual is not None:
+        check_matrix("residual", residual, (s.shape[0], w2.shape[0]), s.values)
+    return torch.ops.srelu24.matmul(s.values, s.metadata, w2, bias, residual)  # type: ignore[no-any-return]
+
+
+# --------------------------------------------------------------------------------------------------- CUDA kernels
+
+
+def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+    reason = kernel_reason(x, w1, w2, b1, b2)
+    if reason is not None:
+        _warn(reason)
+        return _dense_ffn(x, w1, w2, b1, b2)
+    m, f = x.shape[0], w1.shape[0]
+    s = Sparse24.empty(m, f, x.dtype, x.device)
+    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
+    out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
+    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out))
+    return out
+
+
+def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    reason = kernel_reason(x, w, bias)
+    if reason is not None:
+        _warn(reason)
+        return _dense_linear(x, w, bias, activation)
+    out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
+    _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
+    return out
+
+
+def _gemm_relu2_24_cuda(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+    _require_kernel(x, w1, b1)
+    s = Sparse24.empty(x.shape[0], w1.shape[0], x.dtype, x.device)
+    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
+    return s.values, s.metadata
+
+
+def _gemm_relu2_24_count_cuda(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _require_kernel(x, w1, b1)
+    s = Sparse24.empty(x.shape[0], w1.shape[0], x.dtype, x.device)
+    counts = torch.zeros(w1.shape[0], dtype=torch.int32, device=x.device)
+    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s, counts=counts), Activation.RELU2)
+    return s.values, s.metadata, counts
+
+
+def _sparsify24_cuda(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    _require_kernel(h)
+    s = Sparse24.empty(h.shape[0], h.shape[1], h.dtype, h.device)
+    _run(Op.SPARSIFY24, Operands(a=h, out=s), Activation(activation))
+    return s.values, s.metadata
+
+
+def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    s = Sparse24(values, metadata, (values.shape[0], w2.shape[1]))
+    reason = kernel_reason(values, w2, bias, residual)
+    if reason is not None:
+        _warn(reason)
+        return _matmul_dense(s, w2, bias, residual)
+    out = torch.empty((s.shape[0], w2.shape[0]), dtype=s.dtype, device=s.device)
+    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
+    return out
+
+
+def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
+    """Choose and launch the kernel of ``op`` for operands that :func:`kernel_reason` accepts."""
+    m, width = o.a.shape
+    if m == 0:
+        return
+    n, k = (width, 0) if o.b is None else o.b.shape
+    options = (o.bias is not None, o.residual is not None, o.counts is not None)
+    launcher(op, o.out.dtype, activation, *options, m, n, k, o.out.device)(o)
+
+
+# ------------------------------------------------------------------------------------- CPU reference and fake kernels
+
+
+def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+    reason = kernel_reason(x, w1, w2, b1, b2)
+    if reason is not None:
+        _warn(reason)
+        return _dense_ffn(x, w1, w2, b1, b2)
+    return reference.ffn(x, w1, w2, b1, b2)
+
+
+def _linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    if x.dtype not in DTYPES:
+        return _dense_linear(x, w, bias, activation)
+    return reference.gemm(x, w, bias, activation=Activation(activation))
+
+
+def _gemm_relu2_24_cpu(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+    s = reference.gemm_relu2_24(x, w1, b1)
+    return s.values, s.metadata
+
+
+def _gemm_relu2_24_count_cpu(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_gemm_relu2_24_cpu(x, w1, b1), reference.count_nonzeros(x, w1, b1))
+
+
+def _sparsify24_cpu(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    s = reference.sparsify24(h, Activation(activation))
+    return s.values, s.metadata
+
+
+def _matmul_cpu(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return reference.spgemm(Sparse24(values, metadata, (values.shape[0], w2.shape[1])), w2, bias, residual)
+
+
+def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], w2.shape[0]))
+
+
+def _linear_fake(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]))
+
+
+def _packed_fake(x: Tensor, f: int) -> tuple[Tensor, Tensor]:
+    values = x.new_empty((x.shape[0], row_stride(f)))[:, : f // 2]
+    return values, x.new_empty(metadata_shape(x.shape[0], f), dtype=torch.int32)
+
+
+def _gemm_relu2_24_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _packed_fake(x, w1.shape[0])
+
+
+def _gemm_relu2_24_count_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_packed_fake(x, w1.shape[0]), x.new_empty((w1.shape[0],), dtype=torch.int32))
+
+
+def _sparsify24_fake(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return _packed_fake(h, h.shape[1])
+
+
+def _matmul_fake(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return values.new_empty((values.shape[0], w2.shape[0]))
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[..., object]]] = {
+    "ffn": (_ffn_cuda, _ffn_cpu, _ffn_fake),
+    "linear": (_linear_cuda, _linear_cpu, _linear_fake),
+    "gemm_relu2_24": (_gemm_relu2_24_cuda, _gemm_relu2_24_cpu, _gemm_relu2_24_fake),
+    "gemm_relu2_24_count": (_gemm_relu2_24_count_cuda, _gemm_relu2_24_count_cpu, _gemm_relu2_24_count_fake),
+    "sparsify24": (_sparsify24_cuda, _sparsify24_cpu, _sparsify24_fake),
+    "matmul": (_matmul_cuda, _matmul_cpu, _matmul_fake),
+}
+for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
+    _library.impl(_name, _cuda, "CUDA")
+    _library.impl(_name, _cpu, "CPU")
+    torch.library.register_fake(f"srelu24::{_name}", _fake)
+
+
+# ------------------------------------------------------------------------------------------------ dense and helpers
+
+
+def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu().square(), w2, b2)
+
+
+def _dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    y = torch.nn.functional.linear(x, w, bias)
+    return y.relu().square() if activation == Activation.RELU2 else y
+
+
+def _matmul_dense(s: Sparse24, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    y = torch.nn.functional.linear(s.to_dense(), w2, bias)
+    return y if residual is None else y + residual
+
+
+def _check_gemm1(x: Tensor, w1: Tensor, b1: Tensor | None) -> None:
+    check_matrix("x", x, (None, None), x)
+    check_matrix("w1", w1, (None, x.shape[1]), x)
+    check_vector("b1", b1, w1.shape[0], x)
+
+
+def _activation(activation: str) -> None:
+    if activation not in list(Activation):
+        raise Unsupported(f"activation is {activation!r}; it must be one of {', '.join(Activation)}.")
+
+
+def _require_kernel(*tensors: Tensor | None) -> None:
+    reason = kernel_reason(*tensors)
+    if reason is not None:
+        raise Unsupported(f"A packed result needs the sparse kernels: {reason}.")
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once per process and reason."""
+    warnings.warn(f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.", FallbackWarning, stacklevel=3)

@@ -1,0 +1,85 @@
+"""Result files: what a benchmark measured, as JSON. ``docs/results/<gpu>/<name>.json``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from srelu24_gen.errors import RecordError
+
+SCHEMA = 1
+
+
+class Candidate(Struct, kw_only=True):
+    """One candidate of a row; None where it could not be read or the candidate failed."""
+
+    ms: float | None
+    """Median per call."""
+    tflops: float | None
+    """Dense-equivalent: 2 M D F per GEMM. None for what does no arithmetic worth counting."""
+    joules: float | None
+    """Per call, of the whole GPU."""
+    sm_mhz: float | None
+    watts: float | None
+    samples: int
+    """Rounds that the medians are over."""
+    gbps: float | UnsetType = UNSET
+    """GB/s, every input read once and every output written once; for what only moves bytes."""
+    throttled: bool | UnsetType = UNSET
+    """True where heat or a power brake slowed the GPU: measure again."""
+    note: str | UnsetType = UNSET
+    error: str | UnsetType = UNSET
+    """Why there are no numbers."""
+
+
+class Row(Struct, kw_only=True):
+    """One comparison on the same data in the same run."""
+
+    op: str
+    dtype: str
+    shape: str
+    """MxDxF of the FFN, also for a single kernel."""
+    density: float
+    """Asked for, before pruning."""
+    recipe: str | None = None
+    candidates: dict[str, Candidate]
+    speedup: dict[str, float]
+    """Time of a peer over the time of ``srelu24``: the median of interleaved pairs."""
+    speed_of_light: float | None = None
+    """Achieved share of it: both GEMMs at the best dense and the best sparse rate of this case, over our time."""
+    measured_density: float | UnsetType = UNSET
+
+
+class BenchFile(Struct, kw_only=True):
+    """A result file."""
+
+    schema: int = SCHEMA
+    env: dict[str, Any]
+    rows: list[Row]
+    python_overhead_us: dict[str, float] | UnsetType = UNSET
+    """Host time per eager FFN call on a small shape, by candidate."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises RecordError where the file cannot be read or is not of this schema."""
+        try:
+            file = msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise RecordError(f"{path} is no result file ({error}); measure again or remove it") from error
+        if file.schema != SCHEMA:
+            raise RecordError(f"{path} has schema {file.schema} and {SCHEMA} is needed; measure again or remove it")
+        return file
+
+    def save(self, path: Path) -> None:
+        """Replaces the file at once, so that a crash leaves the old or the new one."""
+        text = msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as temporary:
+            temporary.write(text)
+        os.chmod(temporary.name, 0o644)
+        os.replace(temporary.name, path)

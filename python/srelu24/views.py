@@ -1,0 +1,153 @@
+"""What the commands print: rich tables on stdout, notes and progress on stderr, and JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from srelu24.db import TuningRecord
+from srelu24.doctor import Check, Status
+from srelu24.results import Row
+from srelu24_gen.spec import KernelConfig, Op, Producer
+
+PIPE_WIDTH = 140
+"""Columns where the output is no terminal; rich would take 80 and break the tables."""
+
+_STATUS_STYLE = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
+
+
+def console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal, or as a table needs where there is none."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, highlight=False)
+
+
+def show(table: Table) -> None:
+    """Prints a table on stdout."""
+    console().print(table)
+
+
+def note(text: str, style: str = "") -> None:
+    """Prints a line for the reader, not part of the data, on stderr."""
+    console(stderr=True).print(escape(text), style=style, soft_wrap=True)
+
+
+def show_json(data: object) -> None:
+    """Prints data on stdout as indented JSON; Structs and dataclasses by their fields."""
+    print(msgspec.json.format(msgspec.json.encode(data, enc_hook=str), indent=2).decode())
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, gone when it is done; none where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    stderr = console(stderr=True)
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
+    """A configuration in one word group, for example ``192x256x64 cluster 2 stages 4 thread group 8``."""
+    if op is Op.SPARSIFY24:
+        return "-"
+    c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
+    producer = "warpgroup" if c.producer is Producer.WARPGROUP else "thread"
+    return f"{c.tile_m}x{c.tile_n}x{c.tile_k} cluster {c.cluster_m} stages {c.stages} {producer} group {c.raster_group}"
+
+
+def doctor_table(checks: Iterable[Check]) -> Table:
+    table = _table("srelu24 doctor", ("check", "status", "found", "to mend"))
+    for check in checks:
+        style = _STATUS_STYLE[check.status]
+        table.add_row(check.name, f"[{style}]{check.status.value}[/]", escape(check.found), escape(check.mend))
+    return table
+
+
+def kernels_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Candidates of one shape: rows as :func:`srelu24.run.kernels` gives them."""
+    table = _table(title, ("kernel", "config", "chosen", "from", "built", "recorded"))
+    for row in rows:
+        table.add_row(
+            row["family"],
+            config_text(Op(row["op"]), row["config"]),
+            "[green]yes[/]" if row["chosen"] else "",
+            row["source"] or "",
+            "yes" if row["built"] else "",
+            "yes" if row["recorded"] else "",
+        )
+    return table
+
+
+def built_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Compiled kernels: rows as :func:`srelu24.run.build_kernels` gives them."""
+    table = _table("kernels", ("kernel", "registers", "spill bytes", "smem bytes", "seconds", ""), right=(1, 2, 3, 4))
+    for row in rows:
+        if row["error"]:
+            table.add_row(row["name"], "", "", "", "", f"[bold red]{escape(row['error'])}[/]")
+            continue
+        spills = row["spill_bytes"]
+        table.add_row(
+            row["name"],
+            str(row["registers"]),
+            f"[yellow]{spills}[/]" if spills else "0",
+            str(row["smem_bytes"]),
+            f"{row['seconds']:.2f}",
+            "from the cache" if row["from_cache"] else "compiled",
+        )
+    return table
+
+
+def records_table(records: Iterable[TuningRecord]) -> Table:
+    columns = ("GPU", "kernel", "MxNxK", "config", "density", "ms", "over default", "when")
+    table = _table("tuning records", columns, right=(4, 5, 6))
+    for record in records:
+        evidence = record.evidence
+        table.add_row(
+            record.gpu,
+            record.family.name,
+            f"{record.m}x{record.n}x{record.k}",
+            config_text(record.family.op, record.config),
+            f"{record.density:.0%}",
+            f"{evidence.ms:.3f}",
+            f"{evidence.default_ms / evidence.ms:.3f}x",
+            evidence.when,
+        )
+    return table
+
+
+def bench_table(rows: Iterable[Row]) -> Table:
+    """Benchmark rows (docs/benchmarks.md): our time, its share of the speed of light, the speed-up over each peer."""
+    rows = list(rows)
+    peers = list(dict.fromkeys(peer for row in rows for peer in row.speedup))
+    columns = ["op", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "of light", *(f"over {peer}" for peer in peers)]
+    table = _table("benchmark", columns, right=range(3, len(columns)))
+    for row in rows:
+        ours = row.candidates.get("srelu24")
+        table.add_row(
+            row.op,
+            row.dtype,
+            row.shape,
+            f"{row.density:.0%}",
+            _number(ours.ms if ours else None, ".3f"),
+            _number(ours.tflops if ours else None, ".0f"),
+            _number(row.speed_of_light, ".0%"),
+            *(_number(row.speedup.get(peer), ".3f", "x") for peer in peers),
+        )
+    return table
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _table(title: str, columns: Iterable[str], right: Iterable[int] = ()) -> Table:
+    table = Table(title=title, title_justify="left")
+    to_the_right = set(right)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in to_the_right else "left", overflow="fold")
+    return table

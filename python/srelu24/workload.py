@@ -1,0 +1,152 @@
+"""Inputs to measure on: FFNs whose hidden activations have a chosen density.
+
+On a GPU that its power limit holds back, zeros run faster than noise, so timings only mean something on data like a
+trained network's: about 10 % non-zeros before pruning after training, 50 % at initialisation (arXiv 2503.16672).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from srelu24 import reference
+from srelu24.launch import TORCH_DTYPE, Operands, allocate
+from srelu24.sparse24 import Sparse24
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import Activation, DType, Op, Problem
+
+_CHUNK_ROWS = 4096
+"""Rows handled at once where float32 or index copies are needed; a multiple of the 64 rows of a metadata block."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FFNData:
+    """x [M, D], w1 [F, D], w2 [D, F], contiguous, of one storage type on one device."""
+
+    x: Tensor
+    w1: Tensor
+    w2: Tensor
+
+
+def make_ffn(
+    m: int, d: int, f: int, dtype: DType, density: float, device: torch.device | str, seed: int = 0
+) -> FFNData:
+    """Random inputs of an FFN with a given density of its activations relu2(X W1^T).
+
+    X = N(0,1) + 1, W1 = N(0,1)/sqrt(D) - s/D, W2 = N(0,1)/sqrt(F). A pre-activation is then normal with mean -s and
+    variance 2 + s^2/D, half of which every feature keeps for all tokens: some features come out far denser than
+    others, as in trained networks. s is solved from the density; 1.8 is about 10 %, 0 is 50 %.
+
+    Args:
+        density: expected share of non-zero activations. 0 gives none at all, 1 gives only non-zeros.
+
+    Raises:
+        Unsupported: the density is not within 0..1, or D is too small for it.
+    """
+    random = torch.Generator(device).manual_seed(seed)
+    storage = TORCH_DTYPE[dtype]
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=random, device=device)
+
+    x, w1 = normal(m, d), normal(f, d).div_(math.sqrt(d))
+    if density in (0.0, 1.0):
+        # All factors of one sign leave nothing to chance.
+        x.abs_()
+        w1.abs_().mul_(1.0 if density else -1.0)
+    else:
+        w1.sub_(_shift(density, d) / d)
+    w2 = normal(d, f).div_(math.sqrt(f))
+    return FFNData(x.add_(1.0).to(storage), w1.to(storage), w2.to(storage))
+
+
+def make_preactivations(m: int, f: int, dtype: DType, density: float, device: torch.device | str, seed: int) -> Tensor:
+    """h [M, F], distributed like X W1^T of :func:`make_ffn` for a large D, without the GEMM."""
+    random = torch.Generator(device).manual_seed(seed)
+    h = torch.empty(m, f, dtype=TORCH_DTYPE[dtype], device=device)
+    # The part that all tokens of a feature share, then each token's own.
+    feature = torch.randn(f, generator=random, device=device)
+    for rows in torch.split(h, _CHUNK_ROWS):
+        values = torch.randn(rows.shape, generator=random, device=device)
+        if density in (0.0, 1.0):
+            values = values.abs_().add_(0.5).mul_(1.0 if density else -1.0)
+        else:
+            values += feature - _shift(density)
+        rows.copy_(values)
+    return h
+
+
+def prune(h: Tensor, activation: Activation = Activation.RELU2) -> Sparse24:
+    """:func:`srelu24.reference.sparsify24` in chunks of rows, so that its index tensors stay small."""
+    m, f = h.shape
+    packed = Sparse24.empty(m, f, h.dtype, h.device)
+    for start in range(0, m, _CHUNK_ROWS):
+        part = reference.sparsify24(h[start : start + _CHUNK_ROWS], activation)
+        packed.values[start : start + _CHUNK_ROWS] = part.values
+        packed.metadata[start // 64 : (start + _CHUNK_ROWS) // 64] = part.metadata
+    return packed
+
+
+def operands_for(problem: Problem, density: float, device: torch.device | str, seed: int = 0) -> Operands:
+    """Inputs and outputs of one kernel, as an FFN of that density gives them.
+
+    A of ``gemm`` is X where the activation is RELU2 (the first GEMM of an FFN) and relu2(X W1^T) where it is NONE
+    (the second). A of ``sparsify24`` is X W1^T. Outputs are poisoned, so that what a kernel leaves out shows: NaN in
+    values, -1 in metadata. Counts are 0, since kernels add to them.
+
+    Raises:
+        Unsupported: the density is not within 0..1, or K is too small for it.
+    """
+    family, m, n, k = problem.family, problem.m, problem.n, problem.k
+    storage = TORCH_DTYPE[family.dtype]
+    random = torch.Generator(device).manual_seed(seed + 1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, device=device)
+
+    a: Tensor | Sparse24
+    b: Tensor | None = None
+    first_gemm = family.op is Op.GEMM_RELU2_24 or (family.op is Op.GEMM and family.activation is Activation.RELU2)
+    if first_gemm:
+        data = make_ffn(m, k, n, family.dtype, density, device, seed)
+        a, b = data.x, data.w1
+    elif family.op is Op.SPARSIFY24:
+        a = make_preactivations(m, n, family.dtype, density, device, seed)
+    else:
+        h = make_preactivations(m, k, family.dtype, density, device, seed)
+        a = prune(h) if family.op is Op.SPGEMM else torch.relu(h).square()
+        b = normal(n, k).div_(math.sqrt(k)).to(storage)
+    out = allocate(problem, torch.device(device))
+    poison(out)
+    return Operands(
+        a=a,
+        b=b,
+        bias=normal(n).mul_(0.1).to(storage) if family.bias else None,
+        residual=normal(m, n).to(storage) if family.residual else None,
+        out=out,
+        counts=torch.zeros(n, dtype=torch.int32, device=device) if family.count_nonzeros else None,
+    )
+
+
+def poison(out: Tensor | Sparse24) -> None:
+    """Fills an output with what no kernel writes, in place: NaN in values, -1 in metadata."""
+    if isinstance(out, Sparse24):
+        out.values.fill_(math.nan)
+        out.metadata.fill_(-1)
+    else:
+        out.fill_(math.nan)
+
+
+def _shift(density: float, d: int | None = None) -> float:
+    """s such that a normal of mean -s and variance 2 + s^2/D is positive with this probability; D None is large."""
+    if not 0.0 <= density <= 1.0:
+        raise Unsupported(f"density is {density}; a share of non-zero activations from 0 to 1 is needed")
+    z = NormalDist().inv_cdf(1.0 - density)
+    shrink = 1.0 - z * z / d if d is not None else 1.0
+    if shrink <= 0.0:
+        raise Unsupported(f"density {density} cannot be reached with D = {d}; use a larger D, or density 0 or 1")
+    return z * math.sqrt(2.0 / shrink)
