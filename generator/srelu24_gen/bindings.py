@@ -96,6 +96,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "tile_k": config.tile_k,
         "cluster_m": config.cluster_m,
         "stages": config.stages,
+        "stream_k": _cpp(config.stream_k),
         "consumers": size.consumers,
         "threads": size.threads,
         "producer_warpgroup": _cpp(config.producer is Producer.WARPGROUP),

@@ -140,8 +140,8 @@ def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     for tile_m, tile_n, cluster_m, producer in itertools.product(tiles_m, tiles_n, (2, 1), Producer):
         base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer)
         base = dataclasses.replace(base, stages=max_stages(problem.family, base, target))
-        for group in _RASTER_GROUPS:
-            config = dataclasses.replace(base, raster_group=group)
+        for stream_k, group in itertools.product((False, True), _RASTER_GROUPS):
+            config = dataclasses.replace(base, raster_group=group, stream_k=stream_k)
             if config not in found and supports(problem, config, target).ok:
                 found.append(config)
     return found

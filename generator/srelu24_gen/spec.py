@@ -117,6 +117,8 @@ class KernelConfig:
     stages: int = 4
     """Depth of the shared-memory ring."""
     producer: Producer = Producer.WARPGROUP
+    stream_k: bool = False
+    """Whether tiles that do not fill a whole wave are split along K over all clusters."""
     raster_group: int = field(default=8, metadata={"runtime": True})
     """Cluster tiles walked along M before moving on along N."""
 
@@ -141,6 +143,9 @@ class KernelConfig:
                 if value not in list(Producer):
                     raise Unsupported(f"kernel config producer is {value!r}; known are {', '.join(Producer)}")
                 values[name] = Producer(value)
+            elif isinstance(known[name].default, bool):
+                if not isinstance(value, bool):
+                    raise Unsupported(f"kernel config {name} is {value!r}; true or false is needed")
             elif not isinstance(value, int) or isinstance(value, bool):
                 raise Unsupported(f"kernel config {name} is {value!r}; a whole number is needed")
         return cls(**values)
@@ -171,7 +176,7 @@ class KernelSpec:
         c = self.config
         return (
             f"{self.family.name}_{self.arch}_{c.tile_m}x{c.tile_n}x{c.tile_k}"
-            f"_c{c.cluster_m}_s{c.stages}_{'wg' if c.producer is Producer.WARPGROUP else 'th'}"
+            f"_c{c.cluster_m}_s{c.stages}_{'wg' if c.producer is Producer.WARPGROUP else 'th'}{'_sk' * c.stream_k}"
         )
 
     @property

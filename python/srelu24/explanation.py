@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from srelu24.dispatch import Choice, choose, gpu_of
@@ -61,7 +62,7 @@ def explain(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Ten
     reason = kernel_reason(rows, w1, w2, b1, b2)
     if reason is not None:
         return Explanation("dense", reason)
-    if any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
         return Explanation("dense", "an operand requires gradients; under torch.no_grad() the kernels run")
     if not x.is_cuda:
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from cuda.bindings import driver
@@ -20,7 +21,7 @@ from srelu24.sparse24 import Sparse24
 from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
-from srelu24_gen.spec import DType, KernelSpec, Op, Problem
+from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
 
 TORCH_DTYPE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
@@ -87,6 +88,79 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     return (SparsifyLauncher if spec.family.op is Op.SPARSIFY24 else GemmLauncher)(spec, device)
 
 
+class _Arguments(NamedTuple):
+    """Everything a GEMM's parameter block depends on: addresses, sizes, and row strides in elements."""
+
+    a: int
+    b: int
+    out: int
+    metadata: int
+    out_metadata: int
+    bias: int
+    residual: int
+    counts: int
+    partials: int
+    flags: int
+    m: int
+    n: int
+    k: int
+    a_stride: int
+    b_stride: int
+    out_stride: int
+    residual_stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkPlan:
+    """How the clusters share the output tiles: RasterParams and SplitParams of ``params.cuh``."""
+
+    tiles_m: int
+    """Cluster tiles along M."""
+    tiles_n: int
+    group: int
+    """Cluster tiles walked along M before moving on along N."""
+    clusters: int
+    """Clusters launched; each has work."""
+    k_blocks: int
+    first_tile: int
+    """Tiles from here on are split along K; ``tiles`` when none are."""
+    tile_units: int
+    """Units of four k-blocks in a tile."""
+    units: int
+    """Units of the split tiles that every cluster takes..."""
+    extra: int
+    """...and the first ``extra`` clusters one more."""
+
+    @property
+    def tiles(self) -> int:
+        return self.tiles_m * self.tiles_n
+
+
+@functools.lru_cache(maxsize=_CACHED_BLOCKS)
+def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:
+    """Share [m, n] over the multiprocessors. Whole waves of tiles stay whole; with ``stream_k`` the rest is split."""
+    tiles_m, tiles_n = -(-m // (config.tile_m * config.cluster_m)), -(-n // config.tile_n)
+    tiles, most = tiles_m * tiles_n, sm_count // config.cluster_m
+    k_blocks = -(-k // config.tile_k)
+    tile_units = -(-k_blocks // 4)
+    rest = tiles % most if config.stream_k else 0
+    units, extra = divmod(rest * tile_units, most)
+    if rest == tiles:  # nothing but split tiles: a cluster without a unit has no work
+        most = min(most, rest * tile_units)
+        units, extra = divmod(rest * tile_units, most)
+    return WorkPlan(
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
+        group=min(config.raster_group, tiles_m),
+        clusters=most if rest else min(most, tiles),
+        k_blocks=k_blocks,
+        first_tile=tiles - rest,
+        tile_units=tile_units,
+        units=units,
+        extra=extra,
+    )
+
+
 class GemmLauncher:
     """gemm, gemm_relu2_24 and spgemm of one spec on one device."""
 
@@ -103,8 +177,9 @@ class GemmLauncher:
         a = o.a.values if isinstance(o.a, Sparse24) else o.a
         out = o.out.values if isinstance(o.out, Sparse24) else o.out
         assert o.b is not None
-        n, k = o.b.shape
-        key = (
+        m, (n, k) = a.shape[0], o.b.shape
+        partials, flags = self._workspace(m, n, k, out.device) if self.spec.config.stream_k else (None, None)
+        key = (  # the fields of _Arguments, as the plain tuple that hashes fastest
             a.data_ptr(),
             o.b.data_ptr(),
             out.data_ptr(),
@@ -113,7 +188,9 @@ class GemmLauncher:
             0 if o.bias is None else o.bias.data_ptr(),
             0 if o.residual is None else o.residual.data_ptr(),
             0 if o.counts is None else o.counts.data_ptr(),
-            a.shape[0],
+            0 if partials is None else partials.data_ptr(),
+            0 if flags is None else flags.data_ptr(),
+            m,
             n,
             k,
             _row_stride(a),
@@ -123,60 +200,52 @@ class GemmLauncher:
         )
         found = self._blocks.get(key)
         if found is None:
-            found = self._encode(*key)
+            found = self._encode(_Arguments(*key))
             if len(self._blocks) >= _CACHED_BLOCKS:
                 self._blocks.clear()
             self._blocks[key] = found
         block, grid = found
         self.kernel.launch(grid, block.address, _stream(self.kernel.device))
 
-    def _encode(
-        self,
-        a: int,
-        b: int,
-        out: int,
-        metadata: int,
-        out_metadata: int,
-        bias: int,
-        residual: int,
-        counts: int,
-        m: int,
-        n: int,
-        k: int,
-        a_stride: int,
-        b_stride: int,
-        out_stride: int,
-        residual_stride: int,
-    ) -> tuple[ArgumentBlock, int]:
+    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Room for the partial sums of stream-K and its flags, zero: one slot a consumer warpgroup."""
+        c = self.spec.config
+        plan = plan_work(c, m, n, k, self.sm_count)
+        if plan.first_tile == plan.tiles:
+            return None, None
+        slots = plan.clusters * c.cluster_m * self.size.consumers
+        partials = torch.empty(slots * c.tile_n // 2 * WARPGROUP_THREADS, dtype=torch.float32, device=device)
+        return partials, torch.zeros(slots, dtype=torch.int32, device=device)
+
+    def _encode(self, x: _Arguments) -> tuple[ArgumentBlock, int]:
+        """GemmParams of ``params.cuh``, and the grid."""
         family, c = self.spec.family, self.spec.config
         sparse = family.op is Op.SPGEMM
         map_a = _tensor_map(
             family.dtype,
-            a,
-            dims=(k // 2 if sparse else k, m),
-            strides=(a_stride,),
+            x.a,
+            dims=(x.k // 2 if sparse else x.k, x.m),
+            strides=(x.a_stride,),
             box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
             swizzle_bytes=64 if sparse else 128,
         )
-        maps_b = self._maps_b(b, n, k, b_stride)
-        content = b"".join((map_a, *maps_b)) + struct.pack(
-            "<6Q2q4i",
-            metadata,
-            out,
-            out_metadata,
-            bias,
-            residual,
-            counts,
-            out_stride,
-            residual_stride,
-            m,
-            n,
-            k,
-            -(-k // c.tile_k),
+        plan = plan_work(c, x.m, x.n, x.k, self.sm_count)
+        pointers = (x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)
+        content = b"".join(
+            (
+                map_a,
+                *self._maps_b(x.b, x.n, x.k, x.b_stride),
+                struct.pack("<6Q2q4i", *pointers, x.out_stride, x.residual_stride, x.m, x.n, x.k, plan.k_blocks),
+                struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
+                _fast_divmod(plan.group * plan.tiles_n),
+                _fast_divmod(plan.group),
+                _fast_divmod(plan.tiles_m % plan.group or plan.group),
+                struct.pack("<4x3i", plan.first_tile, plan.units, plan.extra),
+                _fast_divmod(plan.tile_units),
+                struct.pack("<2Q", x.partials, x.flags),
+            )
         )
-        tiles_m, tiles_n = -(-m // (c.tile_m * c.cluster_m)), -(-n // c.tile_n)
-        content += _raster(tiles_m, tiles_n, c.raster_group)
-        return ArgumentBlock(content), c.cluster_m * min(tiles_m * tiles_n, self.sm_count // c.cluster_m)
+        return ArgumentBlock(content), plan.clusters * c.cluster_m
 
     def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
         """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
@@ -249,15 +318,6 @@ def _stream(device: int) -> int:
 def _row_stride(matrix: Tensor) -> int:
     """Elements between rows. Of a single row torch keeps any stride, and the TMA wants a multiple of 16 bytes."""
     return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
-
-
-def _raster(tiles_m: int, tiles_n: int, group: int) -> bytes:
-    """RasterParams of ``params.cuh``: bands of ``group`` cluster tiles along M."""
-    group = min(group, tiles_m)
-    full_bands, rest = divmod(tiles_m, group)
-    return struct.pack("<4i", tiles_m * tiles_n, tiles_n, group, full_bands) + b"".join(
-        _fast_divmod(d) for d in (group * tiles_n, group, rest or group)
-    )
 
 
 def _fast_divmod(divisor: int) -> bytes:

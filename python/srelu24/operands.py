@@ -60,18 +60,17 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
             gpu_of(first.device)
         except Unsupported as error:
             return str(error).rstrip(".")
+    size = first.element_size()
     for tensor in tensors:
         if tensor is None:
             continue
-        width = tensor.shape[-1]
+        width, strides = tensor.shape[-1], tensor.stride()
         if width % 8 or width == 0:
             return f"a width of {width} is not a positive multiple of 8"
-        if tensor.stride(-1) != 1 and width > 1:
+        if strides[-1] != 1:
             return f"a tensor of shape {list(tensor.shape)} is not contiguous in its last dimension"
-        if tensor.is_cuda and tensor.data_ptr() % ALIGNMENT:
+        if first.is_cuda and tensor.data_ptr() % ALIGNMENT:
             return f"a tensor of shape {list(tensor.shape)} does not start at a multiple of {ALIGNMENT} bytes"
-        if tensor.dim() == 2:
-            rows, stride = tensor.shape[0], tensor.stride(0)
-            if rows > 1 and (stride * tensor.element_size() % ALIGNMENT or stride < width):
-                return f"a row stride of {stride} elements is not a multiple of {ALIGNMENT} bytes"
+        if len(strides) == 2 and tensor.shape[0] > 1 and (strides[0] * size % ALIGNMENT or strides[0] < width):
+            return f"a row stride of {strides[0]} elements is not a multiple of {ALIGNMENT} bytes"
     return None

@@ -58,7 +58,13 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor 
         CompileError, LaunchError: a kernel could not be built or launched.
     """
     check_ffn(x, w1, w2, b1, b2)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or w1.requires_grad
+        or w2.requires_grad
+        or (b1 is not None and b1.requires_grad)
+        or (b2 is not None and b2.requires_grad)
+    ):
         _warn("gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()")
         return _dense_ffn(x, w1, w2, b1, b2)
     if x.dim() == 2:

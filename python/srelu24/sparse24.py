@@ -93,10 +93,10 @@ class Sparse24:
         """
         _check_shape(m, f)
         _check_dtype(dtype)
-        padded = torch.empty(m, row_stride(f), dtype=dtype, device=device)
-        values, padding = padded[:, : f // 2], padded[:, f // 2 :]
-        if padding.shape[1]:
-            padding.zero_()
+        values = torch.empty(m, row_stride(f), dtype=dtype, device=device)
+        if values.shape[1] > f // 2:
+            values[:, f // 2 :].zero_()
+            values = values[:, : f // 2]
         return _unchecked(values, torch.empty(metadata_shape(m, f), dtype=torch.int32, device=device), (m, f))
 
     def to_dense(self) -> Tensor:

@@ -47,16 +47,16 @@ __device__ __forceinline__ int column_of(BlockPosition const& at, int i) {
   return at.column + (Config::kLoadOrder == LoadOrder::kOwn16 ? 64 * (i / 2) + 16 * t + 8 * (i % 2) : 32 * i + 8 * t);
 }
 
-/// accumulators = bias + residual, where the kernel has them. Loaded straight into the accumulators, before
+/// accumulators = bias + residual, where the kernel has them and this is the tile's first piece along K, else 0. Loaded straight into the accumulators, before
 /// the mainloop, they take no registers of their own.
 template <class Config>
 __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], GemmParams const& p,
-                                           BlockPosition const& at) {
+                                           BlockPosition const& at, bool first_piece) {
   using Element = typename Config::Element;
 #pragma unroll
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
-    bool const inside = column < p.n;  // n is a multiple of 8
+    bool const inside = column < p.n && first_piece;  // n is a multiple of 8
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int64_t const row = at.row + 8 * h;
@@ -72,7 +72,7 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
     float bias[8] = {};
-    if (Config::kBias && column < p.n) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
+    if (Config::kBias && column < p.n && first_piece) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
 #pragma unroll

@@ -11,6 +11,7 @@
 
 #include <srelu24/sm90/epilogue.cuh>
 #include <srelu24/sm90/mainloop.cuh>
+#include <srelu24/sm90/stream_k.cuh>
 #include <srelu24/sm90/tile_load.cuh>
 
 namespace srelu24 {
@@ -23,40 +24,47 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
   typename Mainloop<Config>::Accumulators accumulators;
 
   auto first_row = [&](Tile tile) { return (tile.m * Config::kClusterM + cta) * Config::kTileM + consumer * 64; };
-  auto metadata_of = [&](Tile tile) {  // rows beyond M read the last block's E; their result is dropped
-    int64_t const block = min(first_row(tile) / 64, (p.m - 1) / 64);
-    return p.metadata + block * ((p.k + 255) / 256) * 128 + threadIdx.x % 128;
-  };
-
   auto position = [&](Tile tile) { return block_position(first_row(tile), tile.n * Config::kTileN); };
+  auto metadata_of = [&](Work const& work) {  // rows beyond M read the last block's E; their result is dropped
+    int64_t const block = min(first_row(work.tile) / 64, (p.m - 1) / 64);
+    return p.metadata + (block * ((p.k + 255) / 256) + work.k_begin / 4) * 128 + threadIdx.x % 128;
+  };
 
   int index = blockIdx.x / Config::kClusterM;
   uint32_t e[4] = {};
-  if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata_of(raster(p.raster, index)));
+  if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata_of(work_at<Config>(p, index)));
   while (true) {
-    if constexpr (Config::kInitialized) initialize<Config>(accumulators, p, position(raster(p.raster, index)));
-    if constexpr (Config::kSparse) {
-      mainloop.sparse(accumulators, p.k_blocks, metadata_of(raster(p.raster, index)), e, between);
-    } else {
-      mainloop.dense(accumulators, p.k_blocks, between);
+    {
+      Work const work = work_at<Config>(p, index);
+      if constexpr (Config::kInitialized) initialize<Config>(accumulators, p, position(work.tile), work.k_begin == 0);
+      if constexpr (Config::kSparse) {
+        mainloop.sparse(accumulators, work.k_end - work.k_begin, metadata_of(work), e, between);
+      } else {
+        mainloop.dense(accumulators, work.k_end - work.k_begin, between);
+      }
     }
-    BlockPosition const at = position(raster(p.raster, index));
+    // Worked out again rather than kept: in the mainloop registers are short.
+    Work const done = work_at<Config>(p, index);
     index += gridDim.x / Config::kClusterM;
-    if constexpr (Config::kSparse) {  // the next tile's E arrives while this one is stored
-      if (index < p.raster.tiles) Mainloop<Config>::load_vector(e, metadata_of(raster(p.raster, index)));
+    bool const more = work_at<Config>(p, index).exists();
+    if constexpr (Config::kSparse) {  // the next E arrives while this tile is stored
+      if (more) Mainloop<Config>::load_vector(e, metadata_of(work_at<Config>(p, index)));
     }
-    if (at.block * 64 < p.m) {
+    bool whole = true;
+    if constexpr (Config::kStreamK) whole = reduce<Config>(accumulators, p, done, cta, consumer);
+    BlockPosition const at = position(done.tile);
+    if (whole && at.block * 64 < p.m) {
       if constexpr (Config::kPrune) {
         store_pruned<Config>(accumulators, p, at);
       } else {
         store_dense<Config>(accumulators, p, at);
       }
     }
-    if (index >= p.raster.tiles) return;
+    if (!more) return;
   }
 }
 
-/// The whole kernel. The grid is a multiple of the cluster and no larger than the number of cluster tiles.
+/// The whole kernel. The grid is whole clusters, and every cluster has work.
 template <class Config>
 __device__ __forceinline__ void gemm(GemmParams const& p) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle patterns repeat every 1024 bytes

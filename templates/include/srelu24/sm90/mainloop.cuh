@@ -50,7 +50,8 @@ struct Mainloop {
 
   __device__ __forceinline__ Mainloop(SharedStorage<Config>& s, int consumer) : shared(s), warpgroup(consumer) {}
 
-  /// accumulators (+)= A B^T over `k_blocks` k-blocks, dense A. `between` runs once per step, while MMAs fly.
+  /// accumulators += A B^T over `k_blocks` k-blocks, dense A; they start at zero unless the kernel initializes
+  /// them. `between` runs once per step, while MMAs fly.
   template <class Between>
   __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Between&& between) {
 #pragma unroll 1
@@ -65,7 +66,7 @@ struct Mainloop {
     drain(accumulators);
   }
 
-  /// accumulators (+)= A B^T with 2:4 A. `metadata` points at this thread's E: a 16-byte vector feeds four
+  /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds four
   /// k-blocks, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
   template <class Between>
   __device__ __forceinline__ void sparse(Accumulators& accumulators, int k_blocks, uint4 const* metadata,

@@ -25,7 +25,7 @@ struct RingPosition {
 /// What the producer loads next. One thread owns it; where registers are short it lies in shared memory, and
 /// 16 bytes are one access.
 struct alignas(16) NextLoad {
-  int k;            // of the next k-block; at or beyond the end when there is none
+  int k;            // of the next k-block
   int row, column;  // first row of A, first row of B of this CTA's share
   uint8_t stage, phase;
   bool ragged;  // the share holds the end of B inside a block of rows
@@ -33,7 +33,8 @@ struct alignas(16) NextLoad {
 
 struct LoaderState {
   NextLoad load;
-  int tile_index;
+  int k_end;  // of the work; nothing is left to load once k has reached it
+  int index;  // of the work
 };
 
 /// Ring of Config::kStages k-blocks. `full` completes when the TMA has written a stage, `empty` when every

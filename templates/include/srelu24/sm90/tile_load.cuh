@@ -22,7 +22,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include <srelu24/sm90/pipeline.cuh>
-#include <srelu24/sm90/raster.cuh>
+#include <srelu24/sm90/work.cuh>
 
 namespace srelu24 {
 
@@ -36,16 +36,15 @@ struct TileLoader {
   LoaderState& state;
   int const cta;  // rank in the cluster
 
-  /// Begin at `tile_index`, with every stage free.
-  __device__ __forceinline__ void start(int tile_index) {
-    state.tile_index = tile_index;
-    state.load = tile_start(tile_index, 0, 1);
+  /// Begin with the work at `index`, with every stage free.
+  __device__ __forceinline__ void start(int index) {
+    begin(index, 0, 1);
   }
 
   /// Issue the next k-block's loads, if there is one. Waits until its stage is free.
   __device__ __forceinline__ bool load_next() {
     NextLoad load = state.load;
-    if (load.k >= params.k) return false;
+    if (load.k >= state.k_end) return false;
     int const stage = load.stage;
     shared.empty[stage].wait(load.phase);
     shared.full[stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
@@ -66,14 +65,11 @@ struct TileLoader {
       load.stage = 0;
       load.phase ^= 1;
     }
-    if (load.k >= params.k) {
-      int const tile_index = state.tile_index + gridDim.x / Config::kClusterM;
-      if (tile_index < params.raster.tiles) {
-        state.tile_index = tile_index;
-        load = tile_start(tile_index, load.stage, load.phase);
-      }
+    if (load.k < state.k_end) {
+      state.load = load;
+    } else {
+      begin(state.index + gridDim.x / Config::kClusterM, load.stage, load.phase);
     }
-    state.load = load;
     return true;
   }
 
@@ -85,13 +81,15 @@ struct TileLoader {
   static constexpr uint16_t kEveryCta = (1 << Config::kClusterM) - 1;
   static constexpr uint64_t kCacheHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
-  __device__ __forceinline__ NextLoad tile_start(int tile_index, uint8_t stage, uint8_t phase) {
-    Tile const tile = raster(params.raster, tile_index);
-    int const row = (tile.m * Config::kClusterM + cta) * Config::kTileM;
-    int const column = tile.n * Config::kTileN + cta * kShareRows;
+  __device__ __forceinline__ void begin(int index, uint8_t stage, uint8_t phase) {
+    Work const work = work_at<Config>(params, index);
+    int const row = (work.tile.m * Config::kClusterM + cta) * Config::kTileM;
+    int const column = work.tile.n * Config::kTileN + cta * kShareRows;
     int const end = params.n / kBlockRows * kBlockRows;  // of the whole blocks
     bool const ragged = Config::kRaggedN && end < params.n && column <= end && end < column + kShareRows;
-    return {0, row, column, stage, phase, ragged};
+    state.load = {work.k_begin * Config::kTileK, row, column, stage, phase, ragged};
+    state.k_end = work.exists() ? work.k_end * Config::kTileK : 0;
+    state.index = index;
   }
 
   __device__ __forceinline__ void load_share(uint64_t* barrier, void* share, NextLoad const& load) {

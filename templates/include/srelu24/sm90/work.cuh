@@ -1,0 +1,59 @@
+// What a cluster works on: whole tiles in bands along M, then, with stream-K, its share of the last wave.
+#pragma once
+
+#include <srelu24/sm90/params.cuh>
+
+namespace srelu24 {
+
+struct Tile {
+  int m, n;  // in cluster tiles
+};
+
+/// Walks `group` tiles along M, then one along N: neighbouring clusters share B tiles, and a band of A
+/// stays in L2 while B streams past it. Every second band runs backwards along N, so that it starts
+/// on the B tiles the last one ended on.
+__device__ __forceinline__ Tile raster(RasterParams const& p, int index) {
+  int band, in_band, m, n;
+  p.band(band, in_band, index);
+  (band < p.full_bands ? p.height : p.last_height)(n, m, in_band);
+  return {band * p.group + m, band & 1 ? p.tiles_n - 1 - n : n};
+}
+
+/// A tile, or with stream-K a piece of one along K, in k-blocks. Nothing when it is empty.
+struct Work {
+  Tile tile;
+  int k_begin, k_end;
+
+  __device__ __forceinline__ bool exists() const { return k_begin < k_end; }
+};
+
+/// First unit of the split tiles that `cluster` takes.
+__device__ __forceinline__ int first_unit(SplitParams const& p, int cluster) {
+  return cluster * p.units + min(cluster, p.extra);
+}
+
+/// The work at `index`. A cluster walks cluster, cluster + clusters, ...: first whole tiles; then, with
+/// stream-K, its even share of the remaining tiles' K: no more than a tile, so it lies in one or in two. The
+/// piece in the later tile comes first (stream_k.cuh says why).
+template <class Config>
+__device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
+  if (!Config::kStreamK || index < p.split.first_tile) {
+    return {raster(p.raster, index), 0, index < p.raster.tiles ? p.k_blocks : 0};
+  }
+  constexpr int kUnit = 4;
+  int const clusters = gridDim.x / Config::kClusterM, cluster = blockIdx.x / Config::kClusterM;
+  int const begin = first_unit(p.split, cluster), end = first_unit(p.split, cluster + 1);
+  int tile, unit_end;  // the last unit's tile, and the unit in it
+  p.split.tile_units(tile, unit_end, end - 1);
+  int const tile_begin = end - 1 - unit_end;
+  if (index - p.split.first_tile < clusters) {
+    int const k_begin = (max(begin, tile_begin) - tile_begin) * kUnit;
+    int const k_end = min((end - tile_begin) * kUnit, p.k_blocks);
+    return {raster(p.raster, p.split.first_tile + tile), k_begin, begin < end ? k_end : 0};
+  }
+  bool const second = index - p.split.first_tile < 2 * clusters && begin < tile_begin;
+  int const k_begin = (begin - tile_begin + p.split.tile_units.divisor) * kUnit;  // in the tile before
+  return {raster(p.raster, p.split.first_tile + tile - 1), k_begin, second ? p.k_blocks : 0};
+}
+
+}  // namespace srelu24

@@ -1,0 +1,94 @@
+"""CUTLASS's own sparse GEMM, built with nvcc from ``cutlass_spgemm.cu``, for tests to compare with.
+
+Building takes about two minutes and 6 GB, so the library is kept in ``build/oracle/`` of the checkout. A machine
+without nvcc can use one that was built elsewhere with ``python -m tests.gpu.oracle`` and copied there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srelu24.sparse24 import Sparse24
+from srelu24_gen.target import Toolchain
+
+SOURCE = Path(__file__).parent / "cutlass_spgemm.cu"
+FOLDER = Path(__file__).parents[3] / "build" / "oracle"
+FLAGS = (
+    *("-std=c++17", "-O1", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
+    *("-shared", "-Xcompiler=-fPIC"),
+)
+KERNELS = {torch.bfloat16: ("spgemm_bf16_k64", 64), torch.float16: ("spgemm_fp16_k128", 128)}
+"""Function for each type, and the K of its tile, which decides E's order."""
+
+
+def library() -> Path:
+    """Where the built library is or will be; the name changes with all that it is built from."""
+    toolchain = Toolchain.find()
+    key = hashlib.sha256(" ".join((toolchain.cutlass_version, *FLAGS, SOURCE.read_text())).encode()).hexdigest()[:16]
+    return FOLDER / f"cutlass_spgemm-{key}.so"
+
+
+def nvcc() -> str | None:
+    """The compiler on PATH, else the one in CUDA_HOME."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=Path(home, "bin")) if home else None)
+
+
+def build() -> Path:
+    """The library, built if it is not there yet.
+
+    Raises:
+        FileNotFoundError: it is not there, and neither is nvcc.
+        CalledProcessError: nvcc failed; what it said is on stderr.
+    """
+    target = library()
+    if target.exists():
+        return target
+    compiler = nvcc()
+    if compiler is None:
+        raise FileNotFoundError(f"neither nvcc nor {target} was found")
+    # nvcc brings its own CUDA headers. CUTLASS's helpers for strides lie outside its include folder.
+    include = Toolchain.find().include_dirs[0]
+    includes = [f"-I{folder}" for folder in (include, include.parent / "tools/util/include")]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    subprocess.run([compiler, *FLAGS, *includes, "-o", str(unfinished), str(SOURCE)], check=True)
+    unfinished.replace(target)
+    return target
+
+
+class CutlassSpgemm:
+    """``S B^T`` by CUTLASS."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
+        self._library.spgemm_status.restype = ctypes.c_char_p
+
+    def __call__(self, s: Sparse24, b: Tensor) -> Tensor:
+        """S [M, F] packed times b [N, F] -> [M, N] on torch's current stream, without synchronising.
+
+        M >= 1, N a multiple of 8.
+
+        Raises:
+            RuntimeError: CUTLASS refused the operands or could not launch.
+        """
+        name, tile_k = KERNELS[s.dtype]
+        m, f = s.shape
+        values, e = s.to_cutlass(tile_k)
+        # CUTLASS takes a K that is a multiple of 16. The values come padded to one.
+        b = torch.nn.functional.pad(b, (0, f % 16)).contiguous()
+        y = torch.full((m, b.shape[0]), torch.nan, dtype=s.dtype, device=s.device)
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, e, b, y)]
+        stream = ctypes.c_void_p(torch.cuda.current_stream(s.device).cuda_stream)
+        status = getattr(self._library, name)(*pointers, m, b.shape[0], b.shape[1], stream)
+        if status:
+            raise RuntimeError(f"{name} {m}x{b.shape[0]}x{f}: {self._library.spgemm_status(status).decode()}")
+        return y

@@ -1,0 +1,84 @@
+"""Small problems over all kernels, for compute-sanitizer: one or two tiles, ragged ends, both producers.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
+
+Without PyTorch's memory pool every tensor is an allocation of its own, and what is written past its end shows.
+All else happens on the CPU, so that only our kernels are slowed down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import torch
+from torch import Tensor
+
+from srelu24 import launch, verify, workload
+from srelu24.launch import Operands
+from srelu24.sparse24 import Sparse24
+from srelu24_gen import space
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.target import TARGETS
+
+FAMILIES = (
+    Family(Op.GEMM, DType.BF16, bias=True),
+    Family(Op.GEMM_RELU2_24, DType.FP16, Activation.RELU2, bias=True, count_nonzeros=True),
+    Family(Op.SPGEMM, DType.BF16, bias=True, residual=True),
+    Family(Op.SPARSIFY24, DType.FP16, Activation.RELU2),
+)
+GEMM_CONFIGS = (
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4),
+    KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=3),
+    KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=4, stream_k=True),
+    KernelConfig(tile_m=64, cluster_m=1, producer=Producer.WARPGROUP, stages=2),
+)
+
+
+def runs() -> list[tuple[KernelSpec, Problem]]:
+    """Each kernel on less than a tile and on two tiles, both with ragged ends of rows, columns and K."""
+    found = []
+    for family in FAMILIES:
+        configs = (KernelConfig(),) if family.op is Op.SPARSIFY24 else GEMM_CONFIGS
+        for config in configs:
+            for m, n, k in ((1, 24, 8), (config.tile_m * config.cluster_m + 65, 328, 600)):
+                if config.producer is Producer.THREAD:
+                    n = 64 * -(-n // 64)
+                problem = Problem(family, m, n, 0 if family.op is Op.SPARSIFY24 else k)
+                assert space.supports(problem, config, TARGETS["h200"]).ok
+                found.append((KernelSpec(family, config), problem))
+    return found
+
+
+SPECS = list(dict.fromkeys(spec for spec, _ in runs()))
+
+
+def moved(x: Tensor | Sparse24 | None, device: str) -> Tensor | Sparse24 | None:
+    if not isinstance(x, Sparse24):
+        return None if x is None else x.to(device)
+    copy = Sparse24.empty(*x.shape, x.dtype, device)
+    copy.values.copy_(x.values)
+    copy.metadata.copy_(x.metadata)
+    return copy
+
+
+def main() -> int:
+    for spec, problem in runs():
+        on_cpu = workload.operands_for(problem, 0.3, "cpu")
+        fields = {field.name: getattr(on_cpu, field.name) for field in dataclasses.fields(Operands)}
+        on_gpu = Operands(**{name: moved(value, "cuda:0") for name, value in fields.items()})  # type: ignore[arg-type]
+        launch.run(spec, on_gpu)
+        torch.cuda.synchronize()
+        out, counts = moved(on_gpu.out, "cpu"), moved(on_gpu.counts, "cpu")
+        assert out is not None
+        assert not isinstance(counts, Sparse24)
+        found = verify.check(problem, dataclasses.replace(on_cpu, out=out, counts=counts))
+        print(f"{spec.name} {problem}: {found.detail}")
+        if not found.ok:
+            return 1
+    print(f"{len(runs())} kernels are right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

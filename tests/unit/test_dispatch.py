@@ -1,0 +1,105 @@
+"""Which configuration answers a problem, and that the answer says where it comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from srelu24 import dispatch
+from srelu24.db import Database, Evidence, TuningRecord
+from srelu24_gen import paths, space
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
+from srelu24_gen.target import TARGETS
+
+H200, H100 = TARGETS["h200"], TARGETS["h100"]
+PROBLEM = Problem(Family(Op.SPGEMM, DType.BF16), 4096, 4096, 16384)
+TUNED = KernelConfig(tile_m=128, stages=3, raster_group=4)
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """An empty database where the dispatcher looks for one."""
+    monkeypatch.setenv("SRELU24_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(paths, "shipped_records_dir", lambda: tmp_path / "shipped")
+    dispatch.clear_cache()
+    return Database.open()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_these_records() -> object:
+    yield
+    dispatch.clear_cache()
+
+
+def record(problem: Problem = PROBLEM, gpu: str = "h200", config: KernelConfig = TUNED) -> TuningRecord:
+    evidence = Evidence(ms=1.0, default_ms=1.1, samples=20, source_digest="d", when="2026-01-01T00:00:00Z")
+    return TuningRecord(
+        family=problem.family,
+        m=problem.m,
+        n=problem.n,
+        k=problem.k,
+        arch="sm_90a",
+        gpu=gpu,
+        config=config.to_dict(),
+        density=0.1,
+        evidence=evidence,
+    )
+
+
+def test_without_records_it_is_the_default() -> None:
+    choice = dispatch.choose(PROBLEM, H200)
+    assert (choice.config, choice.source, choice.record) == (space.default(PROBLEM, H200), "default", None)
+    assert "untuned" in choice.why
+
+
+def test_a_record_of_this_problem_on_this_gpu(database: Database) -> None:
+    database.put(record())
+    choice = dispatch.choose(PROBLEM, H200)
+    assert (choice.config, choice.source, choice.record) == (TUNED, "exact", record())
+    assert choice.why == "tuned for this very problem on this GPU"
+
+
+def test_a_record_of_another_size_is_named(database: Database) -> None:
+    database.put(record())
+    choice = dispatch.choose(dataclasses.replace(PROBLEM, m=5000), H200)
+    assert (choice.config, choice.source) == (TUNED, "nearest")
+    assert str(PROBLEM) in choice.why
+
+
+def test_a_record_of_another_gpu_is_named(database: Database) -> None:
+    database.put(record(gpu="h100"))
+    choice = dispatch.choose(PROBLEM, H200)
+    assert (choice.config, choice.source) == (TUNED, "other_gpu")
+    assert "another GPU" in choice.why
+    assert dispatch.choose(PROBLEM, H100).source == "exact"
+
+
+def test_a_record_that_does_not_fit_the_problem_is_no_help(database: Database) -> None:
+    thread = KernelConfig(tile_m=192, producer=Producer.THREAD)
+    assert space.supports(PROBLEM, thread, H200).ok
+    database.put(record(config=thread))
+    ragged = dataclasses.replace(PROBLEM, n=4104)
+    assert not space.supports(ragged, thread, H200).ok
+    assert dispatch.choose(ragged, H200).source == "default"
+
+
+def test_choices_are_remembered_until_the_cache_is_cleared(database: Database) -> None:
+    before = dispatch.choose(PROBLEM, H200)
+    database.put(record())
+    assert dispatch.choose(PROBLEM, H200) is before
+    dispatch.clear_cache()
+    assert dispatch.choose(PROBLEM, H200).source == "exact"
+
+
+def test_what_no_kernel_computes_is_refused_with_the_problem_named() -> None:
+    with pytest.raises(Unsupported, match=r"spgemm_bf16 4096x4100x16384: N = 4100 is not a multiple of 8"):
+        dispatch.choose(dataclasses.replace(PROBLEM, n=4100), H200)
+
+
+def test_a_cpu_has_no_kernels() -> None:
+    with pytest.raises(Unsupported, match="cpu has no kernels"):
+        dispatch.gpu_of(torch.device("cpu"))

@@ -1,0 +1,135 @@
+"""The kernel space: every rule refuses with its reason, candidates are valid, the default comes first."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srelu24_gen import space
+from srelu24_gen.bindings import footprint
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
+from srelu24_gen.target import TARGETS, GpuTarget
+
+H200 = TARGETS["h200"]
+RELU2 = Activation.RELU2
+FUSED, SPARSE = Family(Op.GEMM_RELU2_24, DType.BF16, RELU2), Family(Op.SPGEMM, DType.BF16)
+DENSE, PRUNE = Family(Op.GEMM, DType.BF16), Family(Op.SPARSIFY24, DType.BF16)
+THREAD = Producer.THREAD
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (Problem(DENSE, -1, 8, 8), "-1x8x8 must be positive"),
+        (Problem(DENSE, 1, 0, 8), "1x0x8 must be positive"),
+        (Problem(DENSE, 1, 8, 0), "1x8x0 must be positive"),
+        (Problem(DENSE, 2**31, 8, 8), "M = 2147483648 is above .* split the problem along M"),
+        (Problem(DENSE, 1, 2**31, 8), "N = 2147483648 is above"),
+        (Problem(DENSE, 1, 8, 2**31), "K = 2147483648 is above"),
+        (Problem(SPARSE, 1, 12, 8), "N = 12 is not a multiple of 8"),
+        (Problem(SPARSE, 1, 8, 12), "K = 12 is not a multiple of 8"),
+        (Problem(dataclasses.replace(FUSED, activation=Activation.NONE), 1, 8, 8), "must be relu2"),
+        (Problem(dataclasses.replace(SPARSE, activation=RELU2), 1, 8, 8), "spgemm has no activation"),
+        (Problem(dataclasses.replace(DENSE, count_nonzeros=True), 1, 8, 8), "only gemm_relu2_24 counts.* not gemm"),
+        (Problem(dataclasses.replace(FUSED, residual=True), 1, 8, 8), "only spgemm adds a residual"),
+        (Problem(dataclasses.replace(PRUNE, bias=True), 1, 8), "sparsify24 takes no bias"),
+    ],
+)
+def test_problems_are_refused_with_the_reason(problem: Problem, words: str) -> None:
+    verdict = space.supports_problem(problem, H200)
+    assert not verdict.ok
+    assert space.supports(problem, KernelConfig(), H200) == verdict
+    for refuse in (space.default, space.candidates):
+        with pytest.raises(Unsupported, match=words):
+            refuse(problem, H200)
+
+
+def test_another_architecture_is_refused() -> None:
+    blackwell = GpuTarget("b200", "NVIDIA B200", arch="sm_100a")
+    verdict = space.supports(Problem(DENSE, 8, 8, 8), KernelConfig(), blackwell)
+    assert verdict == space.Verdict(False, "NVIDIA B200 is sm_100a; the kernels need sm_90a (Hopper)")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        (DENSE, KernelConfig(tile_m=96), "tile_m = 96 is not one of"),
+        (DENSE, KernelConfig(tile_m=256), "tile_m = 256 is not one of"),
+        (DENSE, KernelConfig(tile_n=64), "tile_n = 64 is not one of"),
+        (FUSED, KernelConfig(tile_n=128), "needs tile_n = 256"),
+        (DENSE, KernelConfig(tile_k=128), "tile_k = 128 is not 64"),
+        (DENSE, KernelConfig(cluster_m=4), "cluster_m = 4 is not 1 or 2"),
+        (DENSE, KernelConfig(raster_group=0), "raster_group = 0 must be at least 1"),
+        (DENSE, KernelConfig(tile_m=192), "512 threads leave 128 registers each; tile_n = 256 needs about 160"),
+        (DENSE, KernelConfig(stages=1), "stages = 1; a warpgroup producer needs at least 2"),
+        (DENSE, KernelConfig(stages=2, producer=THREAD), "stages = 2; a thread producer needs at least 3"),
+        (DENSE, KernelConfig(stages=5), "5 stages need 246864 bytes of shared memory; 232448 there"),
+        (PRUNE, KernelConfig(stages=2), "sparsify24 has only the default config"),
+    ],
+)
+def test_configs_are_refused_with_the_reason(family: Family, config: KernelConfig, words: str) -> None:
+    verdict = space.supports_config(family, config, H200)
+    assert not verdict.ok
+    assert words in verdict.reason
+    problem = Problem(family, 256, 256, 0 if family.op is Op.SPARSIFY24 else 256)
+    assert space.supports(problem, config, H200) == verdict
+
+
+@pytest.mark.parametrize(
+    ("family", "n", "ok"), [(FUSED, 96, False), (FUSED, 64, True), (DENSE, 96, True), (DENSE, 8, False)]
+)
+def test_a_producer_thread_needs_whole_blocks_of_b(family: Family, n: int, ok: bool) -> None:
+    verdict = space.supports(Problem(family, 64, n, 64), KernelConfig(producer=THREAD), H200)
+    assert verdict.ok == ok
+    assert ok or f"N = {n} is not a multiple of" in verdict.reason
+    assert space.supports(Problem(family, 64, n, 64), KernelConfig(), H200).ok
+
+
+families = st.builds(
+    Family, st.sampled_from(Op), st.sampled_from(DType), st.sampled_from(Activation), st.booleans(), st.booleans()
+).filter(lambda family: space.supports_family(family).ok)
+widths = st.integers(1, 4000).map(lambda w: 8 * w)
+targets = st.sampled_from([TARGETS[key] for key in ("h200", "h100-pcie")])
+
+
+@given(families, st.integers(0, 100_000), widths, widths, targets)
+def test_candidates_are_valid_distinct_and_start_with_the_default(
+    family: Family, m: int, n: int, k: int, target: GpuTarget
+) -> None:
+    problem = Problem(family, m, n, 0 if family.op is Op.SPARSIFY24 else k)
+    found = space.candidates(problem, target)
+    assert found[0] == space.default(problem, target)
+    assert len(set(found)) == len(found)
+    assert all(space.supports(problem, config, target).ok for config in found)
+    if family.op is Op.SPARSIFY24:
+        assert found == [KernelConfig()]
+    else:
+        assert len(found) > 4
+        assert len({config.raster_group for config in found}) > 1
+
+
+@given(st.sampled_from([DENSE, FUSED, SPARSE]), st.sampled_from([64, 128, 192]), st.sampled_from(Producer))
+def test_the_deepest_ring_is_the_deepest(family: Family, tile_m: int, producer: Producer) -> None:
+    config = KernelConfig(tile_m=tile_m, producer=producer)
+    deepest = space.max_stages(family, config, H200)
+
+    def shared(stages: int) -> int:
+        return footprint(family.op, family.dtype, dataclasses.replace(config, stages=stages)).shared_bytes
+
+    assert shared(deepest) <= H200.smem_per_block
+    assert deepest == 8 or shared(deepest + 1) > H200.smem_per_block
+
+
+@pytest.mark.parametrize("family", [DENSE, FUSED, SPARSE], ids=lambda family: family.name)
+def test_defaults(family: Family) -> None:
+    # A large problem gets the tile that moves the fewest bytes, a ragged N the producer that can load it.
+    large = space.default(Problem(family, 16384, 16384, 4096), H200)
+    assert (large.tile_m, large.producer) == (192, THREAD)
+    for n in (8, 24, 1864, 16392):
+        ragged = space.default(Problem(family, 16384, n, 4096), H200)
+        assert (ragged.tile_m, ragged.producer) == (128, Producer.WARPGROUP)
+    assert space.default(Problem(family, 0, 256, 64), H200) in space.candidates(Problem(family, 0, 256, 64), H200)
