@@ -23,7 +23,8 @@ _TILES_M = (64, 128, 192)
 _TILES_N = (128, 256)
 _ACCUMULATOR_OVERHEAD = 32
 """Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
-_RASTER_GROUPS = (2, 4, 8, 16)
+_DEFAULT_GROUP = 8
+_RASTER_GROUPS = (2, 4, _DEFAULT_GROUP, 16)
 _MOST_STAGES = 8
 """Deeper rings hide nothing more: eight k-blocks are several microseconds."""
 
@@ -104,6 +105,11 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(
             False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
         )
+    if c.producer is Producer.THREAD and c.tile_n == max(_TILES_N):
+        if c.stream_k:
+            return Verdict(False, f"a producer thread at tile_n = {c.tile_n} has no registers left for stream_k")
+        if family.count_nonzeros and c.tile_m == max(_TILES_M):
+            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to count non-zeros")
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:
         return Verdict(False, f"stages = {c.stages}; a {c.producer.value} producer needs at least {least}")
@@ -125,7 +131,7 @@ def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     """Every configuration worth trying, the default first. The ring is always as deep as fits.
 
     Tiles of less than 128x256 move more bytes per FLOP; they are tried only where larger ones would leave
-    multiprocessors idle.
+    multiprocessors idle, and there the raster hardly matters.
 
     Raises:
         Unsupported: no kernel computes the problem; the message is the reason.
@@ -133,25 +139,27 @@ def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     first = default(problem, target)
     if problem.family.op is Op.SPARSIFY24:
         return [first]
-    few_tiles = -(-problem.m // 128) * -(-problem.n // 256) < 2 * target.sm_count
-    tiles_m = _TILES_M if few_tiles else tuple(t for t in _TILES_M if t >= 128)
-    tiles_n = _TILES_N if few_tiles else (max(_TILES_N),)
+    few_tiles = -(-problem.m // 128) * -(-problem.n // 256) < target.sm_count
+    groups = (_DEFAULT_GROUP,) if few_tiles else _RASTER_GROUPS
     found = [first]
-    for tile_m, tile_n, cluster_m, producer in itertools.product(tiles_m, tiles_n, (2, 1), Producer):
-        base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer)
+    for tile_m, tile_n, cluster_m, producer, stream_k in itertools.product(
+        _TILES_M, _TILES_N, (2, 1), Producer, (False, True)
+    ):
+        small = tile_m < 128 or tile_n < max(_TILES_N)
+        if small and (stream_k or not few_tiles):  # stream-K fills the GPU with large tiles
+            continue
+        base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer, stream_k=stream_k)
         base = dataclasses.replace(base, stages=max_stages(problem.family, base, target))
-        for stream_k, group in itertools.product((False, True), _RASTER_GROUPS):
-            config = dataclasses.replace(base, raster_group=group, stream_k=stream_k)
+        for group in groups:
+            config = dataclasses.replace(base, raster_group=group)
             if config not in found and supports(problem, config, target).ok:
                 found.append(config)
     return found
 
 
 def default(problem: Problem, target: GpuTarget) -> KernelConfig:
-    """A good configuration without measuring: the largest tile that still fills the GPU.
-
-    192x256 moves the fewest bytes per FLOP, and energy is what bounds a large GEMM; smaller tiles waste
-    less of a short last wave.
+    """A good configuration without measuring: a tile every kernel is at its fastest or near it with, split along K
+    where it would leave a wave short. One CTA a cluster where a second would find no rows.
 
     Raises:
         Unsupported: no kernel computes the problem; the message is the reason.
@@ -161,23 +169,5 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
         raise Unsupported(f"{problem}: {verdict.reason}.")
     if problem.family.op is Op.SPARSIFY24:
         return KernelConfig()
-    valid = [c for c in _DEFAULTS if supports(problem, c, target).ok]
-    best = max(valid, key=lambda c: _wave_efficiency(problem, c, target) * _TILE_SPEED[c.tile_m])
-    return dataclasses.replace(best, stages=max_stages(problem.family, best, target))
-
-
-_DEFAULTS = (
-    KernelConfig(tile_m=192, producer=Producer.THREAD),
-    KernelConfig(tile_m=128, producer=Producer.WARPGROUP),
-)
-_TILE_SPEED = {192: 1.0, 128: 0.97}
-"""Speed of a full wave, relative: measured on an H200, docs/performance-log.md."""
-
-
-def _wave_efficiency(problem: Problem, config: KernelConfig, target: GpuTarget) -> float:
-    """Useful share of the multiprocessor time: tails of the last tile and of the last wave."""
-    rows, columns = config.tile_m * config.cluster_m, config.tile_n
-    tiles = -(-problem.m // rows) * -(-problem.n // columns)
-    clusters = target.sm_count // config.cluster_m
-    waves = -(-tiles // clusters)
-    return problem.m * problem.n / (waves * clusters * rows * columns) if waves else 1.0
+    config = KernelConfig(tile_m=128, cluster_m=2 if problem.m > 128 else 1, stream_k=True)
+    return dataclasses.replace(config, stages=max_stages(problem.family, config, target))

@@ -42,7 +42,7 @@ class KernelMeta(msgspec.Struct, frozen=True, kw_only=True):
     arch: str
     template: str
     family: dict[str, str | bool]
-    config: dict[str, str | int]
+    config: dict[str, str | int | bool]
     """Fields of the KernelConfig, runtime fields at their defaults."""
     registers: int
     stack_bytes: int

@@ -34,7 +34,7 @@ _CACHED_BLOCKS = 4096
 """Parameter blocks kept per kernel; torch's allocator reuses addresses, so few are needed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would cost a microsecond a launch
 class Operands:
     """The tensors of one launch, all on one CUDA device. Shapes as in :class:`srelu24_gen.spec.Op`.
 
@@ -161,6 +161,34 @@ def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> Wo
     )
 
 
+class _Workspace(NamedTuple):
+    """What stream-K passes between clusters: fp32 sums, and int32 flags that are zero between launches."""
+
+    partials: Tensor
+    flags: Tensor
+
+
+_workspaces: dict[tuple[int, int], _Workspace] = {}
+
+
+def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
+    """The workspace of the current stream, whose launches take turns; inside a CUDA graph one of the graph's own."""
+
+    def new() -> _Workspace:
+        return _Workspace(
+            torch.empty(floats, dtype=torch.float32, device=device),
+            torch.zeros(flags, dtype=torch.int32, device=device),
+        )
+
+    if torch.cuda.is_current_stream_capturing():
+        return new()
+    key = (device.index, _stream(device.index))
+    found = _workspaces.get(key)
+    if found is None or found.flags.numel() < flags or found.partials.numel() < floats:
+        found = _workspaces[key] = new()
+    return found
+
+
 class GemmLauncher:
     """gemm, gemm_relu2_24 and spgemm of one spec on one device."""
 
@@ -178,7 +206,7 @@ class GemmLauncher:
         out = o.out.values if isinstance(o.out, Sparse24) else o.out
         assert o.b is not None
         m, (n, k) = a.shape[0], o.b.shape
-        partials, flags = self._workspace(m, n, k, out.device) if self.spec.config.stream_k else (None, None)
+        space = self._workspace(m, n, k, out.device) if self.spec.config.stream_k else None
         key = (  # the fields of _Arguments, as the plain tuple that hashes fastest
             a.data_ptr(),
             o.b.data_ptr(),
@@ -188,8 +216,8 @@ class GemmLauncher:
             0 if o.bias is None else o.bias.data_ptr(),
             0 if o.residual is None else o.residual.data_ptr(),
             0 if o.counts is None else o.counts.data_ptr(),
-            0 if partials is None else partials.data_ptr(),
-            0 if flags is None else flags.data_ptr(),
+            0 if space is None else space.partials.data_ptr(),
+            0 if space is None else space.flags.data_ptr(),
             m,
             n,
             k,
@@ -207,15 +235,14 @@ class GemmLauncher:
         block, grid = found
         self.kernel.launch(grid, block.address, _stream(self.kernel.device))
 
-    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        """Room for the partial sums of stream-K and its flags, zero: one slot a consumer warpgroup."""
+    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
+        """Room for the partial sums of stream-K: one slot a consumer warpgroup; None where no tile is split."""
         c = self.spec.config
         plan = plan_work(c, m, n, k, self.sm_count)
         if plan.first_tile == plan.tiles:
-            return None, None
+            return None
         slots = plan.clusters * c.cluster_m * self.size.consumers
-        partials = torch.empty(slots * c.tile_n // 2 * WARPGROUP_THREADS, dtype=torch.float32, device=device)
-        return partials, torch.zeros(slots, dtype=torch.int32, device=device)
+        return workspace(slots, slots * c.tile_n // 2 * WARPGROUP_THREADS, device)
 
     def _encode(self, x: _Arguments) -> tuple[ArgumentBlock, int]:
         """GemmParams of ``params.cuh``, and the grid."""

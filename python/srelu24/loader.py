@@ -47,7 +47,11 @@ class LoadedKernel:
         Raises:
             LaunchError: the driver refused.
         """
-        _make_context_current(self.device)
+        if torch.cuda.current_device() != self.device:
+            with torch.cuda.device(self.device):
+                self.launch(grid, arguments, stream)
+            return
+        _make_context_current()
         status = driver.cuLaunchKernel(
             self.function, grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, arguments, 0
         )[0]
@@ -62,7 +66,7 @@ def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) ->
         LaunchError: the driver refuses the cubin, for example one for another architecture.
     """
     name = built.spec.name
-    _make_context_current(device)
+    _make_context_current()
     library = check(
         driver.cuLibraryLoadData(built.cubin, [], [], 0, [], [], 0),
         f"loading the cubin of {name} on {torch.cuda.get_device_name(device)}",
@@ -86,11 +90,11 @@ def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) ->
 _thread = threading.local()
 
 
-def _make_context_current(device: int) -> None:
-    """A launch needs the device's primary context current in this thread; torch makes it so."""
-    if getattr(_thread, "device", None) is None:
+def _make_context_current() -> None:
+    """A launch needs a primary context current in this thread; torch binds the current device's, once."""
+    if not getattr(_thread, "bound", False):
         torch.cuda.set_device(torch.cuda.current_device())
-        _thread.device = True
+        _thread.bound = True
 
 
 class ArgumentBlock:

@@ -17,7 +17,7 @@ from torch import Tensor
 from srelu24 import reference
 from srelu24.dispatch import launcher
 from srelu24.launch import DTYPES, Operands
-from srelu24.operands import check_ffn, check_matrix, check_vector, kernel_reason
+from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_vector, kernel_reason
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
@@ -80,7 +80,9 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
     _activation(activation)
-    check_matrix("w", w, (None, x.shape[-1] if x.dim() else None), x)
+    if x.dim() < 1:
+        raise Unsupported("x has no dimensions; it must be [..., K].")
+    check_matrix("w", w, (None, x.shape[-1]), x)
     check_vector("bias", bias, w.shape[0], x)
     y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
     return y.view(*x.shape[:-1], w.shape[0])
@@ -184,8 +186,8 @@ def _sparsify24_cuda(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    s = Sparse24(values, metadata, (values.shape[0], w2.shape[1]))
-    reason = kernel_reason(values, w2, bias, residual)
+    s = _packed(values, metadata, w2.shape[1])
+    reason = kernel_reason(w2, bias, residual)
     if reason is not None:
         _warn(reason)
         return _matmul_dense(s, w2, bias, residual)
@@ -236,7 +238,7 @@ def _sparsify24_cpu(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _matmul_cpu(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return reference.spgemm(Sparse24(values, metadata, (values.shape[0], w2.shape[1])), w2, bias, residual)
+    return reference.spgemm(_packed(values, metadata, w2.shape[1]), w2, bias, residual)
 
 
 def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
@@ -292,6 +294,14 @@ def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor 
 def _dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = torch.nn.functional.linear(x, w, bias)
     return y.relu().square() if activation == Activation.RELU2 else y
+
+
+def _packed(values: Tensor, metadata: Tensor, f: int) -> Sparse24:
+    """The packed operand. Its values are laid out anew where a compiler has copied them without their row padding."""
+    m, stride = values.shape[0], row_stride(f)
+    if values.stride(1) != 1 or (m > 1 and values.stride(0) != stride) or values.data_ptr() % ALIGNMENT:
+        values = torch.nn.functional.pad(values, (0, stride - f // 2))[:, : f // 2]
+    return Sparse24(values, metadata, (m, f))
 
 
 def _matmul_dense(s: Sparse24, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -28,6 +28,8 @@ ZERO_GROUP = 0x4
 BLOCK_ROWS = 64
 BLOCK_COLUMNS = 256
 """What one block of fragment-order metadata covers."""
+MMA_K = 16
+"""K of the smallest MMA: the sum is rounded once per MMA."""
 CHUNK_ELEMENTS = 1 << 25
 """Output elements checked at a time: bounds the memory of a check to about 2 GB."""
 
@@ -124,7 +126,8 @@ def _accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, T
     """Reference accumulators in row chunks: first row, fp32 [R, N], and the bound on their noise [R, N].
 
     The bound is 2^-22 sqrt(K) |a_row| |b_row|, at least 2^-22 of the result: sqrt(K) roundings of partial sums that
-    Cauchy-Schwarz bounds by the product of the norms. It is a tenth of a bf16 ulp for unit-variance results.
+    Cauchy-Schwarz bounds by the product of the norms. It is a tenth of a bf16 ulp for unit-variance results. Bias and
+    residual are where the sum starts, so each of K/16 steps may round at their magnitude, always the same way.
     """
     assert operands.b is not None
     b = operands.b.float()
@@ -136,11 +139,12 @@ def _accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, T
         else:
             a = operands.a[row0 : row0 + rows].float()
         acc = a @ b.T
-        if operands.bias is not None:
-            acc += operands.bias.float()
-        if operands.residual is not None:
-            acc += operands.residual[row0 : row0 + rows].float()
-        noise = a.norm(dim=1)[:, None] * b_norm * max(problem.k, 1) ** 0.5 + acc.abs()
+        noise = a.norm(dim=1)[:, None] * b_norm * max(problem.k, 1) ** 0.5
+        for start in (operands.bias, None if operands.residual is None else operands.residual[row0 : row0 + rows]):
+            if start is not None:  # the sum starts here: every MMA's result is rounded at this magnitude at least
+                acc += start.float()
+                noise = noise + start.float().abs() * (problem.k / MMA_K)
+        noise = noise + acc.abs()
         # Where an operand is not finite neither is the accumulator, in any order of summing.
         yield row0, acc, (noise * 2.0**-22).nan_to_num(nan=0.0, posinf=0.0)
 

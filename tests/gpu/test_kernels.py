@@ -392,8 +392,8 @@ STRIDED = [
 SPECS += [*BIG_SPECS.values(), *STRIDED]
 
 
-def rows_are_right(problem: Problem, o: Operands, first: int, rows: int = 200) -> None:
-    """Check some rows of a launch as if they were all; ``first`` is a multiple of 64."""
+def rows_are_right(problem: Problem, o: Operands, first: int, rows: int = 192) -> None:
+    """Check some rows of a launch as if they were all: whole blocks of 64, or up to the end."""
 
     def part(x: Tensor | Sparse24) -> Tensor | Sparse24:
         stop = min(first + rows, problem.m)

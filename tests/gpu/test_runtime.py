@@ -156,6 +156,16 @@ def test_addresses_that_come_back_with_other_sizes_are_described_anew(data: work
         assert torch.equal(ffn(data.x[:m].clone(), data), expected[m])
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_the_tensors_decide_the_gpu(data: workload.FFNData) -> None:
+    assert torch.cuda.current_device() == 0
+    there = workload.FFNData(*(t.to("cuda:1") for t in (data.x, data.w1, data.w2)))
+    for _ in range(2):  # the first call loads
+        y = ffn(there.x, there)
+        assert y.device == there.x.device
+        assert torch.equal(y.to(data.x.device), ffn(data.x, data))
+
+
 SANITIZER = shutil.which("compute-sanitizer")
 
 

@@ -126,10 +126,10 @@ def test_the_deepest_ring_is_the_deepest(family: Family, tile_m: int, producer: 
 
 @pytest.mark.parametrize("family", [DENSE, FUSED, SPARSE], ids=lambda family: family.name)
 def test_defaults(family: Family) -> None:
-    # A large problem gets the tile that moves the fewest bytes, a ragged N the producer that can load it.
-    large = space.default(Problem(family, 16384, 16384, 4096), H200)
-    assert (large.tile_m, large.producer) == (192, THREAD)
-    for n in (8, 24, 1864, 16392):
-        ragged = space.default(Problem(family, 16384, n, 4096), H200)
-        assert (ragged.tile_m, ragged.producer) == (128, Producer.WARPGROUP)
+    # Whatever the size: the tile that is near the fastest everywhere, split along K, and a second CTA only for its rows.
+    for m, n in ((16384, 16384), (300, 24), (129, 1864)):
+        config = space.default(Problem(family, m, n, 4096), H200)
+        assert (config.tile_m, config.cluster_m, config.producer) == (128, 2, Producer.WARPGROUP)
+        assert config.stream_k
+    assert space.default(Problem(family, 128, 256, 64), H200).cluster_m == 1
     assert space.default(Problem(family, 0, 256, 64), H200) in space.candidates(Problem(family, 0, 256, 64), H200)

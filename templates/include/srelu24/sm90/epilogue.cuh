@@ -72,7 +72,8 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
     float bias[8] = {};
-    if (Config::kBias && column < p.n && first_piece) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
+    if (Config::kBias && column < p.n && first_piece)
+      load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
 #pragma unroll

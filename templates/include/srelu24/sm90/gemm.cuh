@@ -3,7 +3,7 @@
 // Config (bound by the template) names the element type, the tile, the MMA atoms, the load order and the
 // epilogue. With a producer warpgroup, warpgroup 0 only loads and hands its registers to the consumers.
 // Without one, thread 0 of the first consumer loads between its MMAs, which leaves room for three
-// consumers of 168 registers: a 192-row tile moves 14 % fewer bytes per FLOP than a 128-row one.
+// consumers of 168 registers: a 192-row tile reads fewer bytes per FLOP than a 128-row one.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -103,7 +103,8 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
       consume<Config>(p, shared, cta, warpgroup - 1, [] {});
     }
   } else {
-    // Loads run kLag stages behind a full ring: the stage being refilled was released kLag steps ago.
+    // Loads run kLag stages short of a full ring: the stage refilled in step i was read in step i - kLag, so every
+    // consumer of the cluster has had time to release it.
     constexpr int kLag = 2;
     TileLoader<Config> loader{p, shared, shared.loader, cta};
     bool const loads = threadIdx.x < 32 && cute::elect_one_sync();

@@ -118,11 +118,11 @@ struct Mainloop {
     cute::warpgroup_arrive();
     issue(a, b, first && !Config::kInitialized ? ScaleOut::Zero : ScaleOut::One);
     cute::warpgroup_commit_batch();
+    between();  // with this MMA group and the one before still to run
     cute::warpgroup_wait<1>();
     fence(accumulators);
     if (!first) release(ring.previous());
     ring.advance();
-    between();
   }
 
   __device__ __forceinline__ void drain(Accumulators& accumulators) {

@@ -23,11 +23,11 @@ struct RasterParams {
 
 /// Stream-K: how the tiles that do not fill a whole wave are split along K (work.cuh). A unit is four k-blocks.
 struct SplitParams {
-  int32_t first_tile;                // tiles from here on are split; the number of tiles when none are
-  int32_t units, extra;              // every cluster takes `units`, the first `extra` clusters one more
-  cutlass::FastDivmod tile_units;    // units of one tile
-  float4* partials;                  // one slot a consumer warpgroup: [kTileN / 8][128]
-  uint32_t* flags;                   // one a slot, zero at launch
+  int32_t first_tile;              // tiles from here on are split; the number of tiles when none are
+  int32_t units, extra;            // every cluster takes `units`, the first `extra` clusters one more
+  cutlass::FastDivmod tile_units;  // units of one tile
+  float4* partials;                // one slot a consumer warpgroup: [kTileN / 8][128]
+  uint32_t* flags;                 // one a slot, zero at launch and again after it
 };
 
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.

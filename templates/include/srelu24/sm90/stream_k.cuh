@@ -46,6 +46,7 @@ struct PartialSlot {
     if (threadIdx.x % 128 == 0) {
       uint32_t ready = 0;
       while (ready == 0) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(split.flags + index));
+      split.flags[index] = 0;  // each slot has one owner; the next launch finds the flag as this one did
     }
     cutlass::arch::NamedBarrier::sync(128, barrier);
     float4 const* const p = vectors();
@@ -62,8 +63,8 @@ struct PartialSlot {
 
 /// What to do with the sums of a piece of a tile: true when they are now whole and this cluster stores them.
 template <class Config>
-__device__ __forceinline__ bool reduce(float (&acc)[Config::kTileN / 2], GemmParams const& p, Work const& work,
-                                       int cta, int consumer) {
+__device__ __forceinline__ bool reduce(float (&acc)[Config::kTileN / 2], GemmParams const& p, Work const& work, int cta,
+                                       int consumer) {
   int const cluster = blockIdx.x / Config::kClusterM;
   if (work.k_end < p.k_blocks) {
     PartialSlot<Config>(p.split, cluster, cta, consumer).put(acc);

@@ -37,9 +37,7 @@ struct TileLoader {
   int const cta;  // rank in the cluster
 
   /// Begin with the work at `index`, with every stage free.
-  __device__ __forceinline__ void start(int index) {
-    begin(index, 0, 1);
-  }
+  __device__ __forceinline__ void start(int index) { begin(index, 0, 1); }
 
   /// Issue the next k-block's loads, if there is one. Waits until its stage is free.
   __device__ __forceinline__ bool load_next() {
