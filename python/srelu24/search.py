@@ -88,6 +88,7 @@ class Search:
         self.target = self.runner.target
         self.begin = self.runner.now()
         self.defaults = {p: space.default(p, self.target) for p in self.chain}
+        self.nearest = {p: match.config for p in self.chain if (match := self.db.find(p, self.target))}
         self.failures: list[Failure] = []
         self.failed: set[tuple[Problem, KernelConfig]] = set()
         self.pruned: list[Failure] = []
@@ -133,10 +134,9 @@ class Search:
             space.candidates(problem, self.target),
             key=lambda c: (c.runtime_fields() != usual, changes(c, default)),
         )
-        if match := self.db.find(problem, self.target):
-            ordered.insert(0, match.config)
+        nearest = [self.nearest[problem]] if problem in self.nearest else []
         candidates = []
-        for config in dict.fromkeys([default, *ordered]):
+        for config in dict.fromkeys([default, *nearest, *ordered]):
             verdict = space.supports(problem, config, self.target)
             if verdict.ok:
                 candidates.append(config)
@@ -145,7 +145,8 @@ class Search:
         return candidates
 
     def _screen(self, candidates: dict[Problem, list[KernelConfig]]) -> None:
-        """Time what is compiled while the rest compiles: first every binary, then variants of the fastest."""
+        """Time what is compiled while the rest compiles: first every binary and what the nearest record says, which may
+        be a variant of the default, then variants of the fastest."""
         deadline = self.begin + SCREEN_SHARE * self.budget_s
         # Six tenths for the rounds: the rest goes to verification, warm-up and waiting for the compiler.
         seconds_each = min(1.0, 0.6 * SCREEN_SHARE * self.budget_s / sum(map(len, candidates.values())))
@@ -182,7 +183,8 @@ class Search:
                 self._take_over(problem, config, trial)
                 done(problem, 1)
             elif config != default:
-                (variants if config.compiled() in known else binaries)[problem].append(config)
+                later = config.compiled() in known and config != self.nearest.get(problem)
+                (variants if later else binaries)[problem].append(config)
             if all((p, self.defaults[p]) in self.digests for p in self.chain) and self.runner.now() >= deadline:
                 break
             if len(binaries[problem]) >= CHUNK and (problem, default) in self.digests:
@@ -276,7 +278,8 @@ class Search:
         self, stage: Stage, candidates: Sequence[tuple[Step, ...]], seconds: float, min_rounds: int
     ) -> dict[tuple[Step, ...], tuple[Timed, float]]:
         """Times and speed-ups over the first candidate, the default; every result becomes a trial at once."""
-        named = {_name(steps): steps for steps in candidates}
+        # Numbers, not words: two configurations may read the same.
+        named = {str(number): steps for number, steps in enumerate(candidates)}
         default = next(iter(named))
         what = " + ".join(str(step.problem) for step in named[default])
         job = Job(
@@ -354,7 +357,7 @@ class Search:
 
     def _report_failure(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:
         what = " + ".join(str(step.problem) for step in steps)
-        failure = Failure(stage, what, _name(steps), reason)
+        failure = Failure(stage, what, _text(steps), reason)
         self.failures.append(failure)
         if stage == "screen":
             self.failed.add((steps[0].problem, steps[0].config.compiled()))
@@ -403,7 +406,7 @@ class Search:
         return TuningRecord(**self._where(problem), config=config.to_dict(), evidence=evidence)
 
 
-def _name(steps: tuple[Step, ...]) -> str:
-    """Readable, and unique within a job."""
+def _text(steps: tuple[Step, ...]) -> str:
+    """Configurations in words, for the reader."""
     dense = "dense " if all(step.problem.family.op is Op.GEMM for step in steps) else ""
     return dense + " + ".join(views.config_text(step.problem.family.op, step.config) for step in steps)

@@ -52,12 +52,14 @@ def progress() -> Progress:
 
 
 def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
-    """A configuration in one word group, for example ``192x256x64 cluster 2 stages 4 thread group 8``."""
+    """A configuration in one word group, for example ``128x256x64 cluster 2 stages 4 warpgroup stream-k group 8``."""
     if op is Op.SPARSIFY24:
         return "-"
     c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
     producer = "warpgroup" if c.producer is Producer.WARPGROUP else "thread"
-    return f"{c.tile_m}x{c.tile_n}x{c.tile_k} cluster {c.cluster_m} stages {c.stages} {producer} group {c.raster_group}"
+    split = " stream-k" if c.stream_k else ""
+    tile = f"{c.tile_m}x{c.tile_n}x{c.tile_k}"
+    return f"{tile} cluster {c.cluster_m} stages {c.stages} {producer}{split} group {c.raster_group}"
 
 
 def doctor_table(checks: Iterable[Check]) -> Table:

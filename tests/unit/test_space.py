@@ -109,7 +109,13 @@ def test_candidates_are_valid_distinct_and_start_with_the_default(
         assert found == [KernelConfig()]
     else:
         assert len(found) > 4
-        assert len({config.raster_group for config in found}) > 1
+
+
+def test_large_problems_try_several_rasters_and_small_ones_small_tiles() -> None:
+    large, small = (space.candidates(Problem(DENSE, m, 4096, 4096), H200) for m in (16384, 512))
+    assert len({config.raster_group for config in large}) > 1
+    assert min(config.tile_m * config.tile_n for config in large) == 128 * 256
+    assert min(config.tile_m * config.tile_n for config in small) == 64 * 128
 
 
 @given(st.sampled_from([DENSE, FUSED, SPARSE]), st.sampled_from([64, 128, 192]), st.sampled_from(Producer))
@@ -126,7 +132,7 @@ def test_the_deepest_ring_is_the_deepest(family: Family, tile_m: int, producer: 
 
 @pytest.mark.parametrize("family", [DENSE, FUSED, SPARSE], ids=lambda family: family.name)
 def test_defaults(family: Family) -> None:
-    # Whatever the size: the tile that is near the fastest everywhere, split along K, and a second CTA only for its rows.
+    # Whatever the size: the tile that is fast everywhere, split along K, and a second CTA only where it has rows.
     for m, n in ((16384, 16384), (300, 24), (129, 1864)):
         config = space.default(Problem(family, m, n, 4096), H200)
         assert (config.tile_m, config.cluster_m, config.producer) == (128, 2, Producer.WARPGROUP)
