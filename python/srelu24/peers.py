@@ -5,8 +5,7 @@ What each peer is and why: docs/benchmarks.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from srelu24 import dispatch, ops
 from srelu24.sparse24 import Sparse24
+from srelu24.verify import exact_float32
 from srelu24.workload import make_ffn, prune
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
@@ -62,7 +62,7 @@ class Case:
         data = make_ffn(m, d, f, dtype, density, device, seed)
         h = torch.empty(m, f, dtype=data.x.dtype, device=device)
         y = torch.empty(m, d, device=device)
-        with _full_float32():
+        with exact_float32():
             w1, w2 = data.w1.float(), data.w2.float()
             for start in range(0, m, _CHUNK_ROWS):
                 rows = slice(start, start + _CHUNK_ROWS)
@@ -104,7 +104,7 @@ class Case:
     @cached_property
     def y_masked(self) -> Tensor:
         """S W2^T, [M, D], summed in float32: what the sparse FFNs have to give."""
-        with _full_float32():
+        with exact_float32():
             w2 = self.w2.float()
             return torch.cat([rows.float() @ w2.T for rows in torch.split(self.s_dense, _CHUNK_ROWS)])
 
@@ -150,16 +150,6 @@ def relative_error(output: Output, expected: Tensor) -> float:
         wrong += float((got.float() - want.float()).square().sum(dtype=torch.float64))
         right += float(want.float().square().sum(dtype=torch.float64))
     return float((wrong / right) ** 0.5) if right else float(wrong**0.5)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _require(case: Case, op: Op, n: int, k: int, activation: Activation = Activation.NONE) -> None:

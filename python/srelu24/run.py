@@ -73,12 +73,13 @@ def run(shapes: list[Shape], dtype: DType, budget_s: float, bench: bool) -> bool
 
 
 def tune_missing(shapes: list[Shape], dtype: DType, target: GpuTarget, budget_s: float) -> None:
-    """Tunes the shapes that have no record of their own on this GPU."""
+    """Tunes the shapes that this user has not tuned on this GPU model yet; shipped records are only a start."""
     from srelu24 import tune
+    from srelu24.db import Database
 
+    tuned = {str(r.problem) for r in Database.open().user_records() if r.gpu == target.key}
     for shape in shapes:
-        sources = {catalogue.choose(problem, target).source for problem in catalogue.ffn_problems(shape, dtype)}
-        if sources == {"exact"}:
+        if tuned.issuperset(map(str, catalogue.ffn_problems(shape, dtype))):
             views.note(f"{shape} is tuned on this GPU already.")
             continue
         views.note(f"Tuning {shape} {dtype} for up to {budget_s:.0f} s; Ctrl-C keeps what was measured.")

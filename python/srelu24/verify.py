@@ -69,7 +69,7 @@ def verify(problem: Problem, config: KernelConfig, operands: Operands, arch: str
 def check(problem: Problem, operands: Operands) -> Check:
     """Compare outputs that are already there with the contract. Works on any device."""
     op = problem.family.op
-    with _exact_float32():
+    with exact_float32():
         if op is Op.SPARSIFY24:
             return _check_sparsify24(problem, operands)
         if op is Op.GEMM_RELU2_24:
@@ -308,7 +308,7 @@ def _unpack(s: Sparse24, row0: int, row1: int) -> _Unpacked:
 
 
 @contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """No TF32 in the reference products, whatever the caller has set."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
