@@ -96,6 +96,10 @@ class GpuRunner:
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise Unsupported(f"the device to tune is {device}; a CUDA GPU of compute capability 9.0 is needed")
+        if not torch.cuda.is_available():
+            raise Unsupported(
+                "tuning times kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"
+            )
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.target = gpu_of(self._device)
         self._worker = Worker(str(self._device))

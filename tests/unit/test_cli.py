@@ -404,3 +404,12 @@ def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [([SMALL], DType.BF16, [0.1], tmp_path / "h200" / "ffn_bf16.json")]
     assert "over torch_compile" in out
     assert "1.250x" in out
+
+
+def test_tuning_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stderr = srelu24("tune", "--shape", "128x256x512", code=1).stderr
+    assert "PyTorch sees none; run `srelu24 doctor`" in " ".join(stderr.split())
+    assert "Traceback" not in stderr
