@@ -35,6 +35,7 @@ __all__ = [
     "build_many",
     "build_rendered",
     "compile_source",
+    "key_of",
 ]
 
 ENTRY = "srelu24_kernel"
@@ -204,6 +205,15 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
 def _options(arch: str, toolchain: Toolchain) -> list[str]:
     folders = (templates_dir() / "include", *toolchain.include_dirs)
     return [f"--gpu-architecture={arch}", *FLAGS, *(f"--include-path={folder}" for folder in folders)]
+
+
+def key_of(spec: KernelSpec, *, toolchain: Toolchain | None = None) -> str:
+    """The key a build of ``spec`` has today, without building it: templates, headers, flags and compiler decide.
+
+    Raises:
+        ToolchainError, RenderError: as their names say.
+    """
+    return _key(render(spec), toolchain or Toolchain.find())
 
 
 def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:

@@ -5,43 +5,18 @@ Needs no GPU, and no torch: without torch the default configurations are chosen,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 from srelu24 import db
 from srelu24_gen import compile as compiler
 from srelu24_gen import paths, space
 from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Shape as Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
-
-
-class Shape(NamedTuple):
-    """Sizes of an FFN: M tokens, model width D, hidden width F."""
-
-    m: int
-    d: int
-    f: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """From ``MxDxF``, for example ``16384x4096x16384``.
-
-        Raises:
-            Unsupported: anything else.
-        """
-        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
-        if match is None:
-            raise Unsupported(
-                f"shape {text!r} is not MxDxF (tokens, model width, hidden width), such as 16384x4096x16384"
-            )
-        return cls(*map(int, match.groups()))
-
-    def __str__(self) -> str:
-        return f"{self.m}x{self.d}x{self.f}"
 
 
 @dataclass(frozen=True, slots=True)

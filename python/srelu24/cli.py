@@ -7,16 +7,18 @@ Exit codes: 0 done, 1 an error (one line says which), 2 wrong usage, 130 Ctrl-C.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 from typer.core import TyperGroup
 
-from srelu24 import views
-from srelu24.catalogue import Shape
-from srelu24_gen import __version__
+from srelu24 import cli_db, views
+from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Model, Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget, target_by_key
 
@@ -38,9 +40,8 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-db_app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
-app.add_typer(db_app, name="db")
+app.add_typer(cli_db.app, name="db")
 app.add_typer(bench_app, name="bench")
 
 
@@ -49,6 +50,32 @@ def _shape(text: str | Shape) -> Shape:
         return Shape.parse(str(text))  # typer parses defaults too
     except Unsupported as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _model(key: str | Model) -> Model:
+    try:
+        return models.model(str(key))
+    except Unsupported as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _shapes(
+    given: list[Shape] | None, named: list[Model] | None, tokens: str | None, default: list[Shape]
+) -> list[Shape]:
+    """Each shape once: those given, then those of the named models; the default where neither names any."""
+    if tokens is None:
+        counts = list(models.TOKENS)
+    elif not named:
+        raise typer.BadParameter("--tokens are those of a model; add --model, or give whole shapes with --shape")
+    elif re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", tokens):
+        counts = [int(count) for count in tokens.split(",")]
+    else:
+        raise typer.BadParameter(f"--tokens {tokens!r} is not a list of numbers of tokens, such as 4096,16384")
+    of_models = [shape for model in named or [] for shape in models.shapes(model, counts)]
+    shapes = list(dict.fromkeys([*(given or []), *of_models])) or default
+    if not shapes:
+        raise typer.BadParameter("which shape? give --shape MxDxF or --model, such as --model nemotron-4-15b")
+    return shapes
 
 
 def _target(key: str | None) -> GpuTarget:
@@ -73,14 +100,28 @@ DEFAULT_SHAPES = [Shape(16384, 4096, 16384)]
 _SHAPE: dict[str, Any] = {"parser": _shape, "metavar": "MxDxF"}
 _SHAPE_HELP = "Tokens x width x hidden width; may be repeated."
 Shapes = Annotated[
-    list[Shape], typer.Option("--shape", help=_SHAPE_HELP, show_default=str(DEFAULT_SHAPES[0]), **_SHAPE)
+    list[Shape] | None,
+    typer.Option("--shape", help=_SHAPE_HELP, show_default=f"{DEFAULT_SHAPES[0]} without --model", **_SHAPE),
 ]
-GivenShapes = Annotated[list[Shape], typer.Option("--shape", help=_SHAPE_HELP, **_SHAPE)]
+GivenShapes = Annotated[list[Shape] | None, typer.Option("--shape", help=_SHAPE_HELP, **_SHAPE)]
+Models = Annotated[
+    list[Model] | None,
+    typer.Option(
+        "--model", help="The FFN of a model (list --models); may be repeated.", parser=_model, metavar="MODEL"
+    ),
+]
+Tokens = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens",
+        help=f"Token counts of --model, such as 4096,16384; else {', '.join(map(str, models.TOKENS))}.",
+        metavar="M,M",
+    ),
+]
 Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.")]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")
 ]
-OnlyGpu = Annotated[str | None, typer.Option("--gpu", help="Only records of this GPU, such as h200.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result file here.")]
 Results = Annotated[
@@ -105,15 +146,38 @@ def main(
     """Generate, tune and serve kernels for squared-ReLU FFNs with 2:4-pruned activations."""
 
 
+def _models_table(known: list[Model]) -> Table:
+    table = Table(title="models", title_justify="left")
+    for column in ("model", "name", "D", "F", "note"):
+        table.add_column(column, justify="right" if column in ("D", "F") else "left", overflow="fold")
+    for each in known:
+        table.add_row(each.key, each.name, str(each.d_model), str(each.d_ff), each.note)
+    return table
+
+
 @app.command("list")
 def list_kernels(
-    shape: Shapes = DEFAULT_SHAPES, gpu: Gpu = None, dtype: Dtype = DType.BF16, json: Json = False
+    shape: Shapes = None,
+    model: Models = None,
+    tokens: Tokens = None,
+    gpu: Gpu = None,
+    dtype: Dtype = DType.BF16,
+    named: Annotated[bool, typer.Option("--models", help="List the models that --model knows instead.")] = False,
+    json: Json = False,
 ) -> None:
     """The kernels of a shape and their candidate configurations: chosen, built, recorded."""
     from srelu24 import catalogue
 
+    if named:
+        known = list(models.MODELS.values())
+        if json:
+            views.show_json(known)
+        else:
+            views.show(_models_table(known))
+        return
+    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
     target = _target(gpu)
-    tables = {each: catalogue.kernels(each, dtype, target) for each in shape}
+    tables = {each: catalogue.kernels(each, dtype, target) for each in shapes}
     if json:
         views.show_json([row for rows in tables.values() for row in rows])
         return
@@ -166,7 +230,9 @@ def render(
 
 @app.command()
 def build(
-    shape: Shapes = DEFAULT_SHAPES,
+    shape: Shapes = None,
+    model: Models = None,
+    tokens: Tokens = None,
     gpu: Gpu = None,
     dtype: Dtype = DType.BF16,
     every: Annotated[bool, typer.Option("--all", help="All candidates, not only the chosen ones.")] = False,
@@ -176,8 +242,9 @@ def build(
     """Compile kernels for a GPU, on any machine; what is in the cache is not compiled again."""
     from srelu24 import catalogue
 
+    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
     target = _target(gpu)
-    specs = catalogue.specs_for(shape, dtype, target, every_candidate=every)
+    specs = catalogue.specs_for(shapes, dtype, target, every_candidate=every)
     with views.progress() as bar:
         task = bar.add_task(f"building for {target.name}", total=len(specs))
         rows = catalogue.build_kernels(specs, jobs, on_done=lambda: bar.advance(task))
@@ -191,7 +258,9 @@ def build(
 
 @app.command()
 def tune(
-    shape: GivenShapes,
+    shape: GivenShapes = None,
+    model: Models = None,
+    tokens: Tokens = None,
     dtype: Dtype = DType.BF16,
     density: Annotated[float, typer.Option(min=0, max=1, help="Share of non-zero activations.")] = 0.1,
     budget: Annotated[float, typer.Option(min=1, help="Seconds per shape.")] = 120.0,
@@ -199,10 +268,11 @@ def tune(
     json: Json = False,
 ) -> None:
     """Search for the best configurations on this GPU; the winners go to your tuning database."""
+    shapes = _shapes(shape, model, tokens, default=[])  # a search takes minutes: which shape is for the user to say
     from srelu24 import tune as tuner
 
     reports = []
-    for each in shape:
+    for each in shapes:
         with tuner.live_view() as on_event:
             report = tuner.tune_ffn(*each, dtype, density=density, budget_s=budget, resume=resume, on_event=on_event)
         reports.append(report)
@@ -226,7 +296,9 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def run(
-    shape: Shapes = DEFAULT_SHAPES,
+    shape: Shapes = None,
+    model: Models = None,
+    tokens: Tokens = None,
     dtype: Dtype = DType.BF16,
     budget: Annotated[float, typer.Option(min=0, help="Seconds of tuning per shape without a record.")] = 60.0,
     bench: Annotated[bool, typer.Option(help="Time the FFN against its peers, where there is a GPU.")] = True,
@@ -234,56 +306,15 @@ def run(
     """The main job: check the machine, build, tune, run and time an FFN."""
     from srelu24 import run as main_job
 
-    if not main_job.run(shape, dtype, budget, bench):
+    if not main_job.run(_shapes(shape, model, tokens, DEFAULT_SHAPES), dtype, budget, bench):
         raise typer.Exit(1)
-
-
-@db_app.command("list")
-def db_list(gpu: OnlyGpu = None, json: Json = False) -> None:
-    """All records, shipped and your own."""
-    from srelu24.db import Database
-
-    records = [r for r in Database.open().records() if gpu in (None, r.gpu)]
-    if json:
-        views.show_json(records)
-    else:
-        views.show(views.records_table(records))
-
-
-@db_app.command("show")
-def db_show(
-    kernel: Annotated[str, typer.Argument(help="A kernel's name, or how it begins.")], gpu: OnlyGpu = None
-) -> None:
-    """Whole records as JSON, with their evidence."""
-    from srelu24.db import Database
-
-    everything = Database.open().records()
-    records = [r for r in everything if r.family.name.startswith(kernel) and gpu in (None, r.gpu)]
-    if not records:
-        known = ", ".join(sorted({r.family.name for r in everything})) or "none"
-        raise Unsupported(f"there is no record for {kernel!r}; recorded kernels are: {known}")
-    views.show_json(records)
-
-
-@db_app.command("export")
-def db_export(path: Annotated[Path, typer.Argument(help="A .json file, or a folder laid out as tuning_db.")]) -> None:
-    """Write your records as text, for example to share or ship them."""
-    from srelu24.db import Database
-
-    views.note(f"{Database.open().export(path)} records written to {path}")
-
-
-@db_app.command("import")
-def db_import(path: Annotated[Path, typer.Argument(help="A file or folder that `db export` wrote.")]) -> None:
-    """Take records into your store; a record you have is replaced only by a newer one."""
-    from srelu24.db import Database
-
-    views.note(f"{Database.open().import_(path)} records taken from {path}")
 
 
 @bench_app.command("ffn")
 def bench_ffn(
-    shape: Shapes = DEFAULT_SHAPES,
+    shape: Shapes = None,
+    model: Models = None,
+    tokens: Tokens = None,
     dtype: Dtype = DType.BF16,
     density: Densities = [0.1, 0.5],  # noqa: B006
     json: JsonFile = None,
@@ -292,12 +323,15 @@ def bench_ffn(
     """The whole forward pass against torch.compile, our dense and unfused paths, and cuSPARSELt."""
     from srelu24 import run as main_job
 
-    main_job.benchmark("ffn", shape, dtype, density, _result_path(json, results, "ffn", dtype))
+    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
+    main_job.benchmark("ffn", shapes, dtype, density, _result_path(json, results, "ffn", dtype))
 
 
 @bench_app.command("gemm")
 def bench_gemm(
-    shape: Shapes = DEFAULT_SHAPES,
+    shape: Shapes = None,
+    model: Models = None,
+    tokens: Tokens = None,
     dtype: Dtype = DType.BF16,
     density: Densities = [0.1, 0.5],  # noqa: B006
     json: JsonFile = None,
@@ -306,7 +340,8 @@ def bench_gemm(
     """Each kernel alone against cuBLAS and cuSPARSELt."""
     from srelu24 import run as main_job
 
-    main_job.benchmark("gemm", shape, dtype, density, _result_path(json, results, "gemm", dtype))
+    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
+    main_job.benchmark("gemm", shapes, dtype, density, _result_path(json, results, "gemm", dtype))
 
 
 @bench_app.command("report")

@@ -7,6 +7,7 @@ The user's record wins over the shipped one for the same problem and GPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -229,6 +230,29 @@ class Database:
         """Append trials, all or none; they are on disk when this returns. Raises RecordError as :meth:`put` does."""
         self._store.write([_insert("trials", trial) for trial in trials])
 
+    def drop(self, rows: Iterable[TuningRecord | Trial]) -> int:
+        """Delete rows from the user's store, all or none; returns how many.
+
+        A row that is no longer as it is given, because someone stored a newer one, stays. Raises RecordError as
+        :meth:`put` does.
+        """
+        doomed = {msgspec.json.encode(row) for row in rows}
+        statements = []
+        for table, kind in (("records", TuningRecord), ("trials", Trial)):
+            for text in self._store.read(f"SELECT json FROM {table}"):
+                with contextlib.suppress(msgspec.DecodeError):
+                    row = msgspec.json.decode(text, type=kind)
+                    if msgspec.json.encode(row) in doomed:
+                        where = "arch=? AND gpu=? AND family=? AND m=? AND n=? AND k=? AND json=?"
+                        statements.append((f"DELETE FROM {table} WHERE {where}", (*row.key, text)))
+        if statements:
+            self._store.write(statements)
+        return len(statements)
+
+    def all_trials(self) -> list[Trial]:
+        """Every trial in the user's store, oldest first."""
+        return _decode_rows(self._store.read("SELECT json FROM trials ORDER BY id"), Trial, str(self.user_file))
+
     def trials(self, problem: Problem, target: GpuTarget) -> list[Trial]:
         """Every trial of this very problem on this GPU, oldest first."""
         where = (target.arch, target.key, problem.family.name, problem.m, problem.n, problem.k)
@@ -265,13 +289,20 @@ class Database:
 
         A record the user has already is replaced only by a newer one. Raises RecordError for a file that is not ours.
         """
-        path = Path(path)
-        files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         when = {r.key: r.evidence.when for r in self.user_records()}
-        new = [r for file in files for r in _read_file(file) if r.evidence.when > when.get(r.key, "")]
+        new = [r for r in read_records(path) if r.evidence.when > when.get(r.key, "")]
         if new:
             self._store.write([_insert_record(r) for r in new])
         return len(new)
+
+
+def read_records(path: Path | str) -> list[TuningRecord]:
+    """Records of a file or folder that :meth:`Database.export` wrote; RecordError for anything else."""
+    path = Path(path)
+    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise RecordError(f"{path} holds no tuning records; give a file or folder that `srelu24 db export` wrote")
+    return [record for file in files for record in _read_file(file)]
 
 
 def _related(a: Family, b: Family) -> bool:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ _MIGRATIONS = (
     """,
 )
 """Entry i takes the tables from ``user_version`` i to i + 1. Append; never edit."""
+
+
+_ATTEMPTS = 5
+"""How often a write begins anew when the file is damaged or vanishes under it."""
 
 
 class _Damaged(Exception):
@@ -80,11 +85,16 @@ class UserStore:
         """Run the statements as one transaction, creating or migrating the store first; RecordError if that fails."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._transact(statements)
-            except _Damaged as reason:
-                self._set_aside(str(reason))
-                self._transact(statements)
+            for _ in range(_ATTEMPTS):
+                try:
+                    return self._transact(statements)
+                except _Damaged as reason:
+                    self._set_aside(str(reason))
+                except sqlite3.OperationalError as error:
+                    if "unable to open" not in str(error):
+                        raise
+                    time.sleep(0.02)  # another process has just set the file aside: it will be made anew
+            self._transact(statements)
         except (OSError, sqlite3.Error, _Damaged) as error:
             raise RecordError(
                 f"the tuning store {self.path} cannot be written ({error}); "

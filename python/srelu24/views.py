@@ -63,18 +63,18 @@ def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
 
 
 def doctor_table(checks: Iterable[Check]) -> Table:
-    table = _table("srelu24 doctor", ("check", "status", "found", "to mend"))
+    grid = table("srelu24 doctor", ("check", "status", "found", "to mend"))
     for check in checks:
         style = _STATUS_STYLE[check.status]
-        table.add_row(check.name, f"[{style}]{check.status.value}[/]", escape(check.found), escape(check.mend))
-    return table
+        grid.add_row(check.name, f"[{style}]{check.status.value}[/]", escape(check.found), escape(check.mend))
+    return grid
 
 
 def kernels_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Candidates of one shape: rows as :func:`srelu24.run.kernels` gives them."""
-    table = _table(title, ("kernel", "config", "chosen", "from", "built", "recorded"))
+    grid = table(title, ("kernel", "config", "chosen", "from", "built", "recorded"))
     for row in rows:
-        table.add_row(
+        grid.add_row(
             row["family"],
             config_text(Op(row["op"]), row["config"]),
             "[green]yes[/]" if row["chosen"] else "",
@@ -82,18 +82,18 @@ def kernels_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             "yes" if row["built"] else "",
             "yes" if row["recorded"] else "",
         )
-    return table
+    return grid
 
 
 def built_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Compiled kernels: rows as :func:`srelu24.run.build_kernels` gives them."""
-    table = _table("kernels", ("kernel", "registers", "spill bytes", "smem bytes", "seconds", ""), right=(1, 2, 3, 4))
+    grid = table("kernels", ("kernel", "registers", "spill bytes", "smem bytes", "seconds", ""), right=(1, 2, 3, 4))
     for row in rows:
         if row["error"]:
-            table.add_row(row["name"], "", "", "", "", f"[bold red]{escape(row['error'])}[/]")
+            grid.add_row(row["name"], "", "", "", "", f"[bold red]{escape(row['error'])}[/]")
             continue
         spills = row["spill_bytes"]
-        table.add_row(
+        grid.add_row(
             row["name"],
             str(row["registers"]),
             f"[yellow]{spills}[/]" if spills else "0",
@@ -101,15 +101,15 @@ def built_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['seconds']:.2f}",
             "from the cache" if row["from_cache"] else "compiled",
         )
-    return table
+    return grid
 
 
 def records_table(records: Iterable[TuningRecord]) -> Table:
     columns = ("GPU", "kernel", "MxNxK", "config", "density", "ms", "over default", "when")
-    table = _table("tuning records", columns, right=(4, 5, 6))
+    grid = table("tuning records", columns, right=(4, 5, 6))
     for record in records:
         evidence = record.evidence
-        table.add_row(
+        grid.add_row(
             record.gpu,
             record.family.name,
             f"{record.m}x{record.n}x{record.k}",
@@ -119,7 +119,7 @@ def records_table(records: Iterable[TuningRecord]) -> Table:
             f"{evidence.default_ms / evidence.ms:.3f}x",
             evidence.when,
         )
-    return table
+    return grid
 
 
 def bench_table(rows: Iterable[Row]) -> Table:
@@ -127,10 +127,10 @@ def bench_table(rows: Iterable[Row]) -> Table:
     rows = list(rows)
     peers = list(dict.fromkeys(peer for row in rows for peer in row.speedup))
     columns = ["op", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "of light", *(f"over {peer}" for peer in peers)]
-    table = _table("benchmark", columns, right=range(3, len(columns)))
+    grid = table("benchmark", columns, right=range(3, len(columns)))
     for row in rows:
         ours = row.candidates.get("srelu24")
-        table.add_row(
+        grid.add_row(
             row.op,
             row.dtype,
             row.shape,
@@ -140,16 +140,17 @@ def bench_table(rows: Iterable[Row]) -> Table:
             _number(row.speed_of_light, ".0%"),
             *(_number(row.speedup.get(peer), ".3f", "x") for peer in peers),
         )
-    return table
+    return grid
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _table(title: str, columns: Iterable[str], right: Iterable[int] = ()) -> Table:
-    table = Table(title=title, title_justify="left")
+def table(title: str, columns: Iterable[str], right: Iterable[int] = ()) -> Table:
+    """An empty table; the columns numbered in ``right`` hold numbers."""
+    grid = Table(title=title, title_justify="left")
     to_the_right = set(right)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in to_the_right else "left", overflow="fold")
-    return table
+        grid.add_column(column, justify="right" if index in to_the_right else "left", overflow="fold")
+    return grid

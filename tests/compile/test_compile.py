@@ -20,7 +20,7 @@ import pytest
 
 from srelu24_gen import compile as compile_module
 from srelu24_gen import store as store_module
-from srelu24_gen.compile import BuildStore, BuiltKernel, build, build_many, build_rendered, compile_source
+from srelu24_gen.compile import BuildStore, BuiltKernel, build, build_many, build_rendered, compile_source, key_of
 from srelu24_gen.errors import CacheError, CompileError, RenderError
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
@@ -390,6 +390,7 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_kernel_compiles_without_spills(spec: KernelSpec, store: BuildStore) -> None:
     built = build(spec, store=store)
+    assert key_of(spec) == built.meta.key
     assert built.cubin.startswith(ELF)
     assert (built.meta.spill_bytes, built.meta.stack_bytes) == (0, 0)
     assert built.meta.warnings == []

@@ -11,16 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from srelu24 import catalogue, cli, db, doctor, results
 from srelu24 import run as main_job
-from srelu24.catalogue import Shape
 from srelu24_gen import compile as compiler
 from srelu24_gen import render, space
 from srelu24_gen.errors import CompileError, Unsupported
+from srelu24_gen.models import MODELS, TOKENS, Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import target_by_key
 
@@ -84,19 +82,7 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
     return record
 
 
-# --- shapes and configurations --------------------------------------------------------------------------------------
-
-
-@given(st.tuples(*[st.integers(0, 10**7)] * 3))
-def test_shape_text_round_trips(sizes: tuple[int, int, int]) -> None:
-    assert Shape.parse("x".join(map(str, sizes))) == sizes
-    assert Shape.parse(str(Shape(*sizes))) == sizes
-
-
-@pytest.mark.parametrize("text", ["", "12x", "1x2", "1x2x3x4", "ax2x3", "-1x2x3", "1.5x2x3", "1 x 2 x 3", "1,2,3"])
-def test_shape_that_is_not_mxdxf_is_refused(text: str) -> None:
-    with pytest.raises(Unsupported, match="MxDxF"):
-        Shape.parse(text)
+# --- shapes and problems -------------------------------------------------------------------------------------
 
 
 def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
@@ -106,6 +92,111 @@ def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
     assert (second.m, second.n, second.k) == (2, 24, 56)
     assert first.flops == second.flops == 2 * 2 * 24 * 56
     assert all(space.supports_problem(problem, H200).ok for problem in (first, second))
+
+
+# --- which shapes a command gets ------------------------------------------------------------------------------------
+
+DEFAULT = Shape(16384, 4096, 16384)
+MINITRON = ["--model", "minitron-4b"]
+GIVEN = [
+    pytest.param(["--shape", str(SMALL)], [SMALL], id="a shape"),
+    pytest.param([*MINITRON, "--tokens", "8"], [Shape(8, 3072, 9216)], id="a model"),
+    pytest.param(MINITRON, [Shape(m, 3072, 9216) for m in TOKENS], id="a model at the standard token counts"),
+    pytest.param(
+        [*MINITRON, "--model", "Nanochat", "--tokens", "8,16", "--shape", str(SMALL), "--shape", "8x16x24"],
+        [
+            SMALL,
+            Shape(8, 16, 24),
+            Shape(8, 3072, 9216),
+            Shape(16, 3072, 9216),
+            Shape(8, 768, 3072),
+            Shape(16, 768, 3072),
+        ],
+        id="several of both",
+    ),
+    pytest.param(
+        ["--model", "paper-7b", "--model", "nemotron-3-8b", "--shape", "8x4096x16384", "--tokens", "8,8"],
+        [Shape(8, 4096, 16384)],
+        id="the same one under several names",
+    ),
+]
+COMMANDS = [["list"], ["build"], ["tune"], ["run"], ["bench", "ffn"], ["bench", "gemm"]]
+
+
+@pytest.fixture
+def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+    """What the commands pass on, instead of doing it."""
+    from srelu24 import tune
+
+    shapes: list[Shape] = []
+
+    def one(shape: Shape, *_: object) -> list[Any]:
+        shapes.append(shape)
+        return []
+
+    def several(given: list[Shape], *_: object, **__: object) -> list[Any]:
+        shapes.extend(given)
+        return []
+
+    monkeypatch.setattr(catalogue, "kernels", one)
+    monkeypatch.setattr(catalogue, "specs_for", several)
+    monkeypatch.setattr(catalogue, "build_kernels", lambda *_, **__: [])
+    monkeypatch.setattr(tune, "tune_ffn", lambda m, d, f, *_, **__: shapes.append(Shape(m, d, f)))
+    monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
+    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_: shapes.extend(given))
+    return shapes
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(("arguments", "shapes"), GIVEN)
+def test_commands_take_shapes_and_models(
+    command: list[str], arguments: list[str], shapes: list[Shape], asked_shapes: list[Shape]
+) -> None:
+    srelu24(*command, *arguments)
+    assert asked_shapes == shapes
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], asked_shapes: list[Shape]) -> None:
+    tuned = command == ["tune"]  # a search takes minutes: which shape is for the user to say
+    result = srelu24(*command, code=2 if tuned else 0)
+    assert asked_shapes == ([] if tuned else [DEFAULT])
+    assert ("give --shape MxDxF or --model" in result.stderr) == tuned
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--model", "nemotron-4-16b"], "nemotron-4-15b"),
+        (["--tokens", "4096"], "--model"),
+        (["--tokens", "4096", "--shape", str(SMALL)], "--model"),
+        *[([*MINITRON, "--tokens", tokens], "4096,16384") for tokens in ("", "4k", "8,", "8 16", "-8", "0", "8.0")],
+    ],
+)
+def test_wrong_models_and_token_counts_are_refused(
+    command: list[str], arguments: list[str], reason: str, asked_shapes: list[Shape]
+) -> None:
+    result = srelu24(*command, *arguments, code=2)
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+    assert asked_shapes == []
+
+
+def test_list_models_prints_the_table() -> None:
+    table = srelu24("list", "--models").stdout
+    for key, model in MODELS.items():
+        row = next(line for line in table.splitlines() if f" {key} " in line)
+        assert [cell.strip() for cell in row.split("│")[1:5]] == [key, model.name, str(model.d_model), str(model.d_ff)]
+    rows = json.loads(srelu24("list", "--models", "--json").stdout)
+    assert rows[0] == {
+        "key": "paper-1b",
+        "name": "arXiv 2503.16672, 1B",
+        "d_model": 2048,
+        "d_ff": 8192,
+        "note": "the paper's accuracy table",
+    }
+    assert [row["key"] for row in rows] == list(MODELS)
 
 
 # --- commands that need no GPU --------------------------------------------------------------------------------------
@@ -248,7 +339,9 @@ def test_db_export_and_import_carry_records(tmp_path: Path, monkeypatch: pytest.
     assert db.Database.open().user_records() == [record]
 
 
-@pytest.mark.parametrize("command", [["render", "gemm"], ["list"], ["db", "list"], ["--help"], ["doctor"]])
+@pytest.mark.parametrize(
+    "command", [["render", "gemm"], ["list"], ["list", "--models"], ["db", "list"], ["--help"], ["doctor"]]
+)
 def test_works_without_torch(command: list[str]) -> None:
     """A machine that only generates kernels needs no torch; doctor says that it is missing, and ends with 1."""
     code = f"import sys; sys.modules['torch'] = None; from srelu24.cli import app; app({command!r})"
@@ -375,7 +468,6 @@ def test_tune_searches_each_shape(fake_gpu: list[tuple[Any, ...]]) -> None:
     out = srelu24("tune", *arguments, "--dtype", "fp16", "--density", "0.5", "--budget", "30", "--no-resume", "--json")
     assert fake_gpu == [("tune", shape, DType.FP16, 0.5, 30.0, False) for shape in shapes]
     assert json.loads(out.stdout) == [{"records": []}] * 2
-    srelu24("tune", code=2)  # a search takes minutes: which shape is for the user to say
 
 
 def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

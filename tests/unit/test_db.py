@@ -194,6 +194,45 @@ def test_exported_text_is_sorted_reviewable_and_kept_when_other_records_join(db:
     assert list(file.parent.iterdir()) == [file]
 
 
+@settings(max_examples=15)
+@given(st.lists(records_strategy, max_size=5), st.lists(st.integers(0, 3), max_size=6), st.data())
+def test_drop_takes_the_rows_it_is_given_and_no_other(
+    tmp_path_factory: pytest.TempPathFactory, written: list[TuningRecord], samples: list[int], data: st.DataObject
+) -> None:
+    db = Database.open(user=tmp_path_factory.mktemp("db") / "tuning.sqlite")
+    db._store.write([db_module._insert_record(each) for each in written])
+    db.add_trial(*map(trial, samples))
+    kept = {r.key: r for r in db.user_records()}
+    doomed = data.draw(st.lists(st.sampled_from(list(kept.values())), unique_by=lambda r: r.key)) if kept else []
+    doomed_samples = data.draw(st.sets(st.integers(0, 3)))
+    count = db.drop([*doomed, *map(trial, doomed_samples)])
+    assert count == len(doomed) + sum(s in doomed_samples for s in samples)  # equal trials go together
+    for each in doomed:
+        del kept[each.key]
+    assert {r.key: r for r in db.user_records()} == kept
+    assert [t.samples for t in db.all_trials()] == [s for s in samples if s not in doomed_samples]
+
+
+def test_drop_leaves_a_record_that_was_replaced_meanwhile_and_what_it_cannot_read(db: Database) -> None:
+    seen, newer = record(), record(evidence=evidence(ms=0.5))
+    db.put(seen)
+    db.put(newer)
+    assert db.drop([seen]) == 0
+    assert db.user_records() == [newer]
+    with sqlite3.connect(db.user_file) as connection:
+        connection.execute("UPDATE records SET json = 'damaged'")
+    connection.close()
+    assert db.drop([newer]) == 0
+    with sqlite3.connect(db.user_file) as connection:
+        assert connection.execute("SELECT json FROM records").fetchall() == [("damaged",)]
+    connection.close()
+
+
+def test_drop_on_a_store_that_is_not_there_creates_none(db: Database) -> None:
+    assert db.drop([record()]) == 0
+    assert not db.user_file.exists()
+
+
 def test_export_does_not_overwrite_what_it_cannot_read(db: Database, tmp_path: Path) -> None:
     db.put(record())
     file = tmp_path / "sm_90a" / "h200" / "spgemm_bf16.json"

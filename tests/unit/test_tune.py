@@ -630,6 +630,7 @@ def test_builds_come_as_they_are_done_and_stop_when_nobody_waits(monkeypatch: py
 
     monkeypatch.setattr(tune, "build_many", fake_build_many)
     monkeypatch.setattr(tune, "gpu_of", lambda device: H200)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     gpu = tune.GpuRunner(torch.device("cuda:0"))
     assert [(spec, str(error)) for spec, error in gpu.build(specs)] == [(spec, spec.name) for spec in specs]
 

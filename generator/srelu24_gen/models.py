@@ -1,0 +1,99 @@
+"""Shapes by the names of models: widths of non-gated squared-ReLU FFNs, and the token counts they are tuned at."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+from srelu24_gen.errors import Unsupported
+
+TOKENS: tuple[int, ...] = (512, 2048, 4096, 8192, 16384, 32768)
+"""The standard token counts."""
+
+
+class Shape(NamedTuple):
+    """Sizes of an FFN: M tokens, model width D, hidden width F."""
+
+    m: int
+    d: int
+    f: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From ``MxDxF``, for example ``16384x4096x16384``.
+
+        Raises:
+            Unsupported: anything else.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip().lower())
+        if match is None:
+            raise Unsupported(
+                f"shape {text!r} is not MxDxF (tokens, model width, hidden width), such as 16384x4096x16384"
+            )
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.d}x{self.f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The FFN of a model, by the name that ``--model`` takes."""
+
+    key: str
+    name: str
+    d_model: int
+    d_ff: int
+    note: str = ""
+
+    def __str__(self) -> str:
+        return self.key
+
+
+# Widths are those of the models' published configurations, except where a note says otherwise.
+MODELS: dict[str, Model] = {
+    model.key: model
+    for model in (
+        Model("paper-1b", "arXiv 2503.16672, 1B", 2048, 8192, "the paper's accuracy table"),
+        Model("paper-7b", "arXiv 2503.16672, 7B", 4096, 16384),
+        Model("paper-tp1", "arXiv 2503.16672, kernel figure", 8192, 32768, "F inferred from its timings"),
+        Model("paper-tp8", "arXiv 2503.16672, kernel figure", 8192, 4096, "F/8 per GPU"),
+        Model("persimmon-8b", "Persimmon-8B", 4096, 16384),
+        Model("nemotron-3-8b", "Nemotron-3-8B", 4096, 16384),
+        Model("minitron-4b", "Minitron-4B", 3072, 9216),
+        Model("nemotron-h-8b", "Nemotron-H 8B", 4096, 21504),
+        Model("nemotron-4-15b", "Nemotron-4 15B", 6144, 24576),
+        Model("nemotron-h-47b", "Nemotron-H 47B", 8192, 30720),
+        Model("nemotron-h-56b", "Nemotron-H 56B", 8192, 32768),
+        Model("nemotron-nano-v2-9b", "Nemotron Nano v2 9B", 4480, 15680, "F is not a multiple of 128"),
+        Model("nemotron-nano-v2-12b", "Nemotron Nano v2 12B", 5120, 20480),
+        Model("nemotron-3-nano-30b-a3b-expert", "Nemotron 3 Nano 30B-A3B", 2688, 1856, "expert"),
+        Model("nemotron-3-nano-30b-a3b-shared", "Nemotron 3 Nano 30B-A3B", 2688, 3712, "shared expert"),
+        Model("nemotron-4-340b", "Nemotron-4 340B", 18432, 73728),
+        Model("rwkv-7-1.5b", "RWKV-7 1.5B", 2048, 8192, "channel mix"),
+        Model("nanochat", "nanochat, modded-nanogpt", 768, 3072, "small: launch overhead shows"),
+        Model("torchao-bench", "torchao's own benchmark", 8192, 8192, "its numbers are public"),
+    )
+}
+
+
+def model(key: str) -> Model:
+    """The model of that key, in any case.
+
+    Raises:
+        Unsupported: no such key; the message names the nearest ones, or all where none is near.
+    """
+    found = MODELS.get(key.strip().lower())
+    if found is None:
+        near = difflib.get_close_matches(key.strip().lower(), MODELS, n=3, cutoff=0.55)
+        hint = f"the nearest are {', '.join(near)}" if near else f"known are {', '.join(MODELS)}"
+        raise Unsupported(f"there is no model {key!r}; {hint}")
+    return found
+
+
+def shapes(model: Model, tokens: Sequence[int] = TOKENS) -> list[Shape]:
+    """The model's FFN at each of these token counts."""
+    return [Shape(m, model.d_model, model.d_ff) for m in tokens]

@@ -1,0 +1,185 @@
+"""``srelu24 db``: the commands about tuning records."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from srelu24 import record_health, views
+from srelu24.db import Database, TuningRecord, read_records
+from srelu24.record_health import Stale
+from srelu24_gen.errors import Unsupported
+
+app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")
+
+OnlyGpu = Annotated[str | None, typer.Option("--gpu", help="Only records of this GPU, such as h200.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command("list")
+def list_records(gpu: OnlyGpu = None, json: Json = False) -> None:
+    """All records, shipped and your own."""
+    records = [r for r in Database.open().records() if gpu in (None, r.gpu)]
+    if json:
+        views.show_json(records)
+    else:
+        views.show(views.records_table(records))
+
+
+@app.command()
+def show(
+    kernel: Annotated[str, typer.Argument(help="A kernel's name, or how it begins.")], gpu: OnlyGpu = None
+) -> None:
+    """Whole records as JSON, with their evidence."""
+    everything = Database.open().records()
+    records = [r for r in everything if r.family.name.startswith(kernel) and gpu in (None, r.gpu)]
+    if not records:
+        known = ", ".join(sorted({r.family.name for r in everything})) or "none"
+        raise Unsupported(f"there is no record for {kernel!r}; recorded kernels are: {known}")
+    views.show_json(records)
+
+
+@app.command()
+def export(path: Annotated[Path, typer.Argument(help="A .json file, or a folder laid out as tuning_db.")]) -> None:
+    """Write your records as text, for example to share or ship them."""
+    views.note(f"{Database.open().export(path)} records written to {path}")
+
+
+@app.command("import")
+def import_(path: Annotated[Path, typer.Argument(help="A file or folder that `db export` wrote.")]) -> None:
+    """Take records into your store; a record you have is replaced only by a newer one."""
+    views.note(f"{Database.open().import_(path)} records taken from {path}")
+
+
+@app.command()
+def diff(
+    path: Annotated[
+        Path | None, typer.Argument(help="A file or folder that `db export` wrote; the shipped records by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Your records against the shipped or exported ones: new, another config, and whose evidence is faster."""
+    database = Database.open()
+    theirs = database.shipped_records() if path is None else read_records(path)
+    found = record_health.diff(database.user_records(), theirs)
+    if json:
+        views.show_json(found)
+        return
+    # Most shipped records are for models that a user never tuned.
+    quiet = {"same"} if path else {"same", "missing"}
+    table = views.table(
+        "your records",
+        ("GPU", "problem", "what", "yours", "theirs", "ms", "their ms", "speed-up"),
+        right=(5, 6, 7),
+    )
+    for each in found:
+        if (either := each.yours or each.theirs) and each.what not in quiet:
+            table.add_row(
+                *_where(either),
+                each.what,
+                *(_config(side) for side in (each.yours, each.theirs)),
+                *(f"{side.evidence.ms:.3f}" if side else "-" for side in (each.yours, each.theirs)),
+                f"{each.speedup:.3f}x" if each.speedup else "-",
+            )
+    if table.row_count:
+        views.show(table)
+    counts = Counter(each.what for each in found)
+    views.note(
+        f"{counts['new']} new, {counts['config']} with another config, {counts['evidence']} with other evidence, "
+        f"{counts['same']} the same, {counts['missing']} only theirs"
+    )
+
+
+@app.command()
+def stale(gpu: OnlyGpu = None, json: Json = False) -> None:
+    """Records whose kernels have changed since they were timed. They stay in use, as hints."""
+    database = Database.open()
+    rows = [
+        (source, each)
+        for source, records in (("yours", database.user_records()), ("shipped", database.shipped_records()))
+        for each in record_health.stale([r for r in records if gpu in (None, r.gpu)])
+    ]
+    if json:
+        views.show_json([{"source": source, "reason": each.reason, "record": each.row} for source, each in rows])
+        return
+    if rows:
+        _show_stale(rows)
+    views.note(f"stale records: {len(rows)}; `srelu24 tune` replaces yours" if rows else "no record is stale")
+
+
+@app.command()
+def prune(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be dropped.")] = False,
+    json: Json = False,
+) -> None:
+    """Drop your stale records and trials; shipped records stay."""
+    database = Database.open()
+    records = record_health.stale(database.user_records())
+    trials = record_health.stale(database.all_trials())
+    if not records and not trials and not json:
+        views.note("nothing to drop: no record and no trial of yours is stale")
+        return
+    if records and not json:
+        _show_stale([("yours", each) for each in records])
+    views.note(f"stale records: {len(records)}, stale trials: {len(trials)}")
+    drop = bool(records or trials) and not dry_run and (yes or typer.confirm("Drop them?", err=True))
+    dropped = database.drop([*(each.row for each in records), *(each.row for each in trials)]) if drop else 0
+    if json:
+        views.show_json({"records": records, "trials": trials, "dropped": dropped})
+    views.note(f"dropped: {dropped}" if drop else "nothing was dropped")
+
+
+@app.command()
+def verify(json: Json = False) -> None:
+    """Run the recorded winners of this GPU again and check their results; exits with 1 when one is wrong."""
+    with contextlib.closing(record_health.GpuRunner()) as runner, views.progress() as bar:
+        records = record_health.of_gpu(Database.open().records(), runner.target)
+        task = bar.add_task(f"verifying on {runner.target.name}", total=len(records))
+        verdicts = record_health.verify(records, runner, on_done=lambda _: bar.advance(task))
+    if json:
+        views.show_json(verdicts)
+    else:
+        table = views.table("records that are not right", ("GPU", "problem", "config", "outcome", "why"))
+        for verdict in verdicts:
+            if verdict.outcome != "right":
+                row = (verdict.outcome, escape(verdict.detail))
+                table.add_row(*_where(verdict.record), _config(verdict.record), *row)
+        if table.row_count:
+            views.show(table)
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    views.note(
+        f"right: {counts['right']}, failed: {counts['failed']}, not usable by this version: {counts['unusable']}"
+        if verdicts
+        else f"there is no record for {runner.target.name}; `srelu24 tune` makes them"
+    )
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+def _show_stale(rows: Iterable[tuple[str, Stale[TuningRecord]]]) -> None:
+    table = views.table("stale records", ("GPU", "problem", "whose", "config", "timed", "why"))
+    for source, each in rows:
+        when = each.row.evidence.when
+        table.add_row(*_where(each.row), source, _config(each.row), escape(when), escape(each.reason))
+    views.show(table)
+
+
+def _where(record: TuningRecord) -> tuple[str, str]:
+    return escape(record.gpu), escape(str(record.problem))
+
+
+def _config(record: TuningRecord | None) -> str:
+    """In words; "?" where this version does not know the configuration."""
+    if record is None:
+        return "-"
+    try:
+        return views.config_text(record.family.op, record.kernel_config())
+    except Unsupported:
+        return "?"
