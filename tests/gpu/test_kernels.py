@@ -90,7 +90,7 @@ SPECS = [spec for specs in SWEEP.values() for spec in specs] + [unfused(spec) fo
 ROWS = (0, 1, 7, 8, 63, 64, 65, 127, 129, 193, 384, 385, 1000)
 WIDTHS = (8, 16, 24, 40, 64, 128, 136, 256, 264, 512, 1856, 1864, 2688, 3712, 15680)
 DATA = ("0 %", "10 %", "50 %", "100 %", "integers", "zero rows", "special", "large")
-PROBLEMS_PER_OP = 64
+PROBLEMS_PER_OP = 208
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def cases(op: Op) -> list[Case]:
     draw = random.Random(f"{op.value} problems")
     specs = SWEEP[op]
     found = []
-    for seed in range(max(PROBLEMS_PER_OP, len(specs))):
+    for seed in range(max(PROBLEMS_PER_OP, 2 * len(specs))):
         spec = specs[seed % len(specs)]
         multiple = 8 if op is Op.SPARSIFY24 or loads_ragged_n(spec.config) else load_block(op)
         m = draw.choice(ROWS) if draw.random() < 0.7 else draw.randint(1, 1500)
