@@ -105,11 +105,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(
             False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
         )
-    if c.producer is Producer.THREAD and c.tile_n == max(_TILES_N):
-        if c.stream_k:
-            return Verdict(False, f"a producer thread at tile_n = {c.tile_n} has no registers left for stream_k")
-        if family.count_nonzeros and c.tile_m == max(_TILES_M):
-            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to count non-zeros")
+    if family.residual and c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
+        return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:
         return Verdict(False, f"stages = {c.stages}; a {c.producer.value} producer needs at least {least}")
