@@ -21,6 +21,7 @@ MAX_EXTENT = 2**31 - 2**16
 
 _TILES_M = (64, 128, 192)
 _TILES_N = (128, 256)
+_LEAST_SPLIT_M = 128
 _ACCUMULATOR_OVERHEAD = 32
 """Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
 _DEFAULT_GROUP = 8
@@ -105,6 +106,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(
             False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
         )
+    if c.stream_k and c.tile_m < _LEAST_SPLIT_M:
+        return Verdict(False, f"stream_k is for tiles of {_LEAST_SPLIT_M} rows or more: {c.tile_m} leave little to split")
     if family.residual and c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
     least = 2 if c.producer is Producer.WARPGROUP else 3

@@ -71,7 +71,9 @@ def specs_of(op: Op) -> list[KernelSpec]:
         return [KernelSpec(family, KernelConfig()) for family in families]
     draw = random.Random(op.value)
     found = [KernelSpec(family, config) for family in families for config in served_configs(family)]
-    found += [KernelSpec(draw.choice(families), config) for config in all_configs(families[0])]
+    for config in all_configs(families[0]):
+        able = [family for family in families if space.supports_config(family, config, TARGET).ok]
+        found.append(KernelSpec(draw.choice(able), config))
     return list({spec.name: spec for spec in found}.values())
 
 
