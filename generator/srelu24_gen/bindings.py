@@ -8,7 +8,7 @@ from srelu24_gen.spec import Activation, DType, KernelConfig, KernelSpec, Op, Pr
 
 WARPGROUP_THREADS = 128
 BOOKKEEPING_BYTES = 1024
-"""Shared memory besides the ring (barriers, works to come), and the rounding of the whole to the swizzle's alignment."""
+"""Shared memory besides the ring: barriers, works to come, the rounding of the whole to the swizzle's alignment."""
 PRODUCER_LAG = 2
 """Stages a producer thread leaves empty: what it refills was read so many steps ago."""
 E_VECTOR_COLUMNS = 256

@@ -107,7 +107,9 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
             False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
         )
     if c.stream_k and c.tile_m < _LEAST_SPLIT_M:
-        return Verdict(False, f"stream_k is for tiles of {_LEAST_SPLIT_M} rows or more: {c.tile_m} leave little to split")
+        return Verdict(
+            False, f"stream_k is for tiles of {_LEAST_SPLIT_M} rows or more: {c.tile_m} leave little to split"
+        )
     if family.residual and c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
     least = 2 if c.producer is Producer.WARPGROUP else 3

@@ -35,6 +35,8 @@ class GpuTarget:
     registers_per_sm: int = 65536
     """Also the most one block may use."""
     l2_bytes: int = 50 * MIB
+    dense_flops_per_clock: int = 4096
+    """Of one multiprocessor's tensor cores on 16-bit operands; with a 2:4 operand twice as many, dense-equivalent."""
 
 
 TARGETS: dict[str, GpuTarget] = {

@@ -334,6 +334,7 @@ def bench_gemm(
     tokens: Tokens = None,
     dtype: Dtype = DType.BF16,
     density: Densities = [0.1, 0.5],  # noqa: B006
+    zeros: Annotated[bool, typer.Option("--zeros", help="On nothing but zeros as well.")] = False,
     json: JsonFile = None,
     results: Results = None,
 ) -> None:
@@ -341,7 +342,7 @@ def bench_gemm(
     from srelu24 import run as main_job
 
     shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
-    main_job.benchmark("gemm", shapes, dtype, density, _result_path(json, results, "gemm", dtype))
+    main_job.benchmark("gemm", shapes, dtype, density, _result_path(json, results, "gemm", dtype), zeros=zeros)
 
 
 @bench_app.command("report")

@@ -7,6 +7,7 @@ Either way the end says what was done, and what was not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -98,9 +99,19 @@ def build(shapes: list[Shape], dtype: DType, target: GpuTarget) -> bool:
 
 
 def benchmark(
-    what: Literal["ffn", "gemm"], shapes: list[Shape], dtype: DType, densities: list[float], path: Path | None
+    what: Literal["ffn", "gemm"],
+    shapes: list[Shape],
+    dtype: DType,
+    densities: list[float],
+    path: Path | None,
+    *,
+    zeros: bool = False,
 ) -> None:
-    """Times the FFN, or each kernel alone, against its peers; prints the table and writes the result file, if named."""
+    """Times the FFN, or each kernel alone, against its peers; prints the table and writes the result file, if named.
+
+    Args:
+        zeros: for "gemm", on nothing but zeros as well.
+    """
     from srelu24 import bench
 
     with views.progress() as bar:
@@ -111,7 +122,7 @@ def benchmark(
             if event.kind == "failed":
                 views.note(event.text, "yellow")
 
-        measure = bench.bench_ffn if what == "ffn" else bench.bench_gemm
+        measure = bench.bench_ffn if what == "ffn" else partial(bench.bench_gemm, zeros=zeros)
         file = measure(shapes, dtype, densities, json_path=path, on_event=on_event)
     views.show(views.bench_table(file.rows))
     if path:

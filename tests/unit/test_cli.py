@@ -143,7 +143,7 @@ def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     monkeypatch.setattr(catalogue, "build_kernels", lambda *_, **__: [])
     monkeypatch.setattr(tune, "tune_ffn", lambda m, d, f, *_, **__: shapes.append(Shape(m, d, f)))
     monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
-    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_: shapes.extend(given))
+    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
     return shapes
 
 
