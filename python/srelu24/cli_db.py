@@ -12,8 +12,9 @@ import typer
 from rich.markup import escape
 
 from srelu24 import record_health, views
-from srelu24.db import Database, TuningRecord, read_records
+from srelu24.db import Database
 from srelu24.record_health import Stale
+from srelu24.records import TuningRecord, read_records
 from srelu24_gen.errors import Unsupported
 
 app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")

@@ -167,7 +167,7 @@ def _srelu24(case: Case) -> Run:
     """The two kernels through the public op."""
     _require(case, Op.GEMM_RELU2_24, case.f, case.d, Activation.RELU2)
     _require(case, Op.SPGEMM, case.d, case.f)
-    return lambda: ops.ffn(case.x, case.w1, case.w2)
+    return lambda: ops.ffn(case.x, case.w1, case.w2, mode="sparse")
 
 
 def _torch_compile(case: Case) -> Run:

@@ -79,7 +79,7 @@ def tune_missing(shapes: list[Shape], dtype: DType, target: GpuTarget, budget_s:
 
     tuned = {str(r.problem) for r in Database.open().user_records() if r.gpu == target.key}
     for shape in shapes:
-        if tuned.issuperset(map(str, catalogue.ffn_problems(shape, dtype))):
+        if tuned.issuperset(map(str, shape.gemms(dtype))):
             views.note(f"{shape} is tuned on this GPU already.")
             continue
         views.note(f"Tuning {shape} {dtype} for up to {budget_s:.0f} s; Ctrl-C keeps what was measured.")
@@ -131,7 +131,7 @@ def check_ffn(shape: Shape, dtype: DType, device: str) -> list[Finding]:
     from srelu24.workload import make_ffn
 
     data = make_ffn(*shape, dtype, DENSITY, device)
-    y = srelu24.ffn(data.x, data.w1, data.w2).double()
+    y = srelu24.ffn(data.x, data.w1, data.w2, mode="sparse").double()
     s = srelu24.gemm_relu2_24(data.x, data.w1).to_dense().double()
     activations = torch.relu(data.x.double() @ data.w1.double().T).square()
     dense = activations @ data.w2.double().T

@@ -24,9 +24,12 @@ from srelu24.measure import environment
 from srelu24.search import Runner, Search
 from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted, TuneReport
 from srelu24.worker import Job, Outcome, Step, Worker
+from srelu24_gen import space
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
-from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelSpec, Problem
+from srelu24_gen.target import GpuTarget
 
 
 def tune_ffn(
@@ -54,7 +57,7 @@ def tune_ffn(
         density: share of non-zero activations in the data it is timed on.
         budget_s: seconds for the search; what was begun is finished.
         resume: take over candidates that were screened before, of the same binary, GPU and density.
-        dense: tune the dense GEMMs first, with a third of the time, and time them next to the sparse ones.
+        dense: tune our dense GEMMs first, with a third of the time. Timed beside the sparse pair they are in any case.
         device: the GPU to tune.
         db: where trials and records go; the user's database by default.
         on_event: called with every :data:`~srelu24.tune_events.Event`; :func:`live_view` gives one that draws.
@@ -65,10 +68,7 @@ def tune_ffn(
         CompileError, LaunchError: a default configuration cannot be built or does not run.
         RecordError: the database cannot be written.
     """
-    gemm1 = Problem(Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, bias), m, f, d)
-    gemm2 = Problem(Family(Op.SPGEMM, dtype, bias=bias), m, d, f)
-    dense1 = Problem(Family(Op.GEMM, dtype, Activation.RELU2, bias), m, f, d)
-    dense2 = Problem(Family(Op.GEMM, dtype, bias=bias), m, d, f)
+    shape = Shape(m, d, f)
     if m < 1:
         raise Unsupported(f"M is {m}; tuning needs at least one token")
     db = db or Database.open()
@@ -77,17 +77,33 @@ def tune_ffn(
     begin = runner.now()
     reports: list[TuneReport] = []
     with contextlib.closing(runner):
-        beside: tuple[Step, ...] = ()
         if dense:
-            reports.append(Search((dense1, dense2), runner, db, density, budget_s / 3, resume, emit).run())
-            beside = tuple(Step(record.problem, record.kernel_config()) for record in reports[0].records)
+            chain = shape.dense_gemms(dtype, bias, bias)
+            reports.append(Search(chain, runner, db, density, budget_s / 3, resume, emit).run())
             budget_s -= budget_s / 3
-        reports.append(Search((gemm1, gemm2), runner, db, density, budget_s, resume, emit, beside).run())
+        beside = dense_ways(shape, dtype, bias, runner.target, db)
+        chain = shape.gemms(dtype, bias, bias)
+        reports.append(Search(chain, runner, db, density, budget_s, resume, emit, beside).run())
     records = [record for report in reversed(reports) for record in report.records]
     report = dataclasses.replace(reports[-1], records=records, seconds=runner.now() - begin)
     clear_cache()  # so that this process runs what was found
     emit(Finished(report))
     return report
+
+
+def dense_ways(shape: Shape, dtype: DType, bias: bool, target: GpuTarget, db: Database) -> dict[str, tuple[Step, ...]]:
+    """The dense FFNs that the dispatcher could run instead, by :data:`srelu24.dense.WAYS`, as it would run them."""
+    first, second = shape.dense_gemms(dtype, bias, bias)
+
+    def own(problem: Problem) -> Step:
+        match = db.find(problem, target)
+        return Step(problem, match.config if match else space.default(problem, target))
+
+    return {
+        "cublas": (Step(first, None), Step(second, None)),
+        "mixed": (own(first), Step(second, None)),
+        "gemm": (own(first), own(second)),
+    }
 
 
 class GpuRunner:
@@ -103,9 +119,16 @@ class GpuRunner:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.target = gpu_of(self._device)
         self._worker = Worker(str(self._device))
+        self._built: dict[KernelSpec, str] = {}
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
-        """Compiles in the background, so that the GPU can time what is done."""
+        """Compiles in the background, so that the GPU can time what is done; what this runner has built comes first."""
+        for spec in specs:
+            if key := self._built.get(_binary(spec)):
+                yield spec, key
+        specs = [spec for spec in specs if _binary(spec) not in self._built]
+        if not specs:
+            return
         done: queue.SimpleQueue[tuple[KernelSpec, str | Srelu24Error] | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
 
@@ -126,6 +149,8 @@ class GpuRunner:
             while (item := done.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
+                if isinstance(item[1], str):
+                    self._built[_binary(item[0])] = item[1]
                 yield item
         finally:
             stop.set()
@@ -143,6 +168,10 @@ class GpuRunner:
 
     def close(self) -> None:
         self._worker.close()
+
+
+def _binary(spec: KernelSpec) -> KernelSpec:
+    return dataclasses.replace(spec, config=spec.config.compiled())
 
 
 @contextlib.contextmanager
@@ -180,5 +209,10 @@ def summary(report: TuneReport) -> list[str]:
     verdict = "no pair beats the default beyond noise" if report.kept_default else f"{report.speedup:.3f}x the default"
     counts = f"{report.tried} timed, {report.resumed} taken over, {len(report.failures)} failed"
     lines.append(f"Chained {report.pair_ms:.3f} ms: {verdict}.")
+    if best := report.records[0].evidence.best_dense:
+        way, dense = best
+        lines.append(f"Dense at best {dense.ms:.3f} ms ({way}): the sparse pair is {dense.speedup:.3f}x as fast.")
+    if report.records[0].evidence.throttled:
+        lines.append("The GPU was throttled by heat or a power brake meanwhile: tune again when it is cool.")
     lines.append(f"{counts}, {report.skipped} not reached, in {report.seconds:.0f} s.")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from srelu24.db import TuningRecord
+from srelu24.records import TuningRecord
 
 Stage = Literal["screen", "refine", "pair"]
 

@@ -37,7 +37,7 @@ def interleave(
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our ops are the reference, any device will do, and nobody waits for TorchInductor."""
     ops = SimpleNamespace(
-        ffn=reference.ffn,
+        ffn=lambda x, w1, w2, mode: reference.ffn(x, w1, w2),
         gemm_relu2_24=reference.gemm_relu2_24,
         matmul=reference.spgemm,
         sparsify24=lambda h: reference.sparsify24(h, Activation.RELU2),

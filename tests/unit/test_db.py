@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from srelu24 import db as db_module
 from srelu24 import user_store
-from srelu24.db import Database, Evidence, Trial, TuningRecord
+from srelu24.db import Database
+from srelu24.records import Evidence, Trial, TuningRecord
 from srelu24_gen.errors import RecordError
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import TARGETS
