@@ -207,8 +207,13 @@ def test_every_gemm_of_an_ffn_works_on_the_same_data_made_once(monkeypatch: pyte
             o.out.copy_(reference.gemm(o.a, o.b, activation=spec.family.activation))
 
     made: list[Shape] = []
-    shared_data = session.SharedData
-    monkeypatch.setattr(session, "SharedData", lambda s, *a: (made.append(s), shared_data(s, *a))[1])
+
+    class Counted(session.SharedData):
+        def __init__(self, shape: Shape, dtype: DType, density: float, device: str, seed: int) -> None:
+            made.append(shape)
+            super().__init__(shape, dtype, density, device, seed)
+
+    monkeypatch.setattr(session, "SharedData", Counted)
     monkeypatch.setattr(session, "verify", lambda *_: verify.Check(True, 0.0, ""))
     monkeypatch.setattr(session.launch, "run", kernel)
     replies: list[Reply] = []
