@@ -22,7 +22,16 @@ from srelu24.db import Database
 from srelu24.dispatch import clear_cache, gpu_of
 from srelu24.measure import environment
 from srelu24.search import Runner, Search
-from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted, TuneReport
+from srelu24.tune_events import (
+    Advanced,
+    Event,
+    Failure,
+    Finished,
+    ShapeEnded,
+    ShapeStarted,
+    StageStarted,
+    TuneReport,
+)
 from srelu24.worker import Job, Outcome, Step, Worker
 from srelu24_gen import space
 from srelu24_gen.compile import BuiltKernel, build_many
@@ -120,6 +129,7 @@ class GpuRunner:
         self.target = gpu_of(self._device)
         self._worker = Worker(str(self._device))
         self._built: dict[KernelSpec, str] = {}
+        self._versions: dict[str, str] = {}
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
         """Compiles in the background, so that the GPU can time what is done; what this runner has built comes first."""
@@ -159,9 +169,11 @@ class GpuRunner:
         return self._worker.run(job)
 
     def versions(self) -> dict[str, str]:
-        names = ("driver", "power_limit_watts", "cuda", "torch", "nvrtc", "cutlass", "srelu24", "commit")
-        found = environment(self._device)
-        return {name: str(found[name]) for name in names if found.get(name) is not None}
+        if not self._versions:
+            names = ("driver", "power_limit_watts", "cuda", "torch", "nvrtc", "cutlass", "srelu24", "commit")
+            found = environment(self._device)
+            self._versions = {name: str(found[name]) for name in names if found.get(name) is not None}
+        return self._versions
 
     def now(self) -> float:
         return time.monotonic()
@@ -179,16 +191,34 @@ def live_view() -> Iterator[Callable[[Event], None]]:
     """A progress view on stderr: a bar per stage and problem, the best so far, failures as they come, the result."""
     with views.progress() as progress:
         tasks: dict[tuple[str, str], TaskID] = {}
+        shapes: dict[str, TaskID] = {}
 
         def on_event(event: Event) -> None:
             match event:
+                case ShapeStarted():
+                    title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape}")
+                    if event.gpu not in shapes:
+                        shapes[event.gpu] = progress.add_task("", total=event.total)
+                    description = f"{title}, {event.seconds:.0f} s"
+                    progress.update(shapes[event.gpu], completed=event.number - 1, description=description)
+                case ShapeEnded():
+                    m, d, f = event.shape
+                    for stage, what in list(tasks):
+                        if f"{m}x{d}x{f}" in what or f"{m}x{f}x{d}" in what:
+                            progress.remove_task(tasks.pop((stage, what)))
+                    progress.advance(shapes[event.gpu])
+                    if event.error:
+                        progress.console.print(escape(f"failed: {event.shape}: {event.error}"), style="bold red")
+                    elif event.report is None:
+                        progress.console.print(f"{event.shape} is tuned on {event.gpu} already", soft_wrap=True)
                 case StageStarted():
                     title = escape(f"{event.stage} {event.what}")
                     tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
                 case Advanced():
                     best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
                     title = escape(f"{event.stage} {event.what}{best}")
-                    progress.update(tasks[event.stage, event.what], completed=event.done, description=title)
+                    if (task := tasks.get((event.stage, event.what))) is not None:
+                        progress.update(task, completed=event.done, description=title)
                 case Failure():
                     progress.console.print(
                         escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"

@@ -127,7 +127,7 @@ COMMANDS = [["list"], ["build"], ["tune"], ["run"], ["bench", "ffn"], ["bench", 
 @pytest.fixture
 def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     """What the commands pass on, instead of doing it."""
-    from srelu24 import tune
+    from srelu24 import cli_tune, tune_many
 
     shapes: list[Shape] = []
 
@@ -142,7 +142,8 @@ def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     monkeypatch.setattr(catalogue, "kernels", one)
     monkeypatch.setattr(catalogue, "specs_for", several)
     monkeypatch.setattr(catalogue, "build_kernels", lambda *_, **__: [])
-    monkeypatch.setattr(tune, "tune_ffn", lambda m, d, f, *_, **__: shapes.append(Shape(m, d, f)))
+    monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [])
+    monkeypatch.setattr(tune_many, "tune_shapes", several)
     monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
     monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_: shapes.extend(given))
     return shapes
@@ -463,14 +464,6 @@ def test_run_says_that_the_benchmark_was_left_out(fake_gpu: list[tuple[Any, ...]
     assert "Not done: the benchmark" in result.stderr
 
 
-def test_tune_searches_each_shape(fake_gpu: list[tuple[Any, ...]]) -> None:
-    shapes = [SMALL, Shape(8, 16, 24)]
-    arguments = [part for shape in shapes for part in ("--shape", str(shape))]
-    out = srelu24("tune", *arguments, "--dtype", "fp16", "--density", "0.5", "--budget", "30", "--no-resume", "--json")
-    assert fake_gpu == [("tune", shape, DType.FP16, 0.5, 30.0, False) for shape in shapes]
-    assert json.loads(out.stdout) == [{"records": []}] * 2
-
-
 def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from srelu24 import bench
 
@@ -497,12 +490,3 @@ def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [([SMALL], DType.BF16, [0.1], tmp_path / "h200" / "ffn_bf16.json")]
     assert "over torch_compile" in out
     assert "1.250x" in out
-
-
-def test_tuning_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    stderr = srelu24("tune", "--shape", "128x256x512", code=1).stderr
-    assert "PyTorch sees none; run `srelu24 doctor`" in " ".join(stderr.split())
-    assert "Traceback" not in stderr

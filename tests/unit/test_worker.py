@@ -202,8 +202,7 @@ def test_every_gemm_of_an_ffn_works_on_the_same_data_made_once(monkeypatch: pyte
 
     def kernel(spec: KernelSpec, o: session.launch.Operands) -> None:
         seen[f"{spec.family.op} {spec.family.activation}"] = o
-        if isinstance(o.out, torch.Tensor):
-            assert isinstance(o.a, torch.Tensor)
+        if spec.family.op is Op.GEMM:
             o.out.copy_(reference.gemm(o.a, o.b, activation=spec.family.activation))
 
     made: list[Shape] = []
