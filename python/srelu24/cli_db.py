@@ -59,6 +59,19 @@ def import_(path: Annotated[Path, typer.Argument(help="A file or folder that `db
 
 
 @app.command()
+def coverage(
+    document: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The page to fill.")] = Path(
+        "docs/tuning.md"
+    ),
+) -> None:
+    """Fill the tables of the shipped records: which models and numbers of tokens, with what evidence."""
+    from srelu24 import coverage as tables
+
+    changed = tables.update(document, Database.open())
+    views.note(f"{document} was {'changed' if changed else 'up to date'}")
+
+
+@app.command()
 def diff(
     path: Annotated[
         Path | None, typer.Argument(help="A file or folder that `db export` wrote; the shipped records by default.")

@@ -134,7 +134,11 @@ def target_of(key: str | None) -> GpuTarget:
     """The target of that key; without one this machine's GPU, and where there is none the H200."""
     from srelu24 import doctor, run
 
-    return target_by_key(key) if key else doctor.this_gpu() or target_by_key(run.DEFAULT_TARGET)
+    return (
+        target_by_key(key.lower().removeprefix("nvidia-"))
+        if key
+        else doctor.this_gpu() or target_by_key(run.DEFAULT_TARGET)
+    )
 
 
 def result_path(json: Path | None, results: Path | None, name: str, dtype: DType) -> Path | None:

@@ -203,8 +203,12 @@ class Database:
 
         A record the user has already is replaced only by a newer one. Raises RecordError for a file that is not ours.
         """
+        return self.take(read_records(path))
+
+    def take(self, records: Iterable[TuningRecord]) -> int:
+        """Store records of others, all or none, except where the user has a newer one; returns how many were taken."""
         when = {r.key: r.evidence.when for r in self.user_records()}
-        new = [r for r in read_records(path) if r.evidence.when > when.get(r.key, "")]
+        new = [r for r in records if r.evidence.when > when.get(r.key, "")]
         if new:
             self._store.write([_insert_record(r) for r in new])
         return len(new)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -155,24 +154,37 @@ class _File(msgspec.Struct):
 def read_file(file: Path, strict: bool = False) -> list[TuningRecord]:
     """Records of one file. A single bad record is skipped with a warning, or an error where `strict`."""
     try:
-        content = msgspec.json.decode(file.read_bytes(), type=_File)
-    except (OSError, msgspec.DecodeError) as error:
+        text = file.read_bytes()
+    except OSError as error:
         raise RecordError(f"{file} is not a tuning record file ({error}); restore it or delete it") from error
+    return decode_file(text, str(file), strict)
+
+
+def decode_file(text: bytes, where: str, strict: bool = False) -> list[TuningRecord]:
+    """Records of the text of a file; errors as of :func:`read_file`."""
+    try:
+        content = msgspec.json.decode(text, type=_File)
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{where} is not a tuning record file ({error}); restore it or delete it") from error
     if content.schema != SCHEMA:
-        raise RecordError(f"{file} has schema {content.schema}, this version reads {SCHEMA}; update srelu24")
-    return decode_rows([bytes(raw) for raw in content.records], TuningRecord, str(file), strict)
+        raise RecordError(f"{where} has schema {content.schema}, this version reads {SCHEMA}; update srelu24")
+    return decode_rows([bytes(raw) for raw in content.records], TuningRecord, where, strict)
+
+
+def encode_file(records: Iterable[TuningRecord]) -> bytes:
+    """Sorted and indented, so that a review shows what changed."""
+    content = {"schema": SCHEMA, "records": sorted(records, key=lambda r: r.key)}
+    return msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n"
 
 
 def write_file(file: Path, records: Iterable[TuningRecord]) -> None:
-    """Sorted and indented, so that a review shows what changed; a reader sees the old file or the new one."""
-    content = {"schema": SCHEMA, "records": [msgspec.to_builtins(r) for r in sorted(records, key=lambda r: r.key)]}
+    """A reader sees the old file or the new one."""
     partial: str | None = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "w") as stream:
-            json.dump(content, stream, indent=2)
-            stream.write("\n")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(encode_file(records))
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(partial, 0o644)
