@@ -63,11 +63,14 @@ def coverage(
     document: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The page to fill.")] = Path(
         "docs/tuning.md"
     ),
+    results: Annotated[Path, typer.Option(metavar="DIR", exists=True, help="Where the result files are.")] = Path(
+        "docs/results"
+    ),
 ) -> None:
-    """Fill the tables of the shipped records: which models and numbers of tokens, with what evidence."""
+    """Fill the tables about tuning: shipped records with their evidence, and what tuning is worth."""
     from srelu24 import coverage as tables
 
-    changed = tables.update(document, Database.open())
+    changed = tables.update(document, Database.open(), results)
     views.note(f"{document} was {'changed' if changed else 'up to date'}")
 
 

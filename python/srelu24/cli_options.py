@@ -25,7 +25,8 @@ def parse_shape(text: str | Shape) -> Shape:
         raise typer.BadParameter(str(error)) from error
 
 
-def _model(key: str | Model) -> Model:
+def parse_model(key: str | Model) -> Model:
+    """A model by its key; wrong usage otherwise."""
     try:
         return models.model(str(key))
     except Unsupported as error:
@@ -51,7 +52,7 @@ GivenShapes = Annotated[list[Shape] | None, typer.Option("--shape", help=_SHAPE_
 Models = Annotated[
     list[Model] | None,
     typer.Option(
-        "--model", help="The FFN of a model (list --models); may be repeated.", parser=_model, metavar="MODEL"
+        "--model", help="The FFN of a model (list --models); may be repeated.", parser=parse_model, metavar="MODEL"
     ),
 ]
 Tokens = Annotated[
@@ -139,6 +140,11 @@ def target_of(key: str | None) -> GpuTarget:
         if key
         else doctor.this_gpu() or target_by_key(run.DEFAULT_TARGET)
     )
+
+
+def named_result(json: Path | None, results: Path | None, name: str) -> Path | None:
+    """Where a benchmark of all types writes: the file, or ``<name>.json`` in the GPU's folder."""
+    return results / target_of(None).key / f"{name}.json" if json is None and results is not None else json
 
 
 def result_path(json: Path | None, results: Path | None, name: str, dtype: DType) -> Path | None:

@@ -9,6 +9,7 @@ from srelu24 import views
 from srelu24.db import Database
 from srelu24.records import TuningRecord
 from srelu24.report import filled
+from srelu24.report import tables as result_tables
 from srelu24_gen import models
 from srelu24_gen.models import Model, Shape
 from srelu24_gen.spec import DType, KernelConfig
@@ -19,14 +20,14 @@ DTYPE = DType.BF16
 """fp16 records are looked up apart; these tables show bf16."""
 
 
-def update(document: Path, db: Database) -> bool:
-    """Fill the tables of a document; True if that changed it.
+def update(document: Path, db: Database, results: Path) -> bool:
+    """Fill the tables of a document, those of result files too; True if that changed it.
 
     Raises:
         RecordError: its markers ask for a table that does not exist.
     """
     before = document.read_text(encoding="utf-8")
-    after = filled(before, tables(db.shipped_records()), document.name)
+    after = filled(before, tables(db.shipped_records()) | result_tables(results), document.name)
     if after != before:
         document.write_text(after, encoding="utf-8")
     return after != before

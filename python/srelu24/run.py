@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from srelu24 import catalogue, doctor, views
 from srelu24.catalogue import Shape
@@ -98,9 +98,18 @@ def build(shapes: list[Shape], dtype: DType, target: GpuTarget) -> bool:
 
 
 def benchmark(
-    what: Literal["ffn", "gemm"], shapes: list[Shape], dtype: DType, densities: list[float], path: Path | None
+    what: Literal["ffn", "gemm", "sweep"],
+    shapes: list[Shape],
+    dtype: DType,
+    densities: list[float],
+    path: Path | None,
+    seconds: float | None = None,
 ) -> None:
-    """Times the FFN, or each kernel alone, against its peers; prints the table and writes the result file, if named."""
+    """Times the FFN, each kernel alone, or what is chosen, against its peers; prints the table and writes the file.
+
+    Args:
+        seconds: of timing per shape and density, where the benchmark's own is not wanted.
+    """
     from srelu24 import bench
 
     with views.progress() as bar:
@@ -111,9 +120,47 @@ def benchmark(
             if event.kind == "failed":
                 views.note(event.text, "yellow")
 
-        measure = bench.bench_ffn if what == "ffn" else bench.bench_gemm
-        file = measure(shapes, dtype, densities, json_path=path, on_event=on_event)
+        measure = {"ffn": bench.bench_ffn, "gemm": bench.bench_gemm, "sweep": bench.bench_sweep}[what]
+        own: dict[str, Any] = {} if seconds is None else {"seconds_per_shape": seconds}
+        file = measure(shapes, dtype, densities, json_path=path, on_event=on_event, **own)
     views.show(views.bench_table(file.rows))
+    if path:
+        views.note(f"written to {path}")
+
+
+def benchmark_tuning(
+    shapes: list[Shape],
+    held_out: list[Shape],
+    dtype: DType,
+    density: float,
+    seconds: float,
+    tune_s: float,
+    path: Path | None,
+) -> None:
+    """Times tuned kernels against the defaults on this GPU; prints the table, writes the file, if named."""
+    import torch
+
+    from srelu24 import bench_tuning, measure
+    from srelu24.tune import GpuRunner
+
+    device = torch.device("cuda")
+    with views.progress() as bar:
+        task = bar.add_task("benchmark of tuning", total=1.0)
+        file = bench_tuning.bench_tuning(
+            shapes,
+            held_out,
+            dtype,
+            GpuRunner(device),
+            density=density,
+            seconds_per_shape=seconds,
+            tune_s=tune_s,
+            env=measure.environment(device),
+            json_path=path,
+            on_event=lambda event: bar.update(task, completed=event.fraction, description=event.text),
+        )
+    views.show(views.bench_table(file.rows))
+    for op, (mean, worst, where) in bench_tuning.summary(file.rows).items():
+        views.note(f"{op}: geometric mean {mean:.3f}x, worst {worst:.3f}x ({where})")
     if path:
         views.note(f"written to {path}")
 

@@ -30,6 +30,7 @@ from srelu24.tune_events import (
     ShapeEnded,
     ShapeStarted,
     StageStarted,
+    Stopped,
     TuneReport,
 )
 from srelu24.worker import Job, Outcome, Step, Worker
@@ -180,6 +181,24 @@ class GpuRunner:
 
     def close(self) -> None:
         self._worker.close()
+
+
+class Lent:
+    """A runner for one search of many: it stays open at the end, and ends the search when ``stop`` is set."""
+
+    def __init__(self, runner: Runner, stop: threading.Event | None = None) -> None:
+        self.target, self.build, self.versions, self.now = runner.target, runner.build, runner.versions, runner.now
+        self._runner, self._stop = runner, stop
+
+    def run(self, job: Job) -> Iterator[Outcome]:
+        """Raises :class:`~srelu24.tune_events.Stopped` once it is told to stop."""
+        for outcome in self._runner.run(job):
+            if self._stop is not None and self._stop.is_set():
+                raise Stopped  # before what a killed child leaves behind is taken for a result
+            yield outcome
+
+    def close(self) -> None:
+        """The child and its loaded kernels serve the next search."""
 
 
 def _binary(spec: KernelSpec) -> KernelSpec:

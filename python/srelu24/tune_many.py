@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from srelu24.db import Database
 from srelu24.dispatch import clear_cache
 from srelu24.search import Runner
-from srelu24.tune import tune_ffn
+from srelu24.tune import Lent, tune_ffn
 from srelu24.tune_events import Event, ShapeEnded, ShapeStarted, Stopped, TuneReport
-from srelu24.worker import Job, Outcome
 from srelu24_gen import cost, space
 from srelu24_gen.compile import key_of
 from srelu24_gen.errors import Srelu24Error, Unsupported
@@ -69,23 +68,6 @@ class _Queue:
     def take(self) -> tuple[Shape, list[Shape]] | None:
         with self.lock:
             return (self.waiting.popleft(), list(self.waiting)) if self.waiting else None
-
-
-class _Stopping:
-    """A runner that is used for one shape after the other, and ends its search when all are told to stop."""
-
-    def __init__(self, runner: Runner, stop: threading.Event) -> None:
-        self.target, self.build, self.versions, self.now = runner.target, runner.build, runner.versions, runner.now
-        self._runner, self._stop = runner, stop
-
-    def run(self, job: Job) -> Iterator[Outcome]:
-        for outcome in self._runner.run(job):
-            if self._stop.is_set():
-                raise Stopped  # before what a killed child leaves behind is taken for a result
-            yield outcome
-
-    def close(self) -> None:
-        """The child and its loaded kernels serve the next shape."""
 
 
 def tune_shapes(
@@ -145,7 +127,7 @@ def tune_shapes(
                         dense=dense,
                         db=db,
                         on_event=on_event,
-                        runner=_Stopping(runner, stop),
+                        runner=Lent(runner, stop),
                     )
                     tuned = Tuned(shape, target.key, report)
                 except Srelu24Error as error:
