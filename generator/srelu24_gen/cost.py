@@ -124,12 +124,17 @@ def rank(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     return sorted(space.candidates(problem, target), key=lambda config: cost(problem, config, target).us)
 
 
-@functools.lru_cache(maxsize=65536)
 def ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     """How many times faster than the best dense FFN the sparse one is, by this model; 0 where no kernel computes it.
 
-    The sparse one with its default configurations, the dense one with the best of all candidates.
+    The sparse one with its default configurations, the dense one with the best of all candidates. M counts as the next
+    multiple of 64, the rows of a warpgroup: what varies in between is not worth another answer.
     """
+    return _ffn_gain(shape._replace(m=-(-max(shape.m, 1) // 64) * 64), dtype, target)
+
+
+@functools.lru_cache(maxsize=8192)
+def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     try:
         sparse = sum(cost(p, space.default(p, target), target).us for p in shape.gemms(dtype))
         dense = sum(cost(p, rank(p, target)[0], target).us for p in shape.dense_gemms(dtype))

@@ -33,7 +33,11 @@ class Match:
     config: KernelConfig
 
 
-def distance(a: Problem, b: Problem) -> float:
+_EXACT, _NEAREST, _OTHER_GPU = range(3)
+_HOW: tuple[Literal["exact", "nearest", "other_gpu"], ...] = ("exact", "nearest", "other_gpu")
+
+
+def distance(a: Problem | TuningRecord, b: Problem) -> float:
     """How unlike two sizes are: sum of |log ratio| of N and K, and half of M's (one binary serves any M)."""
 
     def log_ratio(x: int, y: int) -> float:
@@ -51,6 +55,7 @@ class Database:
         self._store = UserStore(user)
         self._shipped: list[TuningRecord] | None = None
         self._user: tuple[object, list[TuningRecord]] = (None, [])
+        self._kinds: tuple[object, object, dict[object, list[tuple[int, TuningRecord]]]] = (None, None, {})
 
     @classmethod
     def open(cls, shipped: Path | None = None, user: Path | None = None) -> Self:
@@ -94,42 +99,53 @@ class Database:
         ``space.supports()`` accepts for this very problem is returned; a record this version cannot parse is skipped
         with a warning that names it.
         """
-        ranked: list[tuple[tuple[Any, ...], TuningRecord, Literal["exact", "nearest", "other_gpu"]]] = []
-        for source, records in enumerate((self._user_records_cached(), self.shipped_records())):
-            for record in records:
-                if record.arch != target.arch or not _related(record.family, problem.family):
-                    continue
-                apart = distance(record.problem, problem)
-                differences = _option_differences(record.family, problem.family)
-                if record.gpu != target.key:
-                    how: Literal["exact", "nearest", "other_gpu"] = "other_gpu"
-                elif str(record.problem) == str(problem):
-                    how = "exact"
-                else:
-                    how = "nearest"
-                rank = (("exact", "nearest", "other_gpu").index(how), apart, differences, source, record.key)
-                ranked.append((rank, record, how))
-        for _, record, how in sorted(ranked, key=lambda entry: entry[0]):
+        ranked = []
+        for place, (_, record) in enumerate(self._of_kind(target.arch, problem.family)):
+            if record.gpu != target.key:
+                how = _OTHER_GPU
+            elif (record.m, record.n, record.k) == (problem.m, problem.n, problem.k) and (
+                record.family == problem.family or record.family.name == problem.family.name
+            ):
+                how = _EXACT
+            else:
+                how = _NEAREST
+            apart = distance(record, problem)
+            ranked.append((how, apart, _option_differences(record.family, problem.family), place, record))
+        for how, *_, record in sorted(ranked, key=lambda entry: entry[:-1]):  # places: the user's come first
             try:
                 config = record.kernel_config()
             except Unsupported as error:
                 warn_once(f"the tuning record for {record} is skipped: {error}")
                 continue
             if space.supports(problem, config, target).ok:
-                return Match(record, how, config)
+                return Match(record, _HOW[how], config)
         return None
+
+    def _of_kind(self, arch: str, family: Family) -> list[tuple[int, TuningRecord]]:
+        """Records that may answer for a family, the user's with 0 and the shipped with 1: kept until one is written."""
+        user, shipped = self._user_records_cached(), self.shipped_records()
+        if self._kinds[0] is not user or self._kinds[1] is not shipped:
+            self._kinds = (user, shipped, {})
+        kinds = self._kinds[2]
+        key = (arch, family.op, family.dtype, family.activation)
+        if key not in kinds:
+            kinds[key] = [
+                (source, record)
+                for source, records in enumerate((user, shipped))
+                for record in records
+                if record.arch == arch and _related(record.family, family)
+            ]
+        return kinds[key]
 
     def of_widths(self, problem: Problem, target: GpuTarget) -> list[TuningRecord]:
         """Records of this GPU for the same N and K at any M, sorted by M; of one M the nearest family's,
         the user's own first."""
         found: dict[int, tuple[tuple[int, int], TuningRecord]] = {}
-        for source, records in enumerate((self._user_records_cached(), self.shipped_records())):
-            for record in records:
-                same = (record.arch, record.gpu, record.n, record.k) == (target.arch, target.key, problem.n, problem.k)
-                if same and _related(record.family, problem.family):
-                    rank = (_option_differences(record.family, problem.family), source)
-                    if record.m not in found or rank < found[record.m][0]:
-                        found[record.m] = (rank, record)
+        for source, record in self._of_kind(target.arch, problem.family):
+            if (record.gpu, record.n, record.k) == (target.key, problem.n, problem.k):
+                rank = (_option_differences(record.family, problem.family), source)
+                if record.m not in found or rank < found[record.m][0]:
+                    found[record.m] = (rank, record)
         return [found[m][1] for m in sorted(found)]
 
     def put(self, record: TuningRecord) -> None:
