@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from srelu24_gen.errors import CompileError, Srelu24Error
+from srelu24_gen.errors import CompileError, Srelu24Error, ToolchainError
 from srelu24_gen.nvrtc import Answer
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.render import RenderedKernel, render
@@ -89,7 +89,8 @@ def build_rendered(
         CompileError: NVRTC rejected it; source and log are kept in the folder that the error names.
         ToolchainError, CacheError: as their names say.
     """
-    store, toolchain = store or BuildStore(), toolchain or Toolchain.find()
+    store = store or BuildStore()
+    toolchain = toolchain or _toolchain(store)
     key = _key(rendered, toolchain)
     if hit := _cached(rendered, key, store):
         return hit
@@ -132,7 +133,8 @@ def build_many(
     Raises:
         ToolchainError, CacheError: nothing can be built at all.
     """
-    store, toolchain = store or BuildStore(), toolchain or Toolchain.find()
+    store = store or BuildStore()
+    toolchain = toolchain or _toolchain(store)
     specs = list(specs)
     outcomes: dict[KernelSpec, Outcome] = {}
     wanted: dict[KernelSpec, list[KernelSpec]] = {}
@@ -174,6 +176,8 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
         ToolchainError: NVRTC or headers are missing.
     """
     toolchain = toolchain or Toolchain.find()
+    if not toolchain.include_dirs:
+        raise ToolchainError(f"{name} is in no bundle that was loaded, and nothing here can compile it; pack it too")
     # The compiler finds what this process finds, however sys.path came about.
     paths = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), *sys.path]))
     try:
@@ -200,6 +204,16 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
             f"NVRTC {toolchain.nvrtc_version} rejected {name}: {reason}", answer["log"] or answer["status"]
         )
     return Compiled(cubin, answer["log"], answer["seconds"])
+
+
+def _toolchain(store: BuildStore) -> Toolchain:
+    """The compiler; without one, that of the bundle that was loaded, whose kernels are in the store under its keys."""
+    try:
+        return Toolchain.find()
+    except ToolchainError:
+        if (packed := store.packed_with()) is None:
+            raise
+        return Toolchain(*packed, include_dirs=())
 
 
 def _options(arch: str, toolchain: Toolchain) -> list[str]:

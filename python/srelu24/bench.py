@@ -89,6 +89,23 @@ def bench_gemm(
     return bench.run(shapes, densities, seconds_per_shape, {"gemm": 0.8, "memory": 0.2}, zeros=zeros)
 
 
+def bench_sweep(
+    shapes: Sequence[Shape],
+    dtype: DType,
+    densities: Sequence[float] = (0.1,),
+    *,
+    seconds_per_shape: float = 2.0,
+    json_path: Path | None = None,
+    on_event: OnEvent | None = None,
+    device: torch.device | str = "cuda",
+) -> BenchFile:
+    """What ``ffn(mode="auto")`` chooses, against the sparse pair, every dense way and torch.compile: over numbers of
+    tokens it shows the crossover. Arguments and errors as in :func:`bench_ffn`."""
+    _check_arguments(shapes, densities, seconds_per_shape)
+    bench = _Bench(dtype, torch.device(device), json_path, on_event)
+    return bench.run(shapes, densities, seconds_per_shape, {"sweep": 1.0})
+
+
 @dataclass(slots=True)
 class _Group:
     """The candidates of one interleaved run."""
@@ -163,7 +180,7 @@ class _Bench:
         """Host microseconds per eager call where the GPU has next to nothing to do."""
         data = make_ffn(64, 768, 3072, self._dtype, 0.1, self._device)
         overhead = {}
-        for name, ffn in (("srelu24", ops.ffn), ("eager", peers.plain_ffn)):
+        for name, ffn in (("srelu24", partial(ops.ffn, mode="sparse")), ("eager", peers.plain_ffn)):
             try:
                 overhead[name] = measure.host_us(partial(ffn, data.x, data.w1, data.w2), device=self._device)
             except Exception as error:
@@ -309,9 +326,16 @@ def _ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
     return [row]
 
 
-_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN}
-_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows}
-_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5}
+def _sweep_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
+    names = {peer.name: peer.name for peer in _PEERS["sweep"]}
+    row = _row("sweep", case, groups["sweep"], names, 2 * case.gemm_flops)
+    row.candidates["srelu24"].note = peers.chosen_way(case)
+    return [row]
+
+
+_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN, "sweep": peers.SWEEP}
+_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows, "sweep": _sweep_rows}
+_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5, "sweep": 0.0}
 
 
 def _summary(row: Row) -> str:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srelu24.dispatch import Choice, choose, gpu_of
+from srelu24.dense import WAYS
+from srelu24.dispatch import MODES, SPARSE, Choice, choose, choose_ffn, gpu_of
 from srelu24.launch import DTYPES
 from srelu24.operands import check_ffn, kernel_reason
-from srelu24_gen.spec import Activation, Family, KernelSpec, Op, Problem
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
 
@@ -28,9 +31,9 @@ class Explanation:
     """What :func:`srelu24.ffn` does with some operands; ``print`` it.
 
     Attributes:
-        runs: "kernels", "reference" (CPU) or "dense".
-        why: one sentence; for "dense" the reason of the fallback.
-        kernels: GEMM1 and GEMM2 where kernels run, else empty.
+        runs: "kernels" (sparse), "reference" (CPU) or "dense".
+        why: one sentence; for "dense" the reason of the fallback, or why dense is faster and in which way it runs.
+        kernels: those of ours that run: GEMM1 and GEMM2, or of a dense FFN what is not cuBLAS.
     """
 
     runs: str
@@ -51,13 +54,23 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None) -> Explanation:
-    """Say what ``srelu24.ffn(x, w1, w2, b1, b2)`` would run, without running it.
+def explain(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    mode: str = "auto",
+) -> Explanation:
+    """Say what ``srelu24.ffn(x, w1, w2, b1, b2, mode=mode)`` would run, without running it.
 
     Raises:
         Unsupported: the operands do not fit together.
     """
     check_ffn(x, w1, w2, b1, b2)
+    if mode not in MODES:
+        raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
     rows = x.reshape(-1, x.shape[-1])
     reason = kernel_reason(rows, w1, w2, b1, b2)
     if reason is not None:
@@ -65,13 +78,30 @@ def explain(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Ten
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
         return Explanation("dense", "an operand requires gradients; under torch.no_grad() the kernels run")
     if not x.is_cuda:
+        if mode == "dense":
+            return Explanation("dense", "dense was asked for")
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")
-    target = gpu_of(x.device)
-    m, d, f = rows.shape[0], x.shape[-1], w1.shape[0]
-    dtype = DTYPES[x.dtype]
-    gemm1 = Problem(Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, bias=b1 is not None), m, f, d)
-    gemm2 = Problem(Family(Op.SPGEMM, dtype, bias=b2 is not None), m, d, f)
-    return Explanation("kernels", f"{target.name}, {target.arch}", tuple(_explained(p, target) for p in (gemm1, gemm2)))
+    shape = Shape(rows.shape[0], x.shape[-1], w1.shape[0])
+    return explain_kernels(shape, DTYPES[x.dtype], b1 is not None, b2 is not None, gpu_of(x.device), mode)
+
+
+def explain_kernels(
+    shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget, mode: str = "auto"
+) -> Explanation:
+    """What runs for such operands on such a GPU, which need not be there.
+
+    Raises:
+        Unsupported: no kernel computes the sparse FFN.
+    """
+    choice = choose_ffn(shape, dtype, b1, b2, target)
+    where = f"{target.name}, {target.arch}"
+    way = {"auto": choice.way, "sparse": SPARSE, "dense": choice.dense_way}[mode]
+    why = choice.why if mode == "auto" else f"{mode} was asked for"
+    if way == SPARSE:
+        kernels = tuple(_explained(p, target) for p in shape.gemms(dtype, b1, b2))
+        return Explanation("kernels", f"{where}; {why}", kernels)
+    own = shape.dense_gemms(dtype, b1, b2)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
+    return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
 
 
 def _explained(problem: Problem, target: GpuTarget) -> ExplainedKernel:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from srelu24 import reference
-from srelu24.dispatch import launcher
+from srelu24 import dense, reference
+from srelu24.dispatch import MODES, SPARSE, ffn_way, launcher
 from srelu24.launch import DTYPES, Operands
 from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_vector, kernel_reason
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
@@ -23,7 +23,7 @@ from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
 
 _library = torch.library.Library("srelu24", "DEF")
-_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2) -> Tensor")
+_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, str mode='auto') -> Tensor")
 _library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
 _library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor)")
 _library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
@@ -38,17 +38,27 @@ class FallbackWarning(UserWarning):
 # ---------------------------------------------------------------------------------------------- public functions
 
 
-def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
+def ffn(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    mode: str = "auto",
+) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
     ``prune24(relu(x w1^T + b1)^2) w2^T + b2``, arXiv 2503.16672 section 3, numerics in docs/numerics.md.
-    Without a supported GPU, dtype or size, and while gradients are recorded, it runs dense and unpruned, with one
-    warning.
+    On a GPU, "auto" runs it dense and unpruned where the sparse kernels do not win (few tokens, narrow layers), by the
+    times in the tuning database or else a cautious model; :func:`srelu24.explain` says which. Without a supported GPU,
+    dtype or size, and while gradients are recorded, it runs dense with one warning.
 
     Args:
         x: [..., D], bf16 or fp16. Row stride a multiple of 16 bytes, last dimension contiguous.
         w1: [F, D]. w2: [D, F]. D and F multiples of 8.
         b1: [F]. b2: [D].
+        mode: "auto", "sparse" (always prune) or "dense" (never). On a CPU "auto" prunes.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -58,6 +68,8 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor 
         CompileError, LaunchError: a kernel could not be built or launched.
     """
     check_ffn(x, w1, w2, b1, b2)
+    if mode not in MODES:
+        raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
     if torch.is_grad_enabled() and (
         x.requires_grad
         or w1.requires_grad
@@ -68,8 +80,8 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor 
         _warn("gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()")
         return _dense_ffn(x, w1, w2, b1, b2)
     if x.dim() == 2:
-        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2)  # type: ignore[no-any-return]
-    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2)
+        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -140,12 +152,16 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
 # --------------------------------------------------------------------------------------------------- CUDA kernels
 
 
-def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
         _warn(reason)
         return _dense_ffn(x, w1, w2, b1, b2)
-    m, f = x.shape[0], w1.shape[0]
+    m, (f, d) = x.shape[0], w1.shape
+    if mode != SPARSE and m:
+        way = ffn_way(mode, x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
+        if way != SPARSE:
+            return dense.ffn(way, x, w1, w2, b1, b2)
     s = Sparse24.empty(m, f, x.dtype, x.device)
     _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
     out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
@@ -209,12 +225,12 @@ def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
 # ------------------------------------------------------------------------------------- CPU reference and fake kernels
 
 
-def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
         _warn(reason)
         return _dense_ffn(x, w1, w2, b1, b2)
-    return reference.ffn(x, w1, w2, b1, b2)
+    return _dense_ffn(x, w1, w2, b1, b2) if mode == "dense" else reference.ffn(x, w1, w2, b1, b2)
 
 
 def _linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -241,7 +257,7 @@ def _matmul_cpu(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | Non
     return reference.spgemm(_packed(values, metadata, w2.shape[1]), w2, bias, residual)
 
 
-def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     return x.new_empty((x.shape[0], w2.shape[0]))
 
 

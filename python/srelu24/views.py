@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from srelu24.db import TuningRecord
 from srelu24.doctor import Check, Status
+from srelu24.records import TuningRecord
 from srelu24.results import Row
 from srelu24_gen.spec import KernelConfig, Op, Producer
 

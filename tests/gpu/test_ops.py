@@ -86,7 +86,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 def test_ffn(dtype: DType, m: int, b1: bool, b2: bool, device: torch.device, kernels_only: None) -> None:
     layer = Layer(device, dtype, m)
     biases = (layer.b1 if b1 else None, layer.b2 if b2 else None)
-    y = srelu24.ffn(layer.x, *layer.weights, *biases)
+    y = srelu24.ffn(layer.x, *layer.weights, *biases, mode="sparse")
     assert_close(y, reference.ffn(layer.x, *layer.weights, *biases, accumulate=torch.float64))
     # It is the two kernels, to the bit, and the second one is right about what the first one gave it.
     s = srelu24.gemm_relu2_24(layer.x, layer.w1, biases[0])
@@ -99,7 +99,7 @@ def test_ffn(dtype: DType, m: int, b1: bool, b2: bool, device: torch.device, ker
 @pytest.mark.parametrize("shape", [(D,), (1, D), (5, 13, D), (2, 2, 3, D), (0, D), (4, 0, D)])
 def test_leading_dimensions(shape: tuple[int, ...], layer: Layer, kernels_only: None) -> None:
     x = layer.x[0].expand(shape).contiguous()
-    y = srelu24.ffn(x, *layer.weights, layer.b1, layer.b2)
+    y = srelu24.ffn(x, *layer.weights, layer.b1, layer.b2, mode="sparse")
     assert y.shape == shape
     if x.numel():
         assert_close(y, reference.ffn(x.reshape(-1, D), *layer.weights, layer.b1, layer.b2).view(shape))
@@ -151,15 +151,16 @@ def test_views_of_wider_tensors_use_the_kernels(layer: Layer, kernels_only: None
     def widened(t: Tensor) -> Tensor:
         return torch.nn.functional.pad(t, (8, 16), value=torch.nan)[:, 8:-16]
 
-    y = srelu24.ffn(layer.x, *layer.weights)
-    assert torch.equal(srelu24.ffn(widened(layer.x), widened(layer.w1), widened(layer.w2)), y)
+    y = srelu24.ffn(layer.x, *layer.weights, mode="sparse")
+    wide = (widened(layer.x), widened(layer.w1), widened(layer.w2))
+    assert torch.equal(srelu24.ffn(*wide, mode="sparse"), y)
 
 
 def test_nothing_synchronises(layer: Layer, kernels_only: None) -> None:
-    srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2)
+    srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2, mode="sparse")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2)
+        srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2, mode="sparse")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -213,10 +214,10 @@ def test_gradients_are_those_of_dense_pytorch(layer: Layer) -> None:
 
 
 def test_without_gradients_trainable_weights_use_the_kernels(layer: Layer, kernels_only: None) -> None:
-    expected = srelu24.ffn(layer.x, *layer.weights)
+    expected = srelu24.ffn(layer.x, *layer.weights, mode="sparse")
     layer.w1.requires_grad_()
     with torch.no_grad():
-        assert torch.equal(srelu24.ffn(layer.x, *layer.weights), expected)
+        assert torch.equal(srelu24.ffn(layer.x, *layer.weights, mode="sparse"), expected)
         assert srelu24.explain(layer.x, *layer.weights).runs == "kernels"
 
 
@@ -243,7 +244,7 @@ def test_wrong_input_is_refused(call: Callable[[Layer], object], words: str, lay
 
 
 def test_explain_names_both_kernels(layer: Layer) -> None:
-    explanation = srelu24.explain(layer.x, *layer.weights, layer.b1)
+    explanation = srelu24.explain(layer.x, *layer.weights, layer.b1, mode="sparse")
     assert explanation.runs == "kernels"
     assert [str(k.problem) for k in explanation.kernels] == [
         f"gemm_relu2_24_bf16_bias 300x{F}x{D}",
@@ -276,7 +277,7 @@ def test_torch_compile_of_the_whole_graph(dynamic: bool | None, device: torch.de
     layer = Layer(device)
 
     def block(x: Tensor) -> Tensor:
-        return x + srelu24.ffn(x, *layer.weights, layer.b1, layer.b2)
+        return x + srelu24.ffn(x, *layer.weights, layer.b1, layer.b2, mode="sparse")
 
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from srelu24 import dispatch
-from srelu24.db import Database, Evidence, TuningRecord
+from srelu24.db import Database
+from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import paths, space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
