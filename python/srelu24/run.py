@@ -127,13 +127,13 @@ def benchmark(
             if event.kind == "failed":
                 views.note(event.text, "yellow")
 
-        measure: Callable[..., BenchFile] = {
+        benchmarks: dict[str, Callable[..., BenchFile]] = {
             "ffn": bench.bench_ffn,
             "gemm": partial(bench.bench_gemm, zeros=zeros),
             "sweep": bench.bench_sweep,
-        }[what]
+        }
         own: dict[str, Any] = {} if seconds is None else {"seconds_per_shape": seconds}
-        file = measure(shapes, dtype, densities, json_path=path, on_event=on_event, **own)
+        file = benchmarks[what](shapes, dtype, densities, json_path=path, on_event=on_event, **own)
     views.show(views.bench_table(file.rows))
     if path:
         views.note(f"written to {path}")
