@@ -159,6 +159,14 @@ def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     return found
 
 
+def batch_invariant(problem: Problem, config: KernelConfig, target: GpuTarget) -> KernelConfig:
+    """The batch-invariant configuration most like ``config``, which is valid for ``problem``."""
+    whole = dataclasses.replace(config, stream_k=False, tile_n=256)
+    if supports(problem, whole, target).ok:
+        return whole
+    return dataclasses.replace(default(problem, target), stream_k=False)
+
+
 def default(problem: Problem, target: GpuTarget) -> KernelConfig:
     """A good configuration without measuring: a tile every kernel is at its fastest or near it with, split along K
     where it would leave a wave short. One CTA a cluster where a second would find no rows.
