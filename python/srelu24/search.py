@@ -36,7 +36,7 @@ from srelu24_gen.errors import LaunchError, Srelu24Error
 from srelu24_gen.spec import KernelConfig, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
-CHUNK = 8
+CHUNK = 12
 """Candidates screened in one interleaved run; few, so that the GPU starts before all is compiled."""
 FEWEST = 8
 """Candidates of each GEMM that are tried however little time there is."""
@@ -46,7 +46,11 @@ MOST_PAIRS = 8
 SCREEN_SHARE, REFINE_SHARE = 0.45, 0.2
 """Of the time budget; the pairs get the rest."""
 MIN_ROUNDS: dict[Stage, int] = {"screen": 5, "refine": 8, "pair": 16}
-SAMPLE_MS: dict[Stage, float] = {"screen": 8.0, "refine": 12.0, "pair": 20.0}
+SAMPLE_MS: dict[Stage, float] = {"screen": 6.0, "refine": 8.0, "pair": 10.0}
+CALLS_BEFORE = 4
+"""Of a candidate until its first round: one to load, one to settle, two to see that the clocks are steady."""
+SHORT_S = 30.0
+"""A search of less time refines once, and fewer."""
 
 
 class Runner(Protocol):
@@ -131,11 +135,9 @@ class Search:
         )
 
     def _most(self, problem: Problem) -> int:
-        """Candidates that the time for screening is enough for: rounds of short samples, or of two calls."""
-        ms = max(
-            SAMPLE_MS["screen"], 2 * cost.cost(problem, space.default(problem, self.target), self.target).us / 1000
-        )
-        each = 2.5 * MIN_ROUNDS["screen"] * ms / 1000  # with the lead of a sample, warm-up and verification
+        """Candidates that the time for screening is enough for: rounds of short samples, or of one call."""
+        ms = max(SAMPLE_MS["screen"], cost.cost(problem, space.default(problem, self.target), self.target).us / 1000)
+        each = (CALLS_BEFORE + MIN_ROUNDS["screen"]) * 1.25 * ms / 1000 + 0.02  # a lead to a sample; verification
         return max(FEWEST, int(SCREEN_SHARE * self.budget_s / len(self.chain) / each))
 
     # --- stages ---
@@ -233,7 +235,8 @@ class Search:
         """The best third, halved until the finalists are left; everything is timed again, next to the default."""
         default = self.defaults[problem]
         ranked = sorted((c for c in self.screened[problem] if c != default), key=self.screened[problem].__getitem__)
-        keep = min(max(FINALISTS, math.ceil(len(ranked) / 3)), 8)
+        most = 8 if self.budget_s >= SHORT_S else FINALISTS + 1
+        keep = min(max(FINALISTS, math.ceil(len(ranked) / 3)), most)
         survivors = ranked[::-1][:keep]
         rungs = 1 + max(0, math.ceil(math.log2(max(len(survivors), 1) / (FINALISTS + 1))))
         self.emit(StageStarted("refine", str(problem), rungs))

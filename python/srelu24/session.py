@@ -109,7 +109,7 @@ class Session:
                     launch.run(KernelSpec(family, step.config, job.arch), dataclasses.replace(operands, a=out))
                     out = operands.out
 
-        return capture(run, device=self._device).call
+        return capture(run, device=self._device, calls=1).call
 
     def _data(self, problem: Problem, job: Job) -> launch.Operands:
         """Operands of a problem: of one set of tensors for all GEMMs of an FFN, made once."""

@@ -86,7 +86,8 @@ def tune_shapes(
     """Tune every shape on every GPU model among the runners, which are closed at the end.
 
     Runners of one model share its shapes: whoever is free takes the next. Shapes of one width come one after the other,
-    so that each starts with the winners of the last. A shape that cannot be tuned is reported, and the others go on.
+    so that each starts with the winners of the last; the widest first, whose kernels take longest. A shape that cannot
+    be tuned is reported, and the others go on.
 
     Args:
         runners: one per GPU.
@@ -101,7 +102,7 @@ def tune_shapes(
         KeyboardInterrupt: Ctrl-C; what was measured is stored.
     """
     db = db or Database.open()
-    order = sorted(dict.fromkeys(shapes), key=lambda s: (s.d * s.f, s.d, -s.m))
+    order = sorted(dict.fromkeys(shapes), key=lambda s: (-s.d * s.f, s.d, -s.m))
     queues = {t: _Queue(deque(order), sum(r.target == t for r in runners)) for t in {r.target for r in runners}}
     found: dict[tuple[str, Shape], Tuned] = {}
     stop = threading.Event()

@@ -464,6 +464,26 @@ def test_run_says_that_the_benchmark_was_left_out(fake_gpu: list[tuple[Any, ...]
     assert "Not done: the benchmark" in result.stderr
 
 
+def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(main_job, "benchmark", lambda *given: asked.append(given))
+    monkeypatch.setattr(main_job, "benchmark_tuning", lambda *given: asked.append(given))
+    monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
+    where = ["--results", str(tmp_path)]
+    srelu24("bench", "sweep", "--model", "nanochat", "--tokens", "16,64", "--seconds", "1.5", *where)
+    shapes = [Shape(m, 768, 3072) for m in (16, 64)]
+    assert asked.pop() == ("sweep", shapes, DType.BF16, [0.1], tmp_path / "h200" / "sweep.json", 1.5)
+    srelu24("bench", "sweep", "--model", "nanochat")
+    assert [s.m for s in asked.pop()[1]] == [2**i for i in range(4, 16)]
+    tuning = ["bench", "tuning", "--model", "nanochat", "--tokens", "16,64"]
+    srelu24(*tuning, "--held-out", "32", "--held-out-model", "minitron-4b", "--tune-seconds", "9", *where)
+    held = [Shape(32, 3072, 9216)]
+    assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json")
+    srelu24(*tuning, "--held-out", "")
+    assert asked.pop()[1] == []
+    assert "4096,16384" in srelu24(*tuning, "--held-out", "many", code=2).stderr
+
+
 def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from srelu24 import bench
 

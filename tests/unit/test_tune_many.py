@@ -61,7 +61,7 @@ def test_every_shape_is_tuned_and_answered_in_the_order_it_was_given(db: Databas
     assert one.closed
     started = [e for e in events if isinstance(e, ShapeStarted)]
     assert [e.number for e in started] == [1, 2, 3, 4, 5, 6]
-    assert [e.shape for e in started] == sorted(SHAPES, key=lambda s: (s.d, -s.m)), "one width after the other"
+    assert [e.shape for e in started] == sorted(SHAPES, key=lambda s: (-s.d, -s.m)), "one width after the other"
     assert [e.shape for e in events if isinstance(e, ShapeEnded)] == [e.shape for e in started]
 
 
