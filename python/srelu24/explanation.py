@@ -9,6 +9,9 @@ from torch import Tensor
 
 from srelu24.dense import WAYS
 from srelu24.dispatch import MODES, SPARSE, Choice, choose, choose_ffn, gpu_of
+from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8.quantize import QuantizedWeight
+from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES
 from srelu24.operands import check_ffn, kernel_reason
 from srelu24_gen.errors import Unsupported
@@ -56,18 +59,25 @@ class Explanation:
 
 def explain(
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     *,
     mode: str = "auto",
+    recipe: Recipe | str | None = None,
 ) -> Explanation:
-    """Say what ``srelu24.ffn(x, w1, w2, b1, b2, mode=mode)`` would run, without running it.
+    """Say what ``srelu24.ffn(x, w1, w2, b1, b2, mode=mode, recipe=recipe)`` would run, without running it.
 
     Raises:
         Unsupported: the operands do not fit together.
     """
+    if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        q1, q2, known = fp8_ops.check(x, w1, w2, b1, b2, recipe)
+        reason = fp8_ops.dense_reason(x, q1, q2, b1, b2)
+        if reason is not None:
+            return Explanation("dense", reason)
+        return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
     check_ffn(x, w1, w2, b1, b2)
     if mode not in MODES:
         raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
