@@ -21,7 +21,7 @@ from torch import Tensor
 
 from srelu24 import reference
 from srelu24.fp8 import reference as fp8
-from srelu24.fp8.quantize import QuantizedWeight, quantize_rows, quantize_weight, scale
+from srelu24.fp8.quantize import QuantizedWeight, inverse_scale, quantize_rows, quantize_weight, scale
 from srelu24.fp8.recipes import Predicted, Rowwise, Static
 from srelu24.report import markdown_table
 from srelu24.sparse24 import Sparse24
@@ -164,7 +164,7 @@ class _Case:
         return linear(linear(self.x, self.q1).relu().square(), self.q2)
 
     def _scaled(self, name: str, amax: Tensor, *, safe: bool = False, group: str = "ffn") -> Error:
-        s, saturated = fp8.square_to_e4m3(self.r, amax)
+        s, saturated = fp8.square_to_e4m3(self.r, inverse_scale(amax))
         y = fp8.spgemm(s, scale(amax), self.q2)
         return self._error(name, y, s=s, saturated=int(saturated), safe=safe, group=group)
 

@@ -126,13 +126,18 @@ class Sparse24:
             Unsupported: M, F, dtype or order is outside what :class:`Sparse24` holds.
         """
         order = order or FragmentOrder.of(dtype)
-        _check_shape(m, f, order)
-        _check_dtype(dtype, order)
-        values = torch.empty(m, row_stride(f, dtype.itemsize), dtype=dtype, device=device)
-        if values.shape[1] > f // 2:
-            values[:, f // 2 :].zero_()
-            values = values[:, : f // 2]
+        values = _empty_values(m, f, dtype, device, order)
         return _unchecked(values, torch.empty(metadata_shape(m, f), dtype=torch.int32, device=device), (m, f), order)
+
+    def with_room_for(self, dtype: torch.dtype) -> Sparse24:
+        """Uninitialised values of another type at the same places; E is shared.
+
+        Raises:
+            Unsupported: values of ``dtype`` cannot have E in this order.
+        """
+        return _unchecked(
+            _empty_values(*self.shape, dtype, self.device, self.order), self.metadata, self.shape, self.order
+        )
 
     def to_dense(self) -> Tensor:
         """The pruned matrix [M, F] in the storage type: kept values bit for bit, +0 elsewhere."""
@@ -296,6 +301,16 @@ def _cutlass_order(tile_k: int, order: FragmentOrder) -> _Order:
         raise Unsupported(f"tile_k is {tile_k}; CUTLASS's {order} sparse GEMM needs a positive multiple of {block}")
     n = min(tile_k, 128) // block
     return _Order(n, 2, 2, "aiwhgnuc") if order is FragmentOrder.BITS8 else _Order(n, 2, 1, "aiwugcnh")
+
+
+def _empty_values(m: int, f: int, dtype: torch.dtype, device: torch.device | str, order: FragmentOrder) -> Tensor:
+    _check_shape(m, f, order)
+    _check_dtype(dtype, order)
+    values = torch.empty(m, row_stride(f, dtype.itemsize), dtype=dtype, device=device)
+    if values.shape[1] == f // 2:
+        return values
+    values[:, f // 2 :].zero_()
+    return values[:, : f // 2]
 
 
 def _check_shape(m: int, f: int, order: FragmentOrder) -> None:

@@ -68,7 +68,7 @@ def test_s_is_squared_scaled_and_rounded_once() -> None:
     packed = packed_of(r)
     amax = reference.row_amax(packed.values)
     assert torch.equal(amax, r.float().amax(dim=1).square())
-    s, saturated = reference.square_to_e4m3(packed, amax)
+    s, saturated = reference.square_to_e4m3(packed, quantize.inverse_scale(amax))
     assert saturated == 0
     assert s.dtype == E4M3
     kept = slow_pruned(r.float())
@@ -83,7 +83,7 @@ def test_s_is_squared_scaled_and_rounded_once() -> None:
 
 def test_a_scale_that_is_too_small_saturates_and_counts() -> None:
     packed = packed_of(torch.tensor([[1.0, 2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0] * 2]).bfloat16())
-    s, saturated = reference.square_to_e4m3(packed, torch.tensor(4.0))
+    s, saturated = reference.square_to_e4m3(packed, quantize.inverse_scale(torch.tensor(4.0)))
     assert saturated == 2  # the 9s; 4 is the largest expected
     assert s.to_dense().float()[0, :5].tolist() == [112.0, 448.0, 0.0, 0.0, 448.0]
 
@@ -92,7 +92,7 @@ def test_a_scale_that_is_too_small_saturates_and_counts() -> None:
 def test_gemm2_of_integers(dtype: torch.dtype) -> None:
     m, d, f = 3, 16, 32
     h = integers(m, f, 3).abs().bfloat16()
-    s, _ = reference.square_to_e4m3(packed_of(h), torch.tensor(448.0))
+    s, _ = reference.square_to_e4m3(packed_of(h), torch.tensor(1.0))
     w, ws, ss = integers(d, f, 4), 2.0 ** (torch.arange(d) % 4), torch.tensor([1.0, 0.25, 2.0])
     bias, residual = integers(1, d, 5)[0].to(dtype), integers(m, d, 6).to(dtype)
     y = reference.spgemm(s, ss, weight(w, ws), bias, residual, dtype=dtype)
@@ -109,7 +109,7 @@ def test_the_predicted_bound_holds_where_it_is_tight() -> None:
     bound, largest = reference.predicted_amax(x, w1.row_norm, bias), reference.row_amax(r.values)
     assert (largest <= bound).all()
     assert ((largest / bound)[:32] > 0.7).all()  # it is a bound for these rows, and hardly more
-    assert reference.square_to_e4m3(r, bound)[1] == 0
+    assert reference.square_to_e4m3(r, quantize.inverse_scale(bound))[1] == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -121,7 +121,7 @@ def test_a_row_that_is_not_finite_stays_alone(bad: float) -> None:
     def forward(x: Tensor) -> Tensor:
         r = reference.gemm_relu2_24(quantize.quantize_rows(x), w1)
         amax = reference.row_amax(r.values)
-        return reference.spgemm(reference.square_to_e4m3(r, amax)[0], quantize.scale(amax), w2)
+        return reference.spgemm(reference.square_to_e4m3(r, quantize.inverse_scale(amax))[0], quantize.scale(amax), w2)
 
     good = forward(x)
     x[2, 7] = bad

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import recipes, reference
-from srelu24.fp8.quantize import QuantizedWeight, quantize_rows, scale
-from srelu24.fp8.recipes import Predicted, Recipe, Rowwise, Static
+from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
+from srelu24.fp8.recipes import Recipe, Rowwise, Static
 from srelu24.operands import check_vector
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen.errors import Unsupported
@@ -39,7 +39,7 @@ def ffn(
         recipes.observe(recipe, _row_amax(rows, q1, b1))
         recipe = recipes.resolve(Rowwise.name)
     # What the recipe's scale follows from, besides the row itself.
-    basis = recipe.amax_on(x.device) if isinstance(recipe, Static) else q1.row_norm
+    basis = recipe.scales_on(x.device) if isinstance(recipe, Static) else q1.row_norm
     y: Tensor = torch.ops.srelu24.ffn_fp8(
         rows, q1.values, q1.scale, q2.values, q2.scale, b1, b2, recipe.name, basis, recipe.counter(x.device)
     )
@@ -103,17 +103,15 @@ def _ffn_cpu(
     x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
     recipe: str, basis: Tensor, saturated: Tensor,
 ) -> Tensor:  # fmt: skip
-    q1, q2 = QuantizedWeight(w1, w1_scale, basis), QuantizedWeight(w2, w2_scale, basis)
-    r = reference.gemm_relu2_24(quantize_rows(x), q1, b1)
-    if recipe == Rowwise.name:
-        amax = reference.row_amax(r.values)
-    elif recipe == Predicted.name:
-        amax = reference.predicted_amax(x, basis, b1)
+    r = reference.gemm_relu2_24(quantize_rows(x), QuantizedRows(w1, w1_scale), b1)
+    if recipe == Static.name:
+        s_scale, inverse = basis
     else:
-        amax = basis
-    s, count = reference.square_to_e4m3(r, amax)
+        amax = reference.row_amax(r.values) if recipe == Rowwise.name else reference.predicted_amax(x, basis, b1)
+        s_scale, inverse = scale(amax), inverse_scale(amax)
+    s, count = reference.square_to_e4m3(r, inverse)
     saturated += count
-    return reference.spgemm(s, scale(amax), q2, b2, dtype=x.dtype)
+    return reference.spgemm(s, s_scale, QuantizedRows(w2, w2_scale), b2, dtype=x.dtype)
 
 
 def _ffn_fake(

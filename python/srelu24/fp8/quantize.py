@@ -41,12 +41,12 @@ class QuantizedRows:
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class QuantizedWeight:
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
+class QuantizedWeight(QuantizedRows):
     """A Linear weight in 8-bit floats, prepared once by :func:`quantize_weight`.
 
     Attributes:
-        values: [N, K], e4m3 or e5m2, row-major.
+        values: [N, K], e4m3 or e5m2, row-major and contiguous.
         scale: [N], fp32: one scale for each output channel. Weight n, k is ``values[n, k] * scale[n]``.
         row_norm: [], fp32: the largest Euclidean norm of a row of the quantised weight, which bounds what a GEMM can
             give (the ``predicted`` recipe).
@@ -55,19 +55,18 @@ class QuantizedWeight:
         Unsupported: a tensor does not have the shape, type or device given here.
     """
 
-    values: Tensor
-    scale: Tensor
     row_norm: Tensor
 
     def __post_init__(self) -> None:
         v = self.values
-        if v.dim() != 2 or v.dtype not in FP8_DTYPES:
+        if v.dim() != 2 or v.dtype not in FP8_DTYPES or not v.is_contiguous():
             raise Unsupported(
-                f"quantised weight values are {v.dtype} {list(v.shape)}; [N, K] in {' or '.join(map(str, FP8_DTYPES))} "
-                "is needed: use srelu24.quantize_weight"
+                f"quantised weight values are {v.dtype} {list(v.shape)}; contiguous [N, K] in "
+                f"{' or '.join(map(str, FP8_DTYPES))} is needed: use srelu24.quantize_weight"
             )
         for name, tensor, shape in (("scale", self.scale, v.shape[:1]), ("row_norm", self.row_norm, ())):
-            if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device != v.device:
+            fits = tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            if not fits or tensor.device != v.device:
                 raise Unsupported(
                     f"quantised weight {name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; "
                     f"torch.float32 {list(shape)} on {v.device} is needed"
@@ -95,10 +94,6 @@ class QuantizedWeight:
         """The same on another device."""
         return QuantizedWeight(self.values.to(device), self.scale.to(device), self.row_norm.to(device))
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K]: the products with the scales in float32, rounded to ``dtype``."""
-        return (self.values.float() * self.scale[:, None]).to(dtype)
-
 
 @torch.no_grad()
 def quantize_weight(w: Tensor, dtype: torch.dtype = E4M3) -> QuantizedWeight:
@@ -118,7 +113,7 @@ def quantize_weight(w: Tensor, dtype: torch.dtype = E4M3) -> QuantizedWeight:
         raise Unsupported("the weight holds NaN or Inf, which no scale can hold; repair it before quantising")
     rows = quantize_rows(w.detach(), dtype)
     norms = torch.linalg.vector_norm(rows.values.float(), dim=1) * rows.scale
-    return QuantizedWeight(rows.values, rows.scale, norms.amax() if len(norms) else norms.new_zeros(()))
+    return QuantizedWeight(rows.values.contiguous(), rows.scale, norms.amax() if len(norms) else norms.new_zeros(()))
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3) -> QuantizedRows:

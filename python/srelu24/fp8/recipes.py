@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from srelu24.fp8.quantize import inverse_scale, scale
 from srelu24_gen.errors import Unsupported
 
 
@@ -85,8 +86,8 @@ class Static(Recipe):
         """The largest value of S that the scale is made for."""
         return self._amax
 
-    def amax_on(self, device: torch.device) -> Tensor:
-        """fp32 []: :attr:`amax` on a device.
+    def scales_on(self, device: torch.device) -> Tensor:
+        """fp32 [2]: the scale of S and its inverse, on a device.
 
         Raises:
             Unsupported: not calibrated yet.
@@ -94,7 +95,8 @@ class Static(Recipe):
         if self._amax is None:
             raise Unsupported("this Static recipe has no scale yet; run srelu24.calibrate on some data first")
         if device not in self._on_device:
-            self._on_device[device] = torch.tensor(self._amax, device=device)
+            amax = torch.tensor(self._amax)
+            self._on_device[device] = torch.stack((scale(amax), inverse_scale(amax))).to(device)
         return self._on_device[device]
 
     def calibrated(self, amax: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srelu24 import reference
-from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, count_saturated, inverse_scale, saturate
+from srelu24.fp8.quantize import QuantizedRows, count_saturated, saturate
 from srelu24.sparse24 import FragmentOrder, Sparse24
 
 BOUND_MARGIN = 1.07
@@ -20,7 +20,11 @@ in r, fp32 a little in the norms."""
 
 
 def gemm_relu2_24(
-    x: QuantizedRows, w1: QuantizedWeight, bias: Tensor | None = None, *, accumulate: torch.dtype = torch.float32
+    x: QuantizedRows,
+    w1: QuantizedRows,
+    bias: Tensor | None = None,
+    *,
+    accumulate: torch.dtype = torch.float32,
 ) -> Sparse24:
     """The kept r of ``prune24(relu(X W1^T + bias))`` in bf16, not squared: x [M, D], w1 [F, D], bias [F] -> [M, F]."""
     y = _scaled_product(x.values, x.scale, w1, bias, None, accumulate)
@@ -45,14 +49,14 @@ def predicted_amax(x: Tensor, row_norm: Tensor, bias: Tensor | None = None) -> T
     return bound * bound
 
 
-def square_to_e4m3(r: Sparse24, amax: Tensor) -> tuple[Sparse24, Tensor]:
-    """S in e4m3 from the kept r, scaled for magnitudes up to ``amax`` ([M], or [] for all rows).
+def square_to_e4m3(r: Sparse24, inverse: Tensor) -> tuple[Sparse24, Tensor]:
+    """S in e4m3 from the kept r: ``r * r * inverse``, fp32 [M], or [] for all rows.
 
     Returns:
         S, and int64 []: how many of its values saturated.
     """
     wide = r.values.float()
-    scaled = wide * wide * inverse_scale(amax).expand(r.shape[0])[:, None]
+    scaled = wide * wide * inverse.expand(r.shape[0])[:, None]
     s = Sparse24.empty(*r.shape, torch.float8_e4m3fn, r.device)
     s.values.copy_(saturate(scaled))
     s.metadata.copy_(r.metadata)
@@ -62,7 +66,7 @@ def square_to_e4m3(r: Sparse24, amax: Tensor) -> tuple[Sparse24, Tensor]:
 def spgemm(
     s: Sparse24,
     s_scale: Tensor,
-    w2: QuantizedWeight,
+    w2: QuantizedRows,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
@@ -75,7 +79,12 @@ def spgemm(
 
 
 def _scaled_product(
-    a: Tensor, a_scale: Tensor, w: QuantizedWeight, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    a_scale: Tensor,
+    w: QuantizedRows,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """fp32 ``(A W^T) * w_scale * a_scale + bias + residual``, each operation rounded by itself, in this order."""
     y = (a.to(dtype) @ w.values.to(dtype).T).float() * w.scale * a_scale[:, None]
