@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from srelu24.dispatch import Choice, choose, gpu_of
 from srelu24.launch import DTYPES
-from srelu24.operands import check_ffn, kernel_reason
+from srelu24.operands import autocast, check_ffn, differentiated, kernel_reason
 from srelu24_gen.spec import Activation, Family, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
 
@@ -57,12 +56,13 @@ def explain(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Ten
     Raises:
         Unsupported: the operands do not fit together.
     """
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
     reason = kernel_reason(rows, w1, w2, b1, b2)
     if reason is not None:
         return Explanation("dense", reason)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
+    if differentiated(x, w1, w2, b1, b2):
         return Explanation("dense", "an operand requires gradients; under torch.no_grad() the kernels run")
     if not x.is_cuda:
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")

@@ -17,7 +17,16 @@ from torch import Tensor
 from srelu24 import reference
 from srelu24.dispatch import launcher
 from srelu24.launch import DTYPES, Operands
-from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_vector, kernel_reason
+from srelu24.operands import (
+    ALIGNMENT,
+    autocast,
+    autocasting,
+    check_ffn,
+    check_matrix,
+    check_vector,
+    differentiated,
+    kernel_reason,
+)
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
@@ -29,6 +38,9 @@ _library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tens
 _library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
 _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
+
+
+NO_BACKWARD = "gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()"
 
 
 class FallbackWarning(UserWarning):
@@ -57,15 +69,11 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor 
         Unsupported: ranks, sizes, types or devices do not fit together.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
+    if autocasting(x):
+        x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or w1.requires_grad
-        or w2.requires_grad
-        or (b1 is not None and b1.requires_grad)
-        or (b2 is not None and b2.requires_grad)
-    ):
-        _warn("gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()")
+    if differentiated(x, w1, w2, b1, b2):
+        _warn(NO_BACKWARD)
         return _dense_ffn(x, w1, w2, b1, b2)
     if x.dim() == 2:
         return torch.ops.srelu24.ffn(x, w1, w2, b1, b2)  # type: ignore[no-any-return]
@@ -82,8 +90,13 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     _activation(activation)
     if x.dim() < 1:
         raise Unsupported("x has no dimensions; it must be [..., K].")
+    if autocasting(x):
+        x, w, bias = autocast(x, w, bias)  # type: ignore[assignment]
     check_matrix("w", w, (None, x.shape[-1]), x)
     check_vector("bias", bias, w.shape[0], x)
+    if differentiated(x, w, bias):
+        _warn(NO_BACKWARD)
+        return _dense_linear(x, w, bias, activation)
     y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
     return y.view(*x.shape[:-1], w.shape[0])
 
@@ -92,7 +105,7 @@ def gemm_relu2_24(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> Sparse24:
     """First GEMM of the layer, fused: ``prune24(relu(x w1^T + b1)^2)``, x [M, D], w1 [F, D], b1 [F] -> packed [M, F].
 
     Raises:
-        Unsupported: the operands do not fit together, or no kernel takes them; the message says why.
+        Unsupported: the operands do not fit together, no kernel takes them, or gradients are recorded.
     """
     _check_gemm1(x, w1, b1)
     values, metadata = torch.ops.srelu24.gemm_relu2_24(x, w1, b1)
@@ -120,6 +133,7 @@ def sparsify24(h: Tensor, activation: str = "relu2") -> Sparse24:
     """
     _activation(activation)
     check_matrix("h", h, (None, None), h)
+    _refuse_gradients(h)
     values, metadata = torch.ops.srelu24.sparsify24(h, activation)
     return Sparse24(values, metadata, (h.shape[0], h.shape[1]))
 
@@ -134,6 +148,7 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
     check_vector("bias", bias, w2.shape[0], s.values)
     if residual is not None:
         check_matrix("residual", residual, (s.shape[0], w2.shape[0]), s.values)
+    _refuse_gradients(w2, bias, residual)
     return torch.ops.srelu24.matmul(s.values, s.metadata, w2, bias, residual)  # type: ignore[no-any-return]
 
 
@@ -313,6 +328,12 @@ def _check_gemm1(x: Tensor, w1: Tensor, b1: Tensor | None) -> None:
     check_matrix("x", x, (None, None), x)
     check_matrix("w1", w1, (None, x.shape[1]), x)
     check_vector("b1", b1, w1.shape[0], x)
+    _refuse_gradients(x, w1, b1)
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if differentiated(*tensors):
+        raise Unsupported(f"A packed operand has no dense form to fall back to: {NO_BACKWARD}.")
 
 
 def _activation(activation: str) -> None:
