@@ -119,9 +119,12 @@ def is_plain(layer: nn.Module | None) -> bool:
 
 
 def _is_plain_weight(weight: Tensor) -> bool:
-    kind: type = type(weight)
-    if kind.__module__.startswith("torch.distributed.tensor"):
-        import srelu24.sharding  # noqa: F401 (the ops' rules; whoever has such a weight has loaded what it imports)
-
+    """A tensor, or one whose kind the operations know; a quantised one is its layer's own business."""
+    subclass: bool = is_traceable_wrapper_subclass(weight)
+    if not subclass:
         return True
-    return not is_traceable_wrapper_subclass(weight)
+    if type(weight).__name__ != "DTensor":
+        return False
+    if not torch.compiler.is_compiling():
+        import srelu24.sharding  # noqa: F401 (the rules; whoever has such a weight has loaded what this imports)
+    return True

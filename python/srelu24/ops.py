@@ -349,5 +349,7 @@ def _require_kernel(*tensors: Tensor | None) -> None:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    """Once per process and reason."""
+    """Once per process and reason; while a graph is traced, warnings would break it."""
+    if torch.compiler.is_compiling():
+        return
     warnings.warn(f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.", FallbackWarning, stacklevel=3)
