@@ -67,15 +67,19 @@ def _shapes(
         counts = list(models.TOKENS)
     elif not named:
         raise typer.BadParameter("--tokens are those of a model; add --model, or give whole shapes with --shape")
-    elif re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", tokens):
-        counts = [int(count) for count in tokens.split(",")]
     else:
-        raise typer.BadParameter(f"--tokens {tokens!r} is not a list of numbers of tokens, such as 4096,16384")
+        counts = _token_counts(tokens)
     of_models = [shape for model in named or [] for shape in models.shapes(model, counts)]
     shapes = list(dict.fromkeys([*(given or []), *of_models])) or default
     if not shapes:
         raise typer.BadParameter("which shape? give --shape MxDxF or --model, such as --model nemotron-4-15b")
     return shapes
+
+
+def _token_counts(text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise typer.BadParameter(f"--tokens {text!r} is not a list of numbers of tokens, such as 4096,16384")
+    return [int(count) for count in text.split(",")]
 
 
 def _target(key: str | None) -> GpuTarget:
@@ -342,6 +346,35 @@ def bench_gemm(
 
     shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
     main_job.benchmark("gemm", shapes, dtype, density, _result_path(json, results, "gemm", dtype))
+
+
+@bench_app.command("model")
+def bench_model(
+    tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the prefill, such as 2048,16384.", metavar="M,M")
+    ] = None,
+    dtype: Dtype = DType.BF16,
+    density: Annotated[float, typer.Option(min=0, max=1, help="Share of non-zero activations.")] = 0.1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing per token count.")] = 20.0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny stack on the CPU, to try it.")] = False,
+    json: JsonFile = None,
+    results: Results = None,
+) -> None:
+    """Prefill of a decoder stack as wide as Nemotron-4 15B: dense against converted, eager and compiled."""
+    from srelu24 import bench_model as model_bench
+
+    counts = model_bench.TOKENS if not tiny else (64, 96, 128, 192, 256)
+    file = model_bench.bench_model(
+        model_bench.TINY if tiny else model_bench.NEMOTRON,
+        counts if tokens is None else _token_counts(tokens),
+        dtype,
+        density,
+        seconds=seconds,
+        json_path=json if json or not results else results / ("cpu" if tiny else _target(None).key) / "model.json",
+        on_event=views.note,
+        device="cpu" if tiny else "cuda",
+    )
+    views.show(views.bench_table(file.rows))
 
 
 @bench_app.command("report")
