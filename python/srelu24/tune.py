@@ -218,7 +218,7 @@ def live_view() -> Iterator[Callable[[Event], None]]:
                     title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape}")
                     if event.gpu not in shapes:
                         shapes[event.gpu] = progress.add_task("", total=event.total)
-                    description = f"{title}, {event.seconds:.0f} s"
+                    description = f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left"
                     progress.update(shapes[event.gpu], completed=event.number - 1, description=description)
                 case ShapeEnded():
                     m, d, f = event.shape
