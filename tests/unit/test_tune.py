@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 
 import fake_child
 from fake_gpu import DEFAULTS, GEMM1, GEMM2, GOOD, H200, NEXT, OTHERS, D, F, FakeGpu, M, better
@@ -375,37 +373,3 @@ def test_events_tell_the_whole_story_and_the_live_view_takes_them(
     assert "failed: " in shown
     assert "1.05" in shown
     assert msgspec.json.decode(msgspec.json.encode(report))["speedup"] == report.speedup
-
-
-# --- the real runner, as far as it goes without a GPU ---
-
-
-def test_builds_come_as_they_are_done_and_stop_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [KernelSpec(GEMM2.family, c) for c in OTHERS[1][:5]]
-    attempted: list[KernelSpec] = []
-
-    def fake_build_many(wanted: Sequence[KernelSpec], *, jobs: int, on_done: Callable[..., None]) -> None:
-        assert jobs >= 1
-        for spec in wanted:
-            attempted.append(spec)
-            on_done(spec, CompileError(spec.name))
-            time.sleep(0.05)
-
-    monkeypatch.setattr(tune, "build_many", fake_build_many)
-    monkeypatch.setattr(tune, "gpu_of", lambda device: H200)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu = tune.GpuRunner(torch.device("cuda:0"))
-    assert [(spec, str(error)) for spec, error in gpu.build(specs)] == [(spec, spec.name) for spec in specs]
-
-    attempted.clear()
-    for _ in gpu.build(specs):
-        break
-    time.sleep(0.3)
-    assert len(attempted) < len(specs)
-
-    def fails(*_: object, **__: object) -> None:
-        raise CompileError("nothing can be built")
-
-    monkeypatch.setattr(tune, "build_many", fails)
-    with pytest.raises(CompileError, match="nothing can be built"):
-        list(gpu.build(specs))
