@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from srelu24_gen.spec import Activation, DType, KernelConfig, KernelSpec, Op, Producer
 
 WARPGROUP_THREADS = 128
-BARRIER_BYTES = 16
-"""A full and an empty barrier per stage."""
-SWIZZLE_ALIGNMENT = 1024
-"""Shared-memory operands start where the 128-byte swizzle pattern repeats."""
+BOOKKEEPING_BYTES = 1024
+"""Shared memory besides the ring: barriers, works to come, the rounding of the whole to the swizzle's alignment."""
+PRODUCER_LAG = 2
+"""Stages a producer thread leaves empty: what it refills was read so many steps ago."""
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
 
@@ -28,7 +28,7 @@ class Footprint:
     stage_bytes_a: int
     stage_bytes_b: int
     shared_bytes: int
-    """Dynamic shared memory, the alignment slack included."""
+    """Dynamic shared memory."""
     producer_registers: int
     consumer_registers: int
     """Registers a thread of a consumer has: what setmaxnreg or the launch bounds give it."""
@@ -52,7 +52,7 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
         threads=threads,
         stage_bytes_a=bytes_a,
         stage_bytes_b=bytes_b,
-        shared_bytes=config.stages * (bytes_a + bytes_b + BARRIER_BYTES) + SWIZZLE_ALIGNMENT,
+        shared_bytes=config.stages * (bytes_a + bytes_b) + BOOKKEEPING_BYTES,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
@@ -100,12 +100,14 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "consumers": size.consumers,
         "threads": size.threads,
         "producer_warpgroup": _cpp(config.producer is Producer.WARPGROUP),
+        "producer_lag": PRODUCER_LAG,
         "producer_registers": size.producer_registers,
         "consumer_registers": size.consumer_registers,
         "sparse": _cpp(sparse),
         "mma": f"GMMA_64x{config.tile_n}x32_{types}_SS" if sparse else f"MMA_64x{config.tile_n}x16_{types}_SS",
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,
+        "shared_bytes": size.shared_bytes,
         "ragged_n": _cpp(loads_ragged_n(config)),
         "load_order": "kOwn16" if prune else "kOwn8",
         "prune": _cpp(prune),

@@ -42,6 +42,7 @@ ENTRY = "srelu24_kernel"
 """Symbol of the kernel in every binary."""
 ABI = 1
 """Raise it when the launcher passes parameters in another way: older binaries are then built anew."""
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](srelu24/[^>"]+)[>"]', re.MULTILINE)
 FLAGS = ("-std=c++20", "-default-device", "--ptxas-options=-v", "--no-cache")
 
 
@@ -235,7 +236,7 @@ def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
     parts = {
         "abi": ABI,
         "source": rendered.source,
-        "headers": _headers_digest(templates_dir() / "include"),
+        "headers": _headers_digest(templates_dir() / "include", rendered.source),
         "flags": [rendered.spec.arch, *FLAGS],
         "nvrtc": toolchain.nvrtc_version,
         "cutlass": toolchain.cutlass_version,
@@ -243,19 +244,30 @@ def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _headers_digest(folder: Path) -> str:
-    """SHA-256 of every file below ``folder``; a file is read again only when its time or size has changed."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+def _headers_digest(folder: Path, source: str) -> str:
+    """SHA-256 of every header of ours that ``source`` includes, directly or through others; of no other, so that a new
+    kernel's header leaves the binaries and tuning records of the rest valid."""
+    found: dict[str, bytes] = {}
+    wanted = list(_INCLUDE.findall(source))
+    while wanted:
+        name = wanted.pop()
+        path = folder / name
+        if name in found or not path.is_file():  # of a missing one the compiler has more to say
+            continue
         info = path.stat()
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(_file_digest(path, info.st_mtime_ns, info.st_size))
+        found[name], includes = _read_header(path, info.st_mtime_ns, info.st_size)
+        wanted += includes
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(name.encode() + b"\0" + found[name])
     return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
-def _file_digest(path: Path, _mtime_ns: int, _size: int) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+def _read_header(path: Path, _mtime_ns: int, _size: int) -> tuple[bytes, tuple[str, ...]]:
+    """Digest and includes of ours; a file is read again only when its time or size has changed."""
+    content = path.read_bytes()
+    return hashlib.sha256(content).digest(), tuple(_INCLUDE.findall(content.decode(errors="replace")))
 
 
 def _cached(rendered: RenderedKernel, key: str, store: BuildStore) -> BuiltKernel | None:

@@ -21,6 +21,7 @@ MAX_EXTENT = 2**31 - 2**16
 
 _TILES_M = (64, 128, 192)
 _TILES_N = (128, 256)
+_LEAST_SPLIT_M = 128
 _ACCUMULATOR_OVERHEAD = 32
 """Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
 _DEFAULT_GROUP = 8
@@ -105,11 +106,12 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(
             False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
         )
-    if c.producer is Producer.THREAD and c.tile_n == max(_TILES_N):
-        if c.stream_k:
-            return Verdict(False, f"a producer thread at tile_n = {c.tile_n} has no registers left for stream_k")
-        if family.count_nonzeros and c.tile_m == max(_TILES_M):
-            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to count non-zeros")
+    if c.stream_k and c.tile_m < _LEAST_SPLIT_M:
+        return Verdict(
+            False, f"stream_k is for tiles of {_LEAST_SPLIT_M} rows or more: {c.tile_m} leave little to split"
+        )
+    if family.residual and c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
+        return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:
         return Verdict(False, f"stages = {c.stages}; a {c.producer.value} producer needs at least {least}")
@@ -155,6 +157,14 @@ def candidates(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
             if config not in found and supports(problem, config, target).ok:
                 found.append(config)
     return found
+
+
+def batch_invariant(problem: Problem, config: KernelConfig, target: GpuTarget) -> KernelConfig:
+    """The batch-invariant configuration most like ``config``, which is valid for ``problem``."""
+    whole = dataclasses.replace(config, stream_k=False, tile_n=256)
+    if supports(problem, whole, target).ok:
+        return whole
+    return dataclasses.replace(default(problem, target), stream_k=False)
 
 
 def default(problem: Problem, target: GpuTarget) -> KernelConfig:

@@ -122,6 +122,14 @@ class KernelConfig:
     raster_group: int = field(default=8, metadata={"runtime": True})
     """Cluster tiles walked along M before moving on along N."""
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's bits do not depend on the rows beside it (docs/numerics.md, "Run to run").
+
+        All such configurations give the same bits: none splits K, and all use the MMA of 256 columns.
+        """
+        return not self.stream_k and self.tile_n == 256
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field by name."""
         return {k: v.value if isinstance(v, StrEnum) else v for k, v in dataclasses.asdict(self).items()}

@@ -107,7 +107,11 @@ def pack(
     near = [(p.family, r) for p in problems for r in db.of_widths(p, target)]
     records = {r.key: r for _, r in near}
     configs = [(p.family, space.default(p, target)) for p in problems]
-    configs += [(p.family, catalogue.choose(p, target).config) for p in problems]
+    for problem in problems:
+        chosen = catalogue.choose(problem, target).config
+        configs.append((problem.family, chosen))
+        if problem.family.op in (Op.GEMM_RELU2_24, Op.SPGEMM):  # what deterministic="batch" runs
+            configs.append((problem.family, space.batch_invariant(problem, chosen, target)))
     for family, record in near:
         with contextlib.suppress(Unsupported):  # of another version: nothing runs it
             configs.append((family, record.kernel_config()))

@@ -40,6 +40,7 @@ def bench_gemm(
     tokens: options.Tokens = None,
     dtype: options.Dtype = DType.BF16,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
+    zeros: Annotated[bool, typer.Option("--zeros", help="On nothing but zeros as well.")] = False,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
@@ -47,7 +48,8 @@ def bench_gemm(
     from srelu24 import run as main_job
 
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
-    main_job.benchmark("gemm", shapes, dtype, density, options.result_path(json, results, "gemm", dtype))
+    path = options.result_path(json, results, "gemm", dtype)
+    main_job.benchmark("gemm", shapes, dtype, density, path, zeros=zeros)
 
 
 @app.command("sweep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Choice:
 
 MODES = ("auto", "sparse", "dense")
 """What a caller of an FFN may ask for."""
+BATCH = "batch"
+"""How an FFN runs for which batch-invariance is asked: sparse, with batch-invariant configurations."""
 SPARSE = "sparse"
 """The way of an FFN that prunes; the others are :data:`srelu24.dense.WAYS`."""
 MARGIN = 1.02
@@ -91,12 +94,21 @@ def gpu_of(device: torch.device) -> GpuTarget:
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
-def choose(problem: Problem, target: GpuTarget) -> Choice:
+def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
     """The best known configuration: the tuning database's answer, else the default.
+
+    Args:
+        batch: the batch-invariant configuration most like it.
 
     Raises:
         Unsupported: no kernel computes the problem on ``target``; the message is the reason.
     """
+    if batch and problem.family.op is not Op.SPARSIFY24:
+        choice = choose(problem, target)
+        config = space.batch_invariant(problem, choice.config, target)
+        if config == choice.config:
+            return choice
+        return dataclasses.replace(choice, config=config, why=f"{choice.why}; made batch-invariant")
     default = space.default(problem, target)
     match = _database().find(problem, target)
     if match is None:
@@ -177,6 +189,7 @@ def launcher(
     n: int,
     k: int,
     device: torch.device,
+    batch: bool = False,
 ) -> Launcher:
     """The loaded kernel that answers a call: one dictionary look-up once it is known.
 
@@ -186,7 +199,7 @@ def launcher(
     """
     family = Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros)
     target = gpu_of(device)
-    choice = choose(Problem(family, m, n, k), target)
+    choice = choose(Problem(family, m, n, k), target, batch)
     return launcher_for(KernelSpec(family, choice.config, target.arch), device.index)
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from srelu24.dense import WAYS
-from srelu24.dispatch import MODES, SPARSE, Choice, choose, choose_ffn, gpu_of
+from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
 from srelu24.launch import DTYPES
-from srelu24.operands import check_ffn, kernel_reason
-from srelu24_gen.errors import Unsupported
+from srelu24.operands import check_ffn, check_mode, kernel_reason
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
@@ -62,21 +61,25 @@ def explain(
     b2: Tensor | None = None,
     *,
     mode: str = "auto",
+    deterministic: str = "run",
 ) -> Explanation:
-    """Say what ``srelu24.ffn(x, w1, w2, b1, b2, mode=mode)`` would run, without running it.
+    """Say what :func:`srelu24.ffn` would run with the same arguments, without running it.
 
     Raises:
         Unsupported: the operands do not fit together.
     """
     check_ffn(x, w1, w2, b1, b2)
-    if mode not in MODES:
-        raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
+    mode = check_mode(mode, deterministic)
     rows = x.reshape(-1, x.shape[-1])
     reason = kernel_reason(rows, w1, w2, b1, b2)
+    if (
+        reason is None
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
+    ):
+        reason = "an operand requires gradients; under torch.no_grad() the kernels run"
     if reason is not None:
-        return Explanation("dense", reason)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
-        return Explanation("dense", "an operand requires gradients; under torch.no_grad() the kernels run")
+        return Explanation("nothing" if mode == BATCH else "dense", reason)
     if not x.is_cuda:
         if mode == "dense":
             return Explanation("dense", "dense was asked for")
@@ -95,15 +98,15 @@ def explain_kernels(
     """
     choice = choose_ffn(shape, dtype, b1, b2, target)
     where = f"{target.name}, {target.arch}"
-    way = {"auto": choice.way, "sparse": SPARSE, "dense": choice.dense_way}[mode]
+    way = {"auto": choice.way, SPARSE: SPARSE, BATCH: SPARSE, "dense": choice.dense_way}[mode]
     why = choice.why if mode == "auto" else f"{mode} was asked for"
     if way == SPARSE:
-        kernels = tuple(_explained(p, target) for p in shape.gemms(dtype, b1, b2))
+        kernels = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2))
         return Explanation("kernels", f"{where}; {why}", kernels)
     own = shape.dense_gemms(dtype, b1, b2)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
     return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
 
 
-def _explained(problem: Problem, target: GpuTarget) -> ExplainedKernel:
-    choice = choose(problem, target)
+def _explained(problem: Problem, target: GpuTarget, batch: bool = False) -> ExplainedKernel:
+    choice = choose(problem, target, batch)
     return ExplainedKernel(problem, KernelSpec(problem.family, choice.config, target.arch), choice)

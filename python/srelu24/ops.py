@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from srelu24 import dense, reference
-from srelu24.dispatch import MODES, SPARSE, ffn_way, launcher
+from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
 from srelu24.launch import DTYPES, Operands
-from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_vector, kernel_reason
+from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_mode, check_vector, kernel_reason
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
@@ -46,6 +46,7 @@ def ffn(
     b2: Tensor | None = None,
     *,
     mode: str = "auto",
+    deterministic: str = "run",
 ) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
@@ -59,17 +60,20 @@ def ffn(
         w1: [F, D]. w2: [D, F]. D and F multiples of 8.
         b1: [F]. b2: [D].
         mode: "auto", "sparse" (always prune) or "dense" (never). On a CPU "auto" prunes.
+        deterministic: "run": the same inputs give the same bits in every run. "batch": a token's bits do not depend on
+            the other tokens or their number either; the sparse kernels run, some per cent slower where stream-K is
+            given up, and nothing falls back to dense.
 
     Returns:
         [..., D] in the type of ``x``.
 
     Raises:
-        Unsupported: ranks, sizes, types or devices do not fit together.
+        Unsupported: ranks, sizes, types or devices do not fit together; or "batch" is asked for what only dense
+            PyTorch computes.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
     check_ffn(x, w1, w2, b1, b2)
-    if mode not in MODES:
-        raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
+    mode = check_mode(mode, deterministic)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or w1.requires_grad
@@ -77,8 +81,10 @@ def ffn(
         or (b1 is not None and b1.requires_grad)
         or (b2 is not None and b2.requires_grad)
     ):
-        _warn("gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()")
-        return _dense_ffn(x, w1, w2, b1, b2)
+        reason = (
+            "gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()"
+        )
+        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
     if x.dim() == 2:
         return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
     y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
@@ -155,17 +161,17 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
 def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
-        _warn(reason)
-        return _dense_ffn(x, w1, w2, b1, b2)
+        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
+    batch = mode == BATCH
     m, (f, d) = x.shape[0], w1.shape
-    if mode != SPARSE and m:
+    if mode != SPARSE and not batch and m:
         way = ffn_way(mode, x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
         if way != SPARSE:
             return dense.ffn(way, x, w1, w2, b1, b2)
     s = Sparse24.empty(m, f, x.dtype, x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
+    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2, batch)
     out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
-    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out))
+    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out), batch=batch)
     return out
 
 
@@ -212,14 +218,14 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
     return out
 
 
-def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
+def _run(op: Op, o: Operands, activation: Activation = Activation.NONE, batch: bool = False) -> None:
     """Choose and launch the kernel of ``op`` for operands that :func:`kernel_reason` accepts."""
     m, width = o.a.shape
     if m == 0:
         return
     n, k = (width, 0) if o.b is None else o.b.shape
     options = (o.bias is not None, o.residual is not None, o.counts is not None)
-    launcher(op, o.out.dtype, activation, *options, m, n, k, o.out.device)(o)
+    launcher(op, o.out.dtype, activation, *options, m, n, k, o.out.device, batch)(o)
 
 
 # ------------------------------------------------------------------------------------- CPU reference and fake kernels
@@ -228,8 +234,7 @@ def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
 def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
-        _warn(reason)
-        return _dense_ffn(x, w1, w2, b1, b2)
+        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
     return _dense_ffn(x, w1, w2, b1, b2) if mode == "dense" else reference.ffn(x, w1, w2, b1, b2)
 
 
@@ -301,6 +306,15 @@ for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
 
 
 # ------------------------------------------------------------------------------------------------ dense and helpers
+
+
+def _fallback_ffn(
+    reason: str, mode: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None
+) -> Tensor:
+    if mode == BATCH:
+        raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
+    _warn(reason)
+    return _dense_ffn(x, w1, w2, b1, b2)
 
 
 def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:

@@ -52,15 +52,28 @@ class Case:
 
     @classmethod
     def make(
-        cls, shape: tuple[int, int, int], dtype: DType, density: float, device: torch.device | str, seed: int = 0
+        cls,
+        shape: tuple[int, int, int],
+        dtype: DType,
+        density: float,
+        device: torch.device | str,
+        seed: int = 0,
+        *,
+        zeros: bool = False,
     ) -> Case:
         """Data as :func:`srelu24.workload.make_ffn` gives it, and references in float32 without TF32.
+
+        Args:
+            zeros: nothing but zeros instead, which cost the least energy: how fast kernels are when power is no limit.
 
         Raises:
             Unsupported: the density is not within 0..1, or D is too small for it.
         """
         m, d, f = shape
         data = make_ffn(m, d, f, dtype, density, device, seed)
+        if zeros:
+            for tensor in (data.x, data.w1, data.w2):
+                tensor.zero_()
         h = torch.empty(m, f, dtype=data.x.dtype, device=device)
         y = torch.empty(m, d, device=device)
         with exact_float32():
@@ -296,6 +309,13 @@ SWEEP = (
     Peer("torch_compile", _torch_compile, lambda case: case.y_dense),
 )
 """What the dispatcher chooses, and all it could choose from."""
+
+
+def tensor_rate(case: Case, name: str) -> int:
+    """Dense-equivalent operations a clock of the whole GPU's tensor cores, for one of :data:`GEMM`."""
+    target = dispatch.gpu_of(case.x.device)
+    return target.sm_count * target.dense_flops_per_clock * (2 if name in SPARSE_GEMMS else 1)
+
 
 MEMORY = (
     Peer("sparsify24", _sparsify24, lambda case: case.s_dense),

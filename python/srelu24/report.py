@@ -217,7 +217,8 @@ def _ffn_table(results: list[Result]) -> str:
 
 def _gemm_table(results: list[Result]) -> str:
     peers = {"gemm": "our dense GEMM", "cublas": "cuBLAS", "cusparselt": "cuSPARSELt"}
-    head = ["kernel", "dtype", "MxDxF", "density", "ms", "TFLOP/s", *(f"over {name}" for name in peers.values())]
+    head = ["kernel", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "J", "MHz", "of the tensor cores"]
+    head += [f"over {name}" for name in peers.values()]
 
     def cells(result: Result) -> list[str]:
         row, ours = result.row, result.row.candidates["srelu24"]
@@ -226,7 +227,10 @@ def _gemm_table(results: list[Result]) -> str:
             *_case_cells(row),
             _number(ours.ms, ".3f"),
             _number(ours.tflops, ".0f"),
-            *(_number(row.speedup.get(peer), ".2f", "x") for peer in peers),
+            _number(ours.joules, ".2f"),
+            _number(ours.sm_mhz, ".0f"),
+            _number(ours.utilisation if isinstance(ours.utilisation, float) else None, ".0%"),
+            *(_number(row.speedup.get(peer), ".3f", "x") for peer in peers),
         ]
 
     return _tables([r for op in _GEMMS for r in _of_op(results, op)], head, cells)
@@ -316,7 +320,7 @@ def _of_op(results: Iterable[Result], op: str) -> list[Result]:
 
 
 def _case_cells(row: Row) -> list[str]:
-    return [row.dtype, row.shape, f"{row.density:.0%}"]
+    return [row.dtype, row.shape, "zeros" if row.zeros is True else f"{row.density:.0%}"]
 
 
 def _gbps(candidate: Candidate | None) -> float | None:

@@ -30,6 +30,8 @@ class Candidate(Struct, kw_only=True):
     """Rounds that the medians are over."""
     gbps: float | UnsetType = UNSET
     """GB/s, every input read once and every output written once; for what only moves bytes."""
+    utilisation: float | UnsetType = UNSET
+    """Share of the tensor cores' rate at the clock it was measured at; for a GEMM alone."""
     throttled: bool | UnsetType = UNSET
     """True where heat or a power brake slowed the GPU: measure again."""
     note: str | UnsetType = UNSET
@@ -46,6 +48,8 @@ class Row(Struct, kw_only=True):
     """MxDxF of the FFN, also for a single kernel."""
     density: float
     """Asked for, before pruning."""
+    zeros: bool | UnsetType = UNSET
+    """True where all inputs are zero."""
     recipe: str | None = None
     candidates: dict[str, Candidate]
     speedup: dict[str, float]

@@ -6,7 +6,9 @@ Either way the end says what was done, and what was not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +20,8 @@ from srelu24_gen.target import GpuTarget, target_by_key
 
 if TYPE_CHECKING:
     import torch
+
+    from srelu24.results import BenchFile
 
 DEFAULT_TARGET = "h200"
 DENSITY = 0.1
@@ -104,11 +108,14 @@ def benchmark(
     densities: list[float],
     path: Path | None,
     seconds: float | None = None,
+    *,
+    zeros: bool = False,
 ) -> None:
     """Times the FFN, each kernel alone, or what is chosen, against its peers; prints the table and writes the file.
 
     Args:
         seconds: of timing per shape and density, where the benchmark's own is not wanted.
+        zeros: for "gemm", on nothing but zeros as well.
     """
     from srelu24 import bench
 
@@ -120,9 +127,13 @@ def benchmark(
             if event.kind == "failed":
                 views.note(event.text, "yellow")
 
-        measure = {"ffn": bench.bench_ffn, "gemm": bench.bench_gemm, "sweep": bench.bench_sweep}[what]
+        benchmarks: dict[str, Callable[..., BenchFile]] = {
+            "ffn": bench.bench_ffn,
+            "gemm": partial(bench.bench_gemm, zeros=zeros),
+            "sweep": bench.bench_sweep,
+        }
         own: dict[str, Any] = {} if seconds is None else {"seconds_per_shape": seconds}
-        file = measure(shapes, dtype, densities, json_path=path, on_event=on_event, **own)
+        file = benchmarks[what](shapes, dtype, densities, json_path=path, on_event=on_event, **own)
     views.show(views.bench_table(file.rows))
     if path:
         views.note(f"written to {path}")

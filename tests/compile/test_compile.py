@@ -153,8 +153,11 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     include.mkdir(parents=True)
     header = include / "a.cuh"
     header.write_text("int one;")
+    (include / "through.cuh").write_text("#  include <srelu24/a.cuh>\n#include <srelu24/through.cuh>\n")
+    (include / "other.cuh").write_text("int other;")
     monkeypatch.setattr(compile_module, "templates_dir", lambda: tmp_path / "templates")
     base = rendered()
+    base = dataclasses.replace(base, source="#include <srelu24/through.cuh>\n" + base.source)
     keys = [compile_module._key(base, toolchain)]
     assert compile_module._key(base, toolchain) == keys[0]
     elsewhere = dataclasses.replace(toolchain, include_dirs=(tmp_path,))
@@ -174,9 +177,9 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     header.write_text("int two;")  # as long as before
     os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     keys.append(compile_module._key(base, toolchain))
+    (include / "other.cuh").write_text("int something_else;")
+    assert compile_module._key(base, toolchain) == keys[-1], "a header that is not included does not matter"
     header.rename(include / "b.cuh")
-    keys.append(compile_module._key(base, toolchain))
-    (include / "c.cuh").write_text("")
     keys.append(compile_module._key(base, toolchain))
     assert len(set(keys)) == len(keys)
 

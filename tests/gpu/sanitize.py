@@ -24,11 +24,13 @@ from srelu24_gen.target import TARGETS
 FAMILIES = (
     Family(Op.GEMM, DType.BF16, bias=True),
     Family(Op.GEMM_RELU2_24, DType.FP16, Activation.RELU2, bias=True, count_nonzeros=True),
+    Family(Op.SPGEMM, DType.BF16),
     Family(Op.SPGEMM, DType.BF16, bias=True, residual=True),
     Family(Op.SPARSIFY24, DType.FP16, Activation.RELU2),
 )
 GEMM_CONFIGS = (
-    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4),
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4, stream_k=True),
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=3),
     KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=3),
     KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=4, stream_k=True),
     KernelConfig(tile_m=64, cluster_m=1, producer=Producer.WARPGROUP, stages=2),

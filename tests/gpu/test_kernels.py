@@ -71,7 +71,9 @@ def specs_of(op: Op) -> list[KernelSpec]:
         return [KernelSpec(family, KernelConfig()) for family in families]
     draw = random.Random(op.value)
     found = [KernelSpec(family, config) for family in families for config in served_configs(family)]
-    found += [KernelSpec(draw.choice(families), config) for config in all_configs(families[0])]
+    for config in all_configs(families[0]):
+        able = [family for family in families if space.supports_config(family, config, TARGET).ok]
+        found.append(KernelSpec(draw.choice(able), config))
     return list({spec.name: spec for spec in found}.values())
 
 
@@ -272,16 +274,18 @@ def test_rounded_sums_decide_the_selection(built: dict[KernelSpec, BuiltKernel],
 TYPICAL = (
     KernelConfig(tile_m=128, stream_k=True),
     KernelConfig(tile_m=128),
-    KernelConfig(tile_m=192, producer=Producer.THREAD),
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stream_k=True),
 )
 FEW = [
     KernelSpec(family, dataclasses.replace(config, stages=space.max_stages(family, config, TARGET)))
     for family in (
         Family(Op.GEMM, DType.BF16, RELU2, bias=True),
         Family(Op.GEMM_RELU2_24, DType.FP16, RELU2, bias=True),
+        Family(Op.SPGEMM, DType.BF16, bias=True),
         Family(Op.SPGEMM, DType.BF16, bias=True, residual=True),
     )
     for config in TYPICAL
+    if space.supports_config(family, dataclasses.replace(config, stages=3), TARGET).ok
 ] + [spec for spec in SPARSIFY if spec.family.activation is RELU2]
 """Both producers of every GEMM, with and without stream-K, and sparsify24."""
 SPECS += FEW

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -94,6 +95,19 @@ def test_ffn(dtype: DType, m: int, b1: bool, b2: bool, device: torch.device, ker
     second = Problem(Family(Op.SPGEMM, dtype, bias=b2), m, D, F)
     found = verify.check(second, Operands(a=s, b=layer.w2, bias=biases[1], out=y))
     assert found.ok, found.detail
+
+
+def test_batch_invariance(device: torch.device, kernels_only: None) -> None:
+    """Rows alone, in small batches and in a large one whose tiles stream-K would split: the same bits."""
+    layer = Layer(device, m=5000, d=1024, f=2048)
+    call = partial(srelu24.ffn, w1=layer.w1, w2=layer.w2, b1=layer.b1, deterministic="batch")
+    whole = call(layer.x)
+    for m in (1, 2, 64, 100, 129, 700, 3001):
+        for first in (0, 1777):
+            assert torch.equal(call(layer.x[first : first + m]), whole[first : first + m])
+    assert_close(whole, srelu24.ffn(layer.x, layer.w1, layer.w2, layer.b1, mode="sparse"))
+    for kernel in srelu24.explain(layer.x, layer.w1, layer.w2, layer.b1, deterministic="batch").kernels:
+        assert kernel.spec.config.batch_invariant
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (5, 13, D), (2, 2, 3, D), (0, D), (4, 0, D)])

@@ -9,17 +9,20 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
 from srelu24 import bench, measure, peers, reference
 from srelu24.bench import BenchEvent, bench_ffn, bench_gemm
 from srelu24.dispatch import SPARSE
 from srelu24.measure import Interrupted, Timing
+from srelu24.nvml import Power
 from srelu24.peers import Case, Peer, relative_error
 from srelu24.results import BenchFile
 from srelu24_gen.errors import RecordError, Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Problem
+from srelu24_gen.target import TARGETS
 
 REAL_INTERLEAVE = measure.interleave
 SHAPE = (64, 64, 128)
@@ -58,7 +61,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ops", ops)
     monkeypatch.setattr(bench, "ops", ops)
     dispatch = SimpleNamespace(
-        choose=lambda problem, gpu: None, gpu_of=lambda device: None, choose_ffn=choose_ffn, SPARSE=SPARSE
+        choose=lambda problem, gpu: None, gpu_of=lambda device: TARGETS["h200"], choose_ffn=choose_ffn, SPARSE=SPARSE
     )
     monkeypatch.setattr(peers, "dispatch", dispatch)
     monkeypatch.setattr(bench, "_require_gpu", lambda device: None)
@@ -119,6 +122,22 @@ def test_rows_and_arithmetic() -> None:
 def test_bench_gemm_leaves_the_whole_ffn_out() -> None:
     file = bench_gemm([SHAPE], DType.BF16, (0.1,), device="cpu")
     assert [row.op for row in file.rows] == ["gemm_relu2_24", "spgemm", "gemm", "sparsify24"]
+
+
+def test_zeros_are_a_case_of_their_own_for_the_gemms() -> None:
+    file = bench_gemm([SHAPE], DType.BF16, (0.1,), zeros=True, device="cpu")
+    zero = [row for row in file.rows if row.zeros is True]
+    assert [row.op for row in zero] == ["gemm_relu2_24", "spgemm", "gemm"]
+    assert all(row.measured_density == 0 and row.density == 0 for row in zero)
+    assert all(isinstance(c.ms, float) for row in zero for name, c in row.candidates.items() if name != "cusparselt")
+
+
+def test_utilisation_is_the_rate_at_the_measured_clock_over_the_tensor_cores() -> None:
+    timing = Timing.of([2.0], Power(sm_mhz=1000.0))
+    flops = 132 * 4096 * 1_000_000  # what an H200 does in 1 ms at 1000 MHz
+    assert bench._utilisation(timing, flops, 132 * 4096) == pytest.approx(0.5)
+    assert bench._utilisation(timing, flops, 132 * 4096 * 2) == pytest.approx(0.25)
+    assert bench._utilisation(Timing.of([2.0]), flops, 132 * 4096) is UNSET
 
 
 def _replace_peer(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[Case], peers.Run]) -> None:

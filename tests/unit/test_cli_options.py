@@ -73,7 +73,7 @@ def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [])
     monkeypatch.setattr(tune_many, "tune_shapes", several)
     monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
-    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_: shapes.extend(given))
+    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
     return shapes
 
 

@@ -47,8 +47,10 @@ __device__ __forceinline__ int column_of(BlockPosition const& at, int i) {
   return at.column + (Config::kLoadOrder == LoadOrder::kOwn16 ? 64 * (i / 2) + 16 * t + 8 * (i % 2) : 32 * i + 8 * t);
 }
 
-/// accumulators = bias + residual, where the kernel has them and this is the tile's first piece along K, else 0. Loaded straight into the accumulators, before
-/// the mainloop, they take no registers of their own.
+/// accumulators = bias + residual, where the kernel has them and this is the tile's first piece along K, else 0. Loaded
+/// straight into the accumulators, before the mainloop, they take no registers of their own. Zeros are set too, rather
+/// than told to the first MMA: it names the accumulators as inputs anyway, which would keep their registers taken
+/// between tiles, where the work is decoded.
 template <class Config>
 __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], GemmParams const& p,
                                            BlockPosition const& at, bool first_piece) {

@@ -50,31 +50,32 @@ struct Mainloop {
 
   __device__ __forceinline__ Mainloop(SharedStorage<Config>& s, int consumer) : shared(s), warpgroup(consumer) {}
 
-  /// accumulators += A B^T over `k_blocks` k-blocks, dense A; they start at zero unless the kernel initializes
-  /// them. `between` runs once per step, while MMAs fly.
-  template <class Between>
-  __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Between&& between) {
+  /// accumulators += A B^T over `k_blocks` k-blocks, dense A. The producer's turn comes once per step, while MMAs fly.
+  template <class Producer>
+  __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Producer& producer) {
+    bool first = true;
 #pragma unroll 1
-    for (int k_block = 0; k_block < k_blocks; ++k_block) {
-      step(accumulators, k_block == 0, between, [&](DescriptorA a, DescriptorB b, ScaleOut scale) {
+    for (; k_blocks > 0; --k_blocks) {
+      step(accumulators, first, producer, [&](DescriptorA a, DescriptorB b) {
 #pragma unroll
         for (int k = 0; k < Config::kTileK / 16; ++k) {  // 16 of K: 32 bytes
-          fma<typename Config::Mma>(accumulators, a.at(32 * k), b.at(32 * k), k == 0 ? scale : ScaleOut::One);
+          fma<typename Config::Mma>(accumulators, a.at(32 * k), b.at(32 * k));
         }
       });
+      first = false;
     }
     drain(accumulators);
   }
 
   /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds four
   /// k-blocks, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
-  template <class Between>
+  template <class Producer>
   __device__ __forceinline__ void sparse(Accumulators& accumulators, int k_blocks, uint4 const* metadata,
-                                         uint32_t (&e)[4], Between&& between) {
+                                         uint32_t (&e)[4], Producer& producer) {
     uint32_t other[4];  // two vectors take turns: one feeds the MMAs while the next arrives
-    int k_block = 0;
-    while (!sparse_vector(accumulators, k_block, k_blocks, metadata, e, other, between) &&
-           !sparse_vector(accumulators, k_block, k_blocks, metadata, other, e, between)) {
+    bool first = true;
+    while (!sparse_vector(accumulators, first, k_blocks, metadata, e, other, producer) &&
+           !sparse_vector(accumulators, first, k_blocks, metadata, other, e, producer)) {
     }
     drain(accumulators);
   }
@@ -88,40 +89,41 @@ struct Mainloop {
 
  private:
   /// The k-blocks of one vector of E; loads the next vector. True once the last k-block is issued.
-  template <class Between>
-  __device__ __forceinline__ bool sparse_vector(Accumulators& accumulators, int& k_block, int k_blocks,
+  template <class Producer>
+  __device__ __forceinline__ bool sparse_vector(Accumulators& accumulators, bool& first, int& left,
                                                 uint4 const*& metadata, uint32_t (&e)[4], uint32_t (&next)[4],
-                                                Between& between) {
+                                                Producer& producer) {
     metadata += 128;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      step(accumulators, k_block == 0, between, [&](DescriptorA a, DescriptorB b, ScaleOut scale) {
+      step(accumulators, first, producer, [&](DescriptorA a, DescriptorB b) {
         // 32 of K: 32 bytes of packed A, 64 of B. One register of E serves both halves of the k-block: lanes
         // t = 0, 1 supply the first, t = 2, 3 the second.
-        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[q], scale);
-        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[q], ScaleOut::One);
+        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[q]);
+        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[q]);
       });
       // Only now has every MMA that reads `next` retired.
-      if (q == 0 && k_block + 4 < k_blocks) load_vector(next, metadata);
-      if (++k_block == k_blocks) return true;
+      if (q == 0 && left > 4) load_vector(next, metadata);
+      first = false;
+      if (--left == 0) return true;
     }
     return false;
   }
 
-  template <class Between, class Issue>
-  __device__ __forceinline__ void step(Accumulators& accumulators, bool first, Between& between, Issue&& issue) {
+  template <class Producer, class Issue>
+  __device__ __forceinline__ void step(Accumulators& accumulators, bool first, Producer& producer, Issue&& issue) {
     int const stage = ring.stage;
     shared.full[stage].wait(ring.phase);
     DescriptorA const a(shared.a[stage] + warpgroup * 64 * kSpanA);
     DescriptorB const b(shared.b[stage]);
     fence(accumulators);
     cute::warpgroup_arrive();
-    issue(a, b, first && !Config::kInitialized ? ScaleOut::Zero : ScaleOut::One);
+    issue(a, b);
     cute::warpgroup_commit_batch();
-    between();  // with this MMA group and the one before still to run
     cute::warpgroup_wait<1>();
     fence(accumulators);
     if (!first) release(ring.previous());
+    producer.in_step(ring);
     ring.advance();
   }
 
@@ -148,17 +150,16 @@ struct Mainloop {
   }
 
   template <class Atom>
-  static __device__ __forceinline__ void fma(Accumulators& acc, uint64_t a, uint64_t b, ScaleOut scale) {
+  static __device__ __forceinline__ void fma(Accumulators& acc, uint64_t a, uint64_t b) {
     [&]<cuda::std::size_t... I>(cuda::std::index_sequence<I...>) {
-      Atom::fma(a, b, acc[I]..., scale);
+      Atom::fma(a, b, acc[I]..., ScaleOut::One);
     }(cuda::std::make_index_sequence<kAccumulators>{});
   }
 
   template <class Atom>
-  static __device__ __forceinline__ void sparse_fma(Accumulators& acc, uint64_t a, uint64_t b, uint32_t e,
-                                                    ScaleOut scale) {
+  static __device__ __forceinline__ void sparse_fma(Accumulators& acc, uint64_t a, uint64_t b, uint32_t e) {
     [&]<cuda::std::size_t... I>(cuda::std::index_sequence<I...>) {
-      Atom::fma(a, b, acc[I]..., e, scale);
+      Atom::fma(a, b, acc[I]..., e, ScaleOut::One);
     }(cuda::std::make_index_sequence<kAccumulators>{});
   }
 };

@@ -56,4 +56,31 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   return {raster(p.raster, p.split.first_tile + tile - 1), k_begin, second ? p.k_blocks : 0};
 }
 
+/// What one consumer warpgroup does of a work.
+struct alignas(16) Piece {
+  int row, column;     // first of the warpgroup's rows, first column of the tile
+  int k_begin, k_end;  // in k-blocks
+
+  __device__ __forceinline__ bool exists() const { return k_begin < k_end; }
+};
+
+/// A warp's piece and the one after it. They wait in shared memory, since in the mainloop registers are short, and
+/// working them out again afterwards would take more than the accumulators leave.
+struct Pieces {
+  Piece now, next;
+  int number;  // of the work that is now
+
+  /// Begin work `w`; `after` comes after what is next so far.
+  __device__ __forceinline__ void advance(int w, Piece const& after) {
+    Piece const current = next;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      now = current;
+      next = after;
+      number = w;
+    }
+    __syncwarp();
+  }
+};
+
 }  // namespace srelu24
