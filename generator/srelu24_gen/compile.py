@@ -40,7 +40,7 @@ __all__ = [
 
 ENTRY = "srelu24_kernel"
 """Symbol of the kernel in every binary."""
-ABI = 1
+ABI = 2
 """Raise it when the launcher passes parameters in another way: older binaries are then built anew."""
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](srelu24/[^>"]+)[>"]', re.MULTILINE)
 FLAGS = ("-std=c++20", "-default-device", "--ptxas-options=-v", "--no-cache")
@@ -295,7 +295,7 @@ def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain:
         entry=ENTRY,
         arch=spec.arch,
         template=rendered.template,
-        family={k: v if isinstance(v, bool) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
+        family={k: v if isinstance(v, bool | None) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
         config=spec.config.compiled().to_dict(),
         registers=int(used[1]),
         stack_bytes=int(stack[1]),

@@ -85,6 +85,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     steps, split = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
 
     mma = 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
+    mma *= family.dtype.bytes / 2  # 8-bit operands go twice as fast
     step = max(mma, LATENCY_CYCLES / max(1, c.stages - 1))
     steps_us = 1e6 * steps * step / CLOCK_HZ
     stall = STALL_CYCLES["sparse" if sparse else "dense"] if c.producer is Producer.THREAD else 0

@@ -42,7 +42,7 @@ class KernelMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Symbol of the kernel."""
     arch: str
     template: str
-    family: dict[str, str | bool]
+    family: dict[str, str | bool | None]
     config: dict[str, str | int | bool]
     """Fields of the KernelConfig, runtime fields at their defaults."""
     registers: int

@@ -19,7 +19,13 @@ from srelu24_gen import __version__
 if TYPE_CHECKING:
     from srelu24.explanation import Explanation as Explanation
     from srelu24.explanation import explain as explain
-    from srelu24.ops import FallbackWarning as FallbackWarning
+    from srelu24.fallback import FallbackWarning as FallbackWarning
+    from srelu24.fp8.quantize import QuantizedWeight as QuantizedWeight
+    from srelu24.fp8.quantize import quantize_weight as quantize_weight
+    from srelu24.fp8.recipes import Predicted as Predicted
+    from srelu24.fp8.recipes import Rowwise as Rowwise
+    from srelu24.fp8.recipes import Static as Static
+    from srelu24.fp8.recipes import calibrate as calibrate
     from srelu24.ops import ffn as ffn
     from srelu24.ops import gemm_relu2_24 as gemm_relu2_24
     from srelu24.ops import gemm_relu2_24_count as gemm_relu2_24_count
@@ -30,14 +36,20 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Explanation": "explanation",
-    "FallbackWarning": "ops",
+    "FallbackWarning": "fallback",
+    "Predicted": "fp8.recipes",
+    "QuantizedWeight": "fp8.quantize",
+    "Rowwise": "fp8.recipes",
     "Sparse24": "sparse24",
+    "Static": "fp8.recipes",
+    "calibrate": "fp8.recipes",
     "explain": "explanation",
     "ffn": "ops",
     "gemm_relu2_24": "ops",
     "gemm_relu2_24_count": "ops",
     "linear": "ops",
     "matmul": "ops",
+    "quantize_weight": "fp8.quantize",
     "sparsify24": "ops",
 }
 

@@ -129,7 +129,7 @@ def _built_row(spec: KernelSpec, result: compiler.Outcome) -> dict[str, Any]:
         return row | {"error": str(result)}
     meta = result.meta
     dynamic = 0
-    if spec.family.op is not Op.SPARSIFY24:
+    if spec.family.op.multiplies:
         dynamic = footprint(spec.family.op, spec.family.dtype, spec.config).shared_bytes
     return row | {
         "registers": meta.registers,

@@ -139,7 +139,7 @@ def render(
         Family(op, dtype, activation, bias, residual, count),
         m,
         d if op is Op.SPGEMM else f,
-        {Op.SPGEMM: f, Op.SPARSIFY24: 0}.get(op, d),
+        0 if not op.multiplies else f if op is Op.SPGEMM else d,
     )
     target = options.target_of(gpu)
     chosen = KernelConfig.from_dict(space.default(problem, target).to_dict() | _config(config))

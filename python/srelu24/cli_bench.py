@@ -108,3 +108,17 @@ def bench_report(
     report.plot(results, results / "ffn.svg")
     if any(row.row.op == "sweep" for row in report.load_results(results)):
         report.plot_sweep(results, results / "sweep.svg")
+
+
+@app.command("accuracy")
+def bench_accuracy(
+    json: Annotated[Path, typer.Option(dir_okay=False, help="The result file to write.")],
+    document: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A page to fill.")] = None,
+) -> None:
+    """Errors of the 8-bit recipes against float64, on the CPU."""
+    from srelu24 import accuracy, report
+
+    file = accuracy.measure(typer.echo)
+    accuracy.save(file, json)
+    if document is not None:
+        document.write_text(report.filled(document.read_text(encoding="utf-8"), accuracy.tables(file), document.name))

@@ -77,7 +77,15 @@ FromModule = Annotated[
         help="Read the widths off the model that this makes, on the meta device.",
     ),
 ]
-Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.")]
+
+
+def _storage_dtype(dtype: DType) -> DType:
+    if dtype.bytes == 1:
+        raise typer.BadParameter(f"{dtype.value} has recipes and scales (docs/fp8.md); give bf16 or fp16")
+    return dtype
+
+
+Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.", callback=_storage_dtype)]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")
 ]

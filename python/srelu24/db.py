@@ -236,7 +236,8 @@ def _related(a: Family, b: Family) -> bool:
 
 
 def _option_differences(a: Family, b: Family) -> int:
-    return sum(getattr(a, name) != getattr(b, name) for name in ("dtype", "bias", "residual", "count_nonzeros"))
+    options = ("dtype", "bias", "residual", "count_nonzeros", "out", "weight")
+    return sum(getattr(a, name) != getattr(b, name) for name in options)
 
 
 def _insert(table: Literal["records", "trials"], row: TuningRecord | Trial) -> tuple[str, tuple[Any, ...]]:

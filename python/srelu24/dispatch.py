@@ -197,7 +197,17 @@ def launcher(
         Unsupported: no kernel computes the problem.
         CompileError, LaunchError: the kernel could not be built or loaded.
     """
-    family = Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros)
+    return launcher_of(Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros), m, n, k, device, batch)
+
+
+@functools.lru_cache(maxsize=_CACHED_CHOICES)
+def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, batch: bool = False) -> Launcher:
+    """The same for any family.
+
+    Raises:
+        Unsupported: no kernel computes the problem.
+        CompileError, LaunchError: the kernel could not be built or loaded.
+    """
     target = gpu_of(device)
     choice = choose(Problem(family, m, n, k), target, batch)
     return launcher_for(KernelSpec(family, choice.config, target.arch), device.index)
@@ -206,6 +216,7 @@ def launcher(
 def clear_cache() -> None:
     """Forget every choice, so that new tuning records count. Kernels already loaded stay loaded."""
     launcher.cache_clear()
+    launcher_of.cache_clear()
     choose.cache_clear()
     ffn_way.cache_clear()
     choose_ffn.cache_clear()

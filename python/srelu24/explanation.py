@@ -9,6 +9,9 @@ from torch import Tensor
 
 from srelu24.dense import WAYS
 from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
+from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8.quantize import QuantizedWeight
+from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES
 from srelu24.operands import check_ffn, check_mode, kernel_reason
 from srelu24_gen.models import Shape
@@ -55,21 +58,28 @@ class Explanation:
 
 def explain(
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     *,
     mode: str = "auto",
     deterministic: str = "run",
+    recipe: Recipe | str | None = None,
 ) -> Explanation:
     """Say what :func:`srelu24.ffn` would run with the same arguments, without running it.
 
     Raises:
         Unsupported: the operands do not fit together.
     """
-    check_ffn(x, w1, w2, b1, b2)
     mode = check_mode(mode, deterministic)
+    if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        q1, q2, known = fp8_ops.check(x, w1, w2, b1, b2, recipe)
+        reason = fp8_ops.dense_reason(x, q1, q2, b1, b2)
+        if reason is not None:
+            return Explanation("dense", reason)
+        return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
+    check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
     reason = kernel_reason(rows, w1, w2, b1, b2)
     if (

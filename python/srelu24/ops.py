@@ -7,8 +7,6 @@ runs as dense PyTorch with one warning per reason; :func:`srelu24.explain` says 
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,9 +14,14 @@ from torch import Tensor
 
 from srelu24 import dense, reference
 from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
+from srelu24.fallback import FallbackWarning as FallbackWarning
+from srelu24.fallback import warn_dense as _warn
+from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8.quantize import QuantizedWeight
+from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES, Operands
 from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_mode, check_vector, kernel_reason
-from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24.sparse24 import FragmentOrder, Sparse24, metadata_shape, row_stride
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
 
@@ -31,22 +34,19 @@ _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
 
 
-class FallbackWarning(UserWarning):
-    """A call ran as dense PyTorch; the message says why."""
-
-
 # ---------------------------------------------------------------------------------------------- public functions
 
 
 def ffn(
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     *,
     mode: str = "auto",
     deterministic: str = "run",
+    recipe: Recipe | str | None = None,
 ) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
@@ -63,6 +63,8 @@ def ffn(
         deterministic: "run": the same inputs give the same bits in every run. "batch": a token's bits do not depend on
             the other tokens or their number either; the sparse kernels run, some per cent slower where stream-K is
             given up, and nothing falls back to dense.
+        recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md), whatever
+            the mode. w1 and w2 then come from :func:`srelu24.quantize_weight`, and D and F are multiples of 16.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -72,8 +74,12 @@ def ffn(
             PyTorch computes.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
-    check_ffn(x, w1, w2, b1, b2)
     mode = check_mode(mode, deterministic)
+    if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        if mode == BATCH:
+            raise Unsupported("8-bit recipes are not batch-invariant; leave deterministic at run.")
+        return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
+    check_ffn(x, w1, w2, b1, b2)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or w1.requires_grad
@@ -148,6 +154,8 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
     Raises:
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
+    if s.order is not FragmentOrder.BITS16:
+        raise Unsupported(f"{s} is for the 8-bit kernels; matmul needs bf16 or fp16 values with 16-bit metadata.")
     check_matrix("w2", w2, (None, s.shape[1]), s.values)
     check_vector("bias", bias, w2.shape[0], s.values)
     if residual is not None:
@@ -354,9 +362,3 @@ def _require_kernel(*tensors: Tensor | None) -> None:
     reason = kernel_reason(*tensors)
     if reason is not None:
         raise Unsupported(f"A packed result needs the sparse kernels: {reason}.")
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    """Once per process and reason."""
-    warnings.warn(f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.", FallbackWarning, stacklevel=3)

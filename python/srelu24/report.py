@@ -113,6 +113,11 @@ def filled(text: str, by_name: dict[str, str], where: str = "the text") -> str:
     return _MARKED.sub(fill, text)
 
 
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table without a final newline."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
 def plot(results_dir: Path, out_svg: Path) -> None:
     """Bars of the FFN's speed-up over each peer, one panel per GPU, type and density.
 
@@ -338,8 +343,7 @@ def _tables(results: Iterable[Result], head: list[str], cells: Callable[[Result]
         by_run.setdefault(id(result.file), []).append(result)
     texts = []
     for run in by_run.values():
-        lines = [head, ["---"] * len(head), *(cells(result) for result in run)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = markdown_table(head, [cells(result) for result in run])
         texts.append("\n\n".join([_measured_with(run[0].file.env), table, *_failures(run)]) + "\n")
     return "\n".join(texts)
 

@@ -57,7 +57,7 @@ def progress() -> Progress:
 
 def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
     """A configuration in one word group, for example ``128x256x64 cluster 2 stages 4 warpgroup stream-k group 8``."""
-    if op is Op.SPARSIFY24:
+    if not op.multiplies:
         return "-"
     c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
     producer = "warpgroup" if c.producer is Producer.WARPGROUP else "thread"

@@ -15,24 +15,24 @@ import srelu24
 from srelu24 import reference, verify, workload
 from srelu24.launch import TORCH_DTYPE, Operands
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, DType, Family, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
 
 NONE, RELU2 = Activation.NONE, Activation.RELU2
 D, F = 136, 1864
 ROWS = (1, 7, 64, 65, 300)
 
-GEMM1 = [Family(Op.GEMM_RELU2_24, dtype, RELU2, bias) for dtype in DType for bias in (False, True)]
-GEMM2 = [Family(Op.SPGEMM, dtype, NONE, bias) for dtype in DType for bias in (False, True)]
+GEMM1 = [Family(Op.GEMM_RELU2_24, dtype, RELU2, bias) for dtype in WIDE_TYPES for bias in (False, True)]
+GEMM2 = [Family(Op.SPGEMM, dtype, NONE, bias) for dtype in WIDE_TYPES for bias in (False, True)]
 COUNT = [Family(Op.GEMM_RELU2_24, DType.BF16, RELU2, bias, count_nonzeros=True) for bias in (False, True)]
 RESIDUAL = [Family(Op.SPGEMM, DType.BF16, bias=bias, residual=True) for bias in (False, True)]
-DENSE = [Family(Op.GEMM, dtype, activation, bias=True) for dtype in DType for activation in Activation]
+DENSE = [Family(Op.GEMM, dtype, activation, bias=True) for dtype in WIDE_TYPES for activation in Activation]
 PROBLEMS = [
     *(Problem(family, m, F, D) for family in GEMM1 + COUNT + DENSE for m in ROWS),
     *(Problem(family, m, D, F) for family in GEMM2 + RESIDUAL for m in ROWS),
-    *(Problem(Family(Op.SPARSIFY24, dtype, activation), 64, F) for dtype in DType for activation in Activation),
+    *(Problem(Family(Op.SPARSIFY24, dtype, activation), 64, F) for dtype in WIDE_TYPES for activation in Activation),
 ]
 
-dtypes = pytest.mark.parametrize("dtype", list(DType), ids=lambda dtype: dtype.value)
+dtypes = pytest.mark.parametrize("dtype", list(WIDE_TYPES), ids=lambda dtype: dtype.value)
 
 
 class Layer:
