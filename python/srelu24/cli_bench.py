@@ -96,6 +96,37 @@ def bench_tuning(
     main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path)
 
 
+@app.command("model")
+def bench_model(
+    tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the prefill, such as 2048,16384.", metavar="M,M")
+    ] = None,
+    dtype: options.Dtype = DType.BF16,
+    density: options.Density = 0.1,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing per token count.")] = 20.0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny stack on the CPU, to try it.")] = False,
+    json: options.JsonFile = None,
+    results: options.Results = None,
+) -> None:
+    """Prefill of a decoder stack as wide as Nemotron-4 15B: dense against converted, eager and compiled."""
+    from srelu24 import bench_model as model_bench
+    from srelu24 import views
+
+    counts = (64, 96, 128, 192, 256) if tiny else model_bench.TOKENS
+    path = json if json or not results else results / "cpu" / "model.json"
+    file = model_bench.bench_model(
+        model_bench.TINY if tiny else model_bench.NEMOTRON,
+        counts if tokens is None else options.token_counts(tokens),
+        dtype,
+        density,
+        seconds=seconds,
+        json_path=path if tiny else options.named_result(json, results, "model"),
+        on_event=views.note,
+        device="cpu" if tiny else "cuda",
+    )
+    views.show(views.bench_table(file.rows))
+
+
 @app.command("report")
 def bench_report(
     results: Annotated[Path, typer.Option("--results", metavar="DIR", exists=True, help="Where the result files are.")],

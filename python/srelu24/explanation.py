@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from srelu24.dense import WAYS
@@ -13,7 +12,7 @@ from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES
-from srelu24.operands import check_ffn, check_mode, kernel_reason
+from srelu24.operands import autocast, check_ffn, check_mode, differentiated, kernel_reason
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
@@ -79,14 +78,11 @@ def explain(
         if reason is not None:
             return Explanation("dense", reason)
         return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
     reason = kernel_reason(rows, w1, w2, b1, b2)
-    if (
-        reason is None
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2))
-    ):
+    if reason is None and differentiated(x, w1, w2, b1, b2):
         reason = "an operand requires gradients; under torch.no_grad() the kernels run"
     if reason is not None:
         return Explanation("nothing" if mode == BATCH else "dense", reason)

@@ -15,12 +15,22 @@ from torch import Tensor
 from srelu24 import dense, reference
 from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
 from srelu24.fallback import FallbackWarning as FallbackWarning
-from srelu24.fallback import warn_dense as _warn
+from srelu24.fallback import warn_dense
 from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES, Operands
-from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_mode, check_vector, kernel_reason
+from srelu24.operands import (
+    ALIGNMENT,
+    autocast,
+    autocasting,
+    check_ffn,
+    check_matrix,
+    check_mode,
+    check_vector,
+    differentiated,
+    kernel_reason,
+)
 from srelu24.sparse24 import FragmentOrder, Sparse24, metadata_shape, row_stride
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
@@ -32,6 +42,9 @@ _library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tens
 _library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
 _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
+
+
+NO_BACKWARD = "gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()"
 
 
 # ---------------------------------------------------------------------------------------------- public functions
@@ -79,18 +92,11 @@ def ffn(
         if mode == BATCH:
             raise Unsupported("8-bit recipes are not batch-invariant; leave deterministic at run.")
         return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
+    if autocasting(x):
+        x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or w1.requires_grad
-        or w2.requires_grad
-        or (b1 is not None and b1.requires_grad)
-        or (b2 is not None and b2.requires_grad)
-    ):
-        reason = (
-            "gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()"
-        )
-        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
+    if differentiated(x, w1, w2, b1, b2):
+        return _fallback_ffn(NO_BACKWARD, mode, x, w1, w2, b1, b2)
     if x.dim() == 2:
         return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
     y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
@@ -106,8 +112,13 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     _activation(activation)
     if x.dim() < 1:
         raise Unsupported("x has no dimensions; it must be [..., K].")
+    if autocasting(x):
+        x, w, bias = autocast(x, w, bias)  # type: ignore[assignment]
     check_matrix("w", w, (None, x.shape[-1]), x)
     check_vector("bias", bias, w.shape[0], x)
+    if differentiated(x, w, bias):
+        warn_dense(NO_BACKWARD)
+        return _dense_linear(x, w, bias, activation)
     y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
     return y.view(*x.shape[:-1], w.shape[0])
 
@@ -116,7 +127,7 @@ def gemm_relu2_24(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> Sparse24:
     """First GEMM of the layer, fused: ``prune24(relu(x w1^T + b1)^2)``, x [M, D], w1 [F, D], b1 [F] -> packed [M, F].
 
     Raises:
-        Unsupported: the operands do not fit together, or no kernel takes them; the message says why.
+        Unsupported: the operands do not fit together, no kernel takes them, or gradients are recorded.
     """
     _check_gemm1(x, w1, b1)
     values, metadata = torch.ops.srelu24.gemm_relu2_24(x, w1, b1)
@@ -144,6 +155,7 @@ def sparsify24(h: Tensor, activation: str = "relu2") -> Sparse24:
     """
     _activation(activation)
     check_matrix("h", h, (None, None), h)
+    _refuse_gradients(h)
     values, metadata = torch.ops.srelu24.sparsify24(h, activation)
     return Sparse24(values, metadata, (h.shape[0], h.shape[1]))
 
@@ -160,6 +172,7 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
     check_vector("bias", bias, w2.shape[0], s.values)
     if residual is not None:
         check_matrix("residual", residual, (s.shape[0], w2.shape[0]), s.values)
+    _refuse_gradients(w2, bias, residual)
     return torch.ops.srelu24.matmul(s.values, s.metadata, w2, bias, residual)  # type: ignore[no-any-return]
 
 
@@ -186,7 +199,7 @@ def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     reason = kernel_reason(x, w, bias)
     if reason is not None:
-        _warn(reason)
+        warn_dense(reason)
         return _dense_linear(x, w, bias, activation)
     out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
     _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
@@ -219,7 +232,7 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
     s = _packed(values, metadata, w2.shape[1])
     reason = kernel_reason(w2, bias, residual)
     if reason is not None:
-        _warn(reason)
+        warn_dense(reason)
         return _matmul_dense(s, w2, bias, residual)
     out = torch.empty((s.shape[0], w2.shape[0]), dtype=s.dtype, device=s.device)
     _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
@@ -321,7 +334,7 @@ def _fallback_ffn(
 ) -> Tensor:
     if mode == BATCH:
         raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
-    _warn(reason)
+    warn_dense(reason)
     return _dense_ffn(x, w1, w2, b1, b2)
 
 
@@ -351,6 +364,12 @@ def _check_gemm1(x: Tensor, w1: Tensor, b1: Tensor | None) -> None:
     check_matrix("x", x, (None, None), x)
     check_matrix("w1", w1, (None, x.shape[1]), x)
     check_vector("b1", b1, w1.shape[0], x)
+    _refuse_gradients(x, w1, b1)
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if differentiated(*tensors):
+        raise Unsupported(f"A packed operand has no dense form to fall back to: {NO_BACKWARD}.")
 
 
 def _activation(activation: str) -> None:

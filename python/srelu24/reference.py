@@ -155,7 +155,8 @@ def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | No
     """A B^T + bias + residual, summed in ``dtype``, as float32 [M, N]."""
     _expect("operand A", a, (None, None), a)
     _expect("weight B", b, (None, a.shape[1]), a)
-    acc = a.to(dtype) @ b.to(dtype).T
+    with torch.autocast(a.device.type, enabled=False):  # it would round the product to 16 bits
+        acc = a.to(dtype) @ b.to(dtype).T
     if bias is not None:
         _expect("bias", bias, (b.shape[0],), a)
         acc += bias.to(dtype)
