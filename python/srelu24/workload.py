@@ -146,7 +146,7 @@ class SharedData:
     @staticmethod
     def serves(family: Family) -> bool:
         """Whether such a kernel is one of the GEMMs of an FFN."""
-        return family.op is not Op.SPARSIFY24 and not family.residual and not family.count_nonzeros
+        return family.op.multiplies and not (family.scaled or family.residual or family.count_nonzeros)
 
     @cached_property
     def _hidden(self) -> tuple[Tensor, Sparse24]:
