@@ -380,3 +380,12 @@ def test_builds_come_as_they_are_done_and_stop_when_nobody_waits(monkeypatch: py
     monkeypatch.setattr(tune, "build_many", fails)
     with pytest.raises(CompileError, match="nothing can be built"):
         list(gpu.build(specs))
+
+
+def test_8_bit_kernels_are_searched_without_dense_ffns_beside_them(db: Database) -> None:
+    gpu = FakeGpu()
+    report = tune_ffn(M, D, F, DType.E4M3, db=db, runner=gpu, budget_s=600.0)
+    assert [record.family.name for record in report.records] == ["gemm_relu2_24_e4m3_to_e4m3", "spgemm_e4m3_to_bf16"]
+    steps = [step for job in gpu.jobs for candidate in job.candidates for step in candidate.steps]
+    assert {step.problem.family.op for step in steps} == {Op.GEMM_RELU2_24, Op.SPGEMM}
+    assert {step.config.tile_k for step in steps if step.config} == {128}
