@@ -67,8 +67,8 @@ class Fp8Case(Case):
 
     @cached_property
     def act8(self) -> QuantizedRows:
-        """The zero-rich activations of a dense FFN, as GEMM2 of torch gets them."""
-        return quantize.quantize_rows(self.act)
+        """The zero-rich activations of the dense 8-bit FFN, as its second GEMM gets them."""
+        return quantize.quantize_rows(self.h8.relu().square())
 
     @cached_property
     def static_basis(self) -> Tensor:
