@@ -23,8 +23,8 @@ struct Spgemm {
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
-      kOutputAlignment, Output, cutlass::layout::RowMajor, kOutputAlignment,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor, kOutputAlignment,
+      Output, cutlass::layout::RowMajor, kOutputAlignment,
       cutlass::epilogue::collective::EpilogueScheduleAuto>::CollectiveOp;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
