@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srelu24_gen.spec import Activation, DType, KernelConfig, KernelSpec, Op, Producer
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
 
 WARPGROUP_THREADS = 128
-BARRIER_BYTES = 16
-"""A full and an empty barrier per stage."""
-SWIZZLE_ALIGNMENT = 1024
-"""Shared-memory operands start where the 128-byte swizzle pattern repeats."""
+BOOKKEEPING_BYTES = 1024
+"""Shared memory besides the ring: barriers, works to come, the rounding of the whole to the swizzle's alignment."""
+PRODUCER_LAG = 2
+"""Stages a producer thread leaves empty: what it refills was read so many steps ago."""
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
 
-_ELEMENT = {DType.BF16: "bfloat16_t", DType.FP16: "half_t"}
-_MMA_TYPE = {DType.BF16: "BF16", DType.FP16: "F16"}
+K_BLOCK_BYTES = 128
+"""Of a row of B in a k-block: the span of the swizzle."""
+PROMOTED_BLOCKS = 4
+"""k-blocks of 8-bit products, 512 of K, between two sums in fp32 (``Family.promote``)."""
+
+_ELEMENT = {
+    DType.BF16: "bfloat16_t",
+    DType.FP16: "half_t",
+    DType.E4M3: "float_e4m3_t",
+    DType.E5M2: "float_e5m2_t",
+}
+_MMA_TYPE = {DType.BF16: "BF16", DType.FP16: "F16", DType.E4M3: "E4M3", DType.E5M2: "E5M2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +38,14 @@ class Footprint:
     stage_bytes_a: int
     stage_bytes_b: int
     shared_bytes: int
-    """Dynamic shared memory, the alignment slack included."""
+    """Dynamic shared memory."""
     producer_registers: int
     consumer_registers: int
     """Registers a thread of a consumer has: what setmaxnreg or the launch bounds give it."""
 
 
 def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
-    """Threads, registers and shared memory of a GEMM kernel (any op but sparsify24)."""
+    """Threads, registers and shared memory of a GEMM kernel."""
     consumers = config.tile_m // 64
     producer = config.producer is Producer.WARPGROUP
     threads = WARPGROUP_THREADS * (consumers + producer)
@@ -52,7 +62,7 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
         threads=threads,
         stage_bytes_a=bytes_a,
         stage_bytes_b=bytes_b,
-        shared_bytes=config.stages * (bytes_a + bytes_b + BARRIER_BYTES) + SWIZZLE_ALIGNMENT,
+        shared_bytes=config.stages * (bytes_a + bytes_b) + BOOKKEEPING_BYTES,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
@@ -73,7 +83,7 @@ def loads_ragged_n(config: KernelConfig) -> bool:
 
 def template_for(spec: KernelSpec) -> str:
     """Path of the template below ``templates/``."""
-    family = "sparsify24" if spec.family.op is Op.SPARSIFY24 else "gemm"
+    family = "gemm" if spec.family.op.multiplies else spec.family.op.value
     return f"{spec.arch.removesuffix('a').replace('_', '')}/{family}.cu.jinja"
 
 
@@ -85,11 +95,10 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "element": _ELEMENT[family.dtype],
         "relu2": _cpp(family.activation is Activation.RELU2),
     }
-    if family.op is Op.SPARSIFY24:
+    if not family.op.multiplies:
         return names
     sparse, prune = family.op is Op.SPGEMM, family.op is Op.GEMM_RELU2_24
     size = footprint(family.op, family.dtype, config)
-    types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.dtype]}"
     return names | {
         "tile_m": config.tile_m,
         "tile_n": config.tile_n,
@@ -100,12 +109,17 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "consumers": size.consumers,
         "threads": size.threads,
         "producer_warpgroup": _cpp(config.producer is Producer.WARPGROUP),
+        "producer_lag": PRODUCER_LAG,
         "producer_registers": size.producer_registers,
         "consumer_registers": size.consumer_registers,
+        "output": _ELEMENT[family.out or family.dtype],
+        "scaled": _cpp(family.scaled),
+        "promoted_blocks": PROMOTED_BLOCKS if family.promote else 0,
         "sparse": _cpp(sparse),
-        "mma": f"GMMA_64x{config.tile_n}x32_{types}_SS" if sparse else f"MMA_64x{config.tile_n}x16_{types}_SS",
+        "mma": _mma(family, config.tile_n),
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,
+        "shared_bytes": size.shared_bytes,
         "ragged_n": _cpp(loads_ragged_n(config)),
         "load_order": "kOwn16" if prune else "kOwn8",
         "prune": _cpp(prune),
@@ -113,6 +127,18 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "residual": _cpp(family.residual),
         "count_nonzeros": _cpp(family.count_nonzeros),
     }
+
+
+def _mma(family: Family, n: int) -> str:
+    """The CUTLASS atom below ``cute::SM90::GMMA``: an instruction takes 32 bytes of K, of packed A too."""
+    k = 32 // family.dtype.bytes
+    types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.weight or family.dtype]}"
+    order = "_TN" if family.scaled else ""  # 8-bit operands are K-major, and their atoms say so by name
+    return (
+        f"SPARSE::GMMA_64x{n}x{2 * k}_{types}_SS{order}"
+        if family.op is Op.SPGEMM
+        else f"MMA_64x{n}x{k}_{types}_SS{order}"
+    )
 
 
 def _cpp(value: bool) -> str:

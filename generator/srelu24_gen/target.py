@@ -35,16 +35,22 @@ class GpuTarget:
     registers_per_sm: int = 65536
     """Also the most one block may use."""
     l2_bytes: int = 50 * MIB
+    dense_flops_per_clock: int = 4096
+    """Of one multiprocessor's tensor cores on 16-bit operands; with a 2:4 operand twice as many, dense-equivalent."""
+    dram_gbps: int = 3350
+    """Peak memory bandwidth, GB/s (NVIDIA data sheets)."""
+    watts: int = 700
+    """Power limit as sold; only the cost model reads it."""
 
 
 TARGETS: dict[str, GpuTarget] = {
     target.key: target
     for target in (
         GpuTarget("h100", "NVIDIA H100 80GB HBM3"),
-        GpuTarget("h100-pcie", "NVIDIA H100 PCIe", sm_count=114),
-        GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB),
-        GpuTarget("h200", "NVIDIA H200", l2_bytes=60 * MIB),
-        GpuTarget("gh200", "NVIDIA GH200 480GB", l2_bytes=60 * MIB),
+        GpuTarget("h100-pcie", "NVIDIA H100 PCIe", sm_count=114, dram_gbps=2000, watts=350),
+        GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB, dram_gbps=3900, watts=400),
+        GpuTarget("h200", "NVIDIA H200", l2_bytes=60 * MIB, dram_gbps=4800),
+        GpuTarget("gh200", "NVIDIA GH200 480GB", l2_bytes=60 * MIB, dram_gbps=4000, watts=900),
     )
 }
 
@@ -128,10 +134,11 @@ def _find_parts() -> tuple[str, str, tuple[Path, ...]]:
     cutlass = _header_dir(
         "cutlass_library", "source/include", "cute/arch/mma_sm90_gmma_sparse.hpp", "nvidia-cutlass==4.*"
     )
-    # One folder, filled by several wheels: runtime, crt (compiler internals), cccl (libcu++).
+    # One folder, filled by several wheels: runtime, crt (compiler internals), cccl (libcu++). It is more than one where
+    # the wheels lie in more than one place on the import path.
     cuda = _header_dir("nvidia", "cu13/include", "cuda_fp16.h", "nvidia-cuda-runtime==13.*")
-    _header_dir("nvidia", "cu13/include", "crt/host_defines.h", "nvidia-cuda-crt==13.*")
-    cccl = _header_dir("nvidia", "cu13/include/cccl", "cuda/std/cstdint", "nvidia-cuda-cccl==13.*")
+    crt = _header_dir("nvidia", "cu13/include", "crt/host_defines.h", "nvidia-cuda-crt==13.*")
+    cccl = _header_dir("nvidia", "cu13/include", "cccl/cuda/std/cstdint", "nvidia-cuda-cccl==13.*")
     major, minor = _nvrtc_version()
     cuda_major = int(_defines(cuda / "cuda.h")["CUDA_VERSION"]) // 1000
     if major != cuda_major:
@@ -141,7 +148,8 @@ def _find_parts() -> tuple[str, str, tuple[Path, ...]]:
         )
     version = _defines(cutlass / "cutlass" / "version.h")
     cutlass_version = ".".join(version[f"CUTLASS_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
-    return _patch_version(major, minor), cutlass_version, (cutlass, cuda, cccl)
+    folders = dict.fromkeys((cutlass, cuda, crt, cccl, cccl / "cccl"))
+    return _patch_version(major, minor), cutlass_version, tuple(folders)
 
 
 def _package_dirs(package: str) -> Iterator[Path]:

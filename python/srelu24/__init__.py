@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from srelu24.conversion import convert as convert
     from srelu24.explanation import Explanation as Explanation
     from srelu24.explanation import explain as explain
+    from srelu24.fallback import FallbackWarning as FallbackWarning
+    from srelu24.fp8.quantize import QuantizedWeight as QuantizedWeight
+    from srelu24.fp8.quantize import quantize_weight as quantize_weight
+    from srelu24.fp8.recipes import Predicted as Predicted
+    from srelu24.fp8.recipes import Rowwise as Rowwise
+    from srelu24.fp8.recipes import Static as Static
+    from srelu24.fp8.recipes import calibrate as calibrate
     from srelu24.modules import SquaredReLUFFN as SquaredReLUFFN
-    from srelu24.ops import FallbackWarning as FallbackWarning
     from srelu24.ops import ffn as ffn
     from srelu24.ops import gemm_relu2_24 as gemm_relu2_24
     from srelu24.ops import gemm_relu2_24_count as gemm_relu2_24_count
@@ -40,12 +46,17 @@ if TYPE_CHECKING:
 _HOME = {
     "Conversion": "conversion",
     "Explanation": "explanation",
-    "FallbackWarning": "ops",
     "Linear24": "pruned_linear",
     "Sparse24": "sparse24",
     "SquaredReLUFFN": "modules",
     "SquaredReLUFFNParallel": "parallel",
     "convert": "conversion",
+    "FallbackWarning": "fallback",
+    "Predicted": "fp8.recipes",
+    "QuantizedWeight": "fp8.quantize",
+    "Rowwise": "fp8.recipes",
+    "Static": "fp8.recipes",
+    "calibrate": "fp8.recipes",
     "explain": "explanation",
     "ffn": "ops",
     "gemm_relu2_24": "ops",
@@ -54,6 +65,7 @@ _HOME = {
     "linear24": "pruned_linear",
     "matmul": "ops",
     "profile": "profiling",
+    "quantize_weight": "fp8.quantize",
     "sparsify24": "ops",
     "warmup": "serving",
 }

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from srelu24 import measure, ops, peers
 from srelu24.measure import Captured, Interrupted, Progress, Timing
@@ -74,14 +74,36 @@ def bench_gemm(
     densities: Sequence[float] = (0.1, 0.5),
     *,
     seconds_per_shape: float = 10.0,
+    zeros: bool = False,
     json_path: Path | None = None,
     on_event: OnEvent | None = None,
     device: torch.device | str = "cuda",
 ) -> BenchFile:
-    """Each kernel alone, against cuBLAS, cuSPARSELt and a copy. Arguments and errors as in :func:`bench_ffn`."""
+    """Each kernel alone, against cuBLAS, cuSPARSELt and a copy. Arguments and errors as in :func:`bench_ffn`.
+
+    Args:
+        zeros: the GEMMs on nothing but zeros as well.
+    """
     _check_arguments(shapes, densities, seconds_per_shape)
     bench = _Bench(dtype, torch.device(device), json_path, on_event)
-    return bench.run(shapes, densities, seconds_per_shape, {"gemm": 0.8, "memory": 0.2})
+    return bench.run(shapes, densities, seconds_per_shape, {"gemm": 0.8, "memory": 0.2}, zeros=zeros)
+
+
+def bench_sweep(
+    shapes: Sequence[Shape],
+    dtype: DType,
+    densities: Sequence[float] = (0.1,),
+    *,
+    seconds_per_shape: float = 2.0,
+    json_path: Path | None = None,
+    on_event: OnEvent | None = None,
+    device: torch.device | str = "cuda",
+) -> BenchFile:
+    """What ``ffn(mode="auto")`` chooses, against the sparse pair, every dense way and torch.compile: over numbers of
+    tokens it shows the crossover. Arguments and errors as in :func:`bench_ffn`."""
+    _check_arguments(shapes, densities, seconds_per_shape)
+    bench = _Bench(dtype, torch.device(device), json_path, on_event)
+    return bench.run(shapes, densities, seconds_per_shape, {"sweep": 1.0})
 
 
 @dataclass(slots=True)
@@ -93,7 +115,7 @@ class _Group:
     errors: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
-    def candidate(self, name: str, flops: int = 0, nbytes: int = 0) -> Candidate:
+    def candidate(self, name: str, flops: int = 0, nbytes: int = 0, flops_per_clock: int = 0) -> Candidate:
         timing = self.timings.get(name)
         if timing is None:
             why = self.errors.get(name, "interrupted before the first round")
@@ -106,6 +128,7 @@ class _Group:
             watts=timing.watts,
             samples=len(timing.samples),
             gbps=nbytes / timing.ms / 1e6 if nbytes else UNSET,
+            utilisation=_utilisation(timing, flops, flops_per_clock),
             throttled=True if timing.throttled else UNSET,
             note=self.notes.get(name, UNSET),
         )
@@ -124,17 +147,29 @@ class _Bench:
             tempfile.TemporaryFile(dir=json_path.parent).close()  # Fails now, not after the first case.
 
     def run(
-        self, shapes: Sequence[Shape], densities: Sequence[float], seconds: float, parts: dict[str, float]
+        self,
+        shapes: Sequence[Shape],
+        densities: Sequence[float],
+        seconds: float,
+        parts: dict[str, float],
+        zeros: bool = False,
     ) -> BenchFile:
-        cases = len(shapes) * len(densities)
-        for number, (shape, density) in enumerate(itertools.product(shapes, densities)):
+        kinds = [(density, False) for density in densities] + [(0.0, True)] * zeros
+        cases = len(shapes) * len(kinds)
+        for number, (shape, (density, zero)) in enumerate(itertools.product(shapes, kinds)):
             self._fraction = number / cases
-            self._event("case", f"{_shape_name(shape)} {self._dtype} at density {density:g}: data and references")
-            case = Case.make(shape, self._dtype, density, self._device)
+            data = "zeros" if zero else f"density {density:g}"
+            self._event("case", f"{_shape_name(shape)} {self._dtype}, {data}: data and references")
+            case = Case.make(shape, self._dtype, density, self._device, zeros=zero)
             groups: dict[str, _Group] = {}
             for part, share in parts.items():
+                if zero and part == "memory":
+                    continue
                 groups[part] = self._measure(part, case, seconds * share, share / cases)
-                self._record(_ROWS[part](case, groups))
+                rows = _ROWS[part](case, groups)
+                for row in rows if zero else ():
+                    row.zeros = True
+                self._record(rows)
                 if groups[part].interrupted:
                     raise KeyboardInterrupt
             del case, groups
@@ -145,7 +180,7 @@ class _Bench:
         """Host microseconds per eager call where the GPU has next to nothing to do."""
         data = make_ffn(64, 768, 3072, self._dtype, 0.1, self._device)
         overhead = {}
-        for name, ffn in (("srelu24", ops.ffn), ("eager", peers.plain_ffn)):
+        for name, ffn in (("srelu24", partial(ops.ffn, mode="sparse")), ("eager", peers.plain_ffn)):
             try:
                 overhead[name] = measure.host_us(partial(ffn, data.x, data.w1, data.w2), device=self._device)
             except Exception as error:
@@ -228,8 +263,23 @@ def _check_output(peer: Peer, case: Case, captured: Captured[Output]) -> None:
         raise Unsupported(f"wrong result: relative error {error:.2g}, allowed {peers.TOLERANCE[case.dtype]:g}")
 
 
-def _row(op: str, case: Case, group: _Group, names: dict[str, str], flops: int, nbytes: dict[str, int]) -> Row:
-    """``names``: candidate in the row to peer in the group; the first is srelu24."""
+def _utilisation(timing: Timing, flops: int, flops_per_clock: int) -> float | UnsetType:
+    if not flops_per_clock or not timing.sm_mhz:
+        return UNSET
+    return flops / (timing.ms * timing.sm_mhz * 1e3 * flops_per_clock)
+
+
+def _row(
+    op: str,
+    case: Case,
+    group: _Group,
+    names: dict[str, str],
+    flops: int,
+    *,
+    nbytes: dict[str, int] | None = None,
+    alone: bool = False,
+) -> Row:
+    """``names``: candidate in the row to peer in the group; the first is srelu24. ``alone``: each is one GEMM."""
     timings = {name: group.timings[peer] for name, peer in names.items() if peer in group.timings}
     ours = timings.get("srelu24")
     return Row(
@@ -237,7 +287,12 @@ def _row(op: str, case: Case, group: _Group, names: dict[str, str], flops: int, 
         dtype=case.dtype.value,
         shape=case.name,
         density=case.density,
-        candidates={name: group.candidate(peer, flops, nbytes.get(name, 0)) for name, peer in names.items()},
+        candidates={
+            name: group.candidate(
+                peer, flops, (nbytes or {}).get(name, 0), peers.tensor_rate(case, peer) if alone else 0
+            )
+            for name, peer in names.items()
+        },
         speedup={name: measure.ratio(ours, t) for name, t in timings.items() if name != "srelu24"} if ours else {},
         measured_density=case.measured_density,
     )
@@ -249,20 +304,20 @@ def _gemm_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
     gemm2 |= {"cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
     dense = {"srelu24": "gemm1_dense", "cublas": "gemm1_cublas"}
     by_op = {"gemm_relu2_24": gemm1, "spgemm": gemm2, "gemm": dense}
-    return [_row(op, case, groups["gemm"], names, case.gemm_flops, {}) for op, names in by_op.items()]
+    return [_row(op, case, groups["gemm"], names, case.gemm_flops, alone=True) for op, names in by_op.items()]
 
 
 def _memory_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
     dense = case.h.nbytes
     nbytes = {"srelu24": dense + case.s.values.nbytes + case.s.metadata.nbytes, "copy": 2 * dense}
-    row = _row("sparsify24", case, groups["memory"], {"srelu24": "sparsify24", "copy": "copy"}, 0, nbytes)
+    row = _row("sparsify24", case, groups["memory"], {"srelu24": "sparsify24", "copy": "copy"}, 0, nbytes=nbytes)
     row.speedup = {}  # They move different amounts; compare GB/s.
     return [row]
 
 
 def _ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
     names = {peer.name: peer.name for peer in _PEERS["ffn"]}
-    row = _row("ffn_forward", case, groups["ffn"], names, 2 * case.gemm_flops, {})
+    row = _row("ffn_forward", case, groups["ffn"], names, 2 * case.gemm_flops)
     ours, alone = groups["ffn"].timings.get("srelu24"), groups["gemm"].timings
     dense = [t.ms for name, t in alone.items() if name in peers.DENSE_GEMMS]
     sparse = [t.ms for name, t in alone.items() if name in peers.SPARSE_GEMMS]
@@ -271,14 +326,21 @@ def _ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
     return [row]
 
 
-_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN}
-_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows}
-_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5}
+def _sweep_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
+    names = {peer.name: peer.name for peer in _PEERS["sweep"]}
+    row = _row("sweep", case, groups["sweep"], names, 2 * case.gemm_flops)
+    row.candidates["srelu24"].note = peers.chosen_way(case)
+    return [row]
+
+
+_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN, "sweep": peers.SWEEP}
+_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows, "sweep": _sweep_rows}
+_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5, "sweep": 0.0}
 
 
 def _summary(row: Row) -> str:
     ours = row.candidates["srelu24"]
-    text = f"{row.op} {row.shape} {row.dtype} at density {row.density:g}: "
+    text = f"{row.op} {row.shape} {row.dtype}, {'zeros' if row.zeros is True else f'density {row.density:g}'}: "
     text += ours.error if isinstance(ours.error, str) else f"{ours.ms:.3f} ms"
     return text + "".join(f", {ratio:.3f}x {peer}" for peer, ratio in row.speedup.items())
 

@@ -6,32 +6,57 @@ The layouts here mirror ``templates/include/srelu24/sm90/params.cuh`` (the param
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from cuda.bindings import driver
 from torch import Tensor
 
-from srelu24.loader import ArgumentBlock, LoadedKernel, check, load
-from srelu24.sparse24 import Sparse24
-from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
+from srelu24.loader import ArgumentBlock, LoadedKernel, load
+from srelu24.sparse24 import FragmentOrder, Sparse24
+from srelu24.tensor_map import tensor_map
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
-from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, DType, KernelConfig, KernelSpec, Op, Problem
 
-TORCH_DTYPE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
-DTYPES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-"""Storage types of the kernels, by torch's name."""
-_TMA_DTYPE = {
-    DType.BF16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    DType.FP16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+TORCH_DTYPE = {
+    DType.BF16: torch.bfloat16,
+    DType.FP16: torch.float16,
+    DType.E4M3: torch.float8_e4m3fn,
+    DType.E5M2: torch.float8_e5m2,
 }
+DTYPES = {TORCH_DTYPE[dtype]: dtype for dtype in WIDE_TYPES}
+"""Storage types of the 16-bit kernels, by torch's name."""
 _CACHED_BLOCKS = 4096
 """Parameter blocks kept per kernel; torch's allocator reuses addresses, so few are needed."""
+
+
+@dataclass(slots=True)
+class Scales:
+    """What a kernel of docs/fp8.md needs besides its operands; each kernel knows some of the fields.
+
+    a: of A, fp32 [M], or [1] for all rows. b: of B, fp32 [N].
+    s_inverse: what gemm_relu2_24 to e4m3 multiplies r * r by, fp32 [M] or [1]; quantize_rows writes it.
+    saturated: int64, added to by gemm_relu2_24 to e4m3.
+    r_largest: fp32 [M], the largest r of each row: quantize_rows clears it, gemm_relu2_24 to bf16 raises it, and
+        square_rows reads it.
+    rows: fp32 [M], the scales of the output, written by quantize_rows and square_rows.
+    row_norm: fp32, of W1. Given to quantize_rows, it writes ``s_scale`` and ``s_inverse``, fp32 [M], as predicted.
+    bias_largest: fp32, with row_norm.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    s_inverse: Tensor | None = None
+    saturated: Tensor | None = None
+    r_largest: Tensor | None = None
+    rows: Tensor | None = None
+    row_norm: Tensor | None = None
+    bias_largest: Tensor | None = None
+    s_scale: Tensor | None = None
 
 
 @dataclass(slots=True)  # not frozen: that would cost a microsecond a launch
@@ -41,7 +66,8 @@ class Operands:
     a: [M, K], last dimension contiguous; a Sparse24 of shape (M, K) for spgemm.
     b: [N, K], last dimension contiguous (none for sparsify24).
     bias: [N]. residual: [M, N], last dimension contiguous. counts: int32 [N], added to.
-    out: [M, N]; a Sparse24 of shape (M, N) for gemm_relu2_24 and sparsify24. Written whole.
+    out: [M, N]; a Sparse24 of shape (M, N) for gemm_relu2_24, sparsify24 and square_rows. Written whole.
+    scales: for 8-bit kernels, whose bias is fp32.
     """
 
     a: Tensor | Sparse24
@@ -50,13 +76,16 @@ class Operands:
     bias: Tensor | None = None
     residual: Tensor | None = None
     counts: Tensor | None = None
+    scales: Scales | None = None
 
 
 def allocate(problem: Problem, device: torch.device) -> Tensor | Sparse24:
     """An uninitialised output for ``problem``; the kernels write all of it."""
-    dtype = TORCH_DTYPE[problem.family.dtype]
-    if problem.family.op in (Op.GEMM_RELU2_24, Op.SPARSIFY24):
-        return Sparse24.empty(problem.m, problem.n, dtype, device)
+    family = problem.family
+    dtype = TORCH_DTYPE[family.out or family.dtype]
+    if family.op in (Op.GEMM_RELU2_24, Op.SPARSIFY24, Op.SQUARE_ROWS):
+        order = FragmentOrder.BITS8 if DType.E4M3 in (family.dtype, family.out) else FragmentOrder.BITS16
+        return Sparse24.empty(problem.m, problem.n, dtype, device, order)
     return torch.empty(problem.m, problem.n, dtype=dtype, device=device)
 
 
@@ -85,7 +114,7 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     """
     if torch.cuda.is_current_stream_capturing():
         raise LaunchError(f"{spec.name} is not loaded yet; run the operation once before capturing a CUDA graph.")
-    return (SparsifyLauncher if spec.family.op is Op.SPARSIFY24 else GemmLauncher)(spec, device)
+    return _LAUNCHERS.get(spec.family.op, GemmLauncher)(spec, device)
 
 
 class _Arguments(NamedTuple):
@@ -108,6 +137,8 @@ class _Arguments(NamedTuple):
     b_stride: int
     out_stride: int
     residual_stride: int
+    scales: tuple[int, ...] = ()
+    """ScaleParams of ``params.cuh``, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +156,7 @@ class WorkPlan:
     first_tile: int
     """Tiles from here on are split along K; ``tiles`` when none are."""
     tile_units: int
-    """Units of four k-blocks in a tile."""
+    """Units of 256 of K, a vector of E, in a tile."""
     units: int
     """Units of the split tiles that every cluster takes..."""
     extra: int
@@ -142,7 +173,7 @@ def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> Wo
     tiles_m, tiles_n = -(-m // (config.tile_m * config.cluster_m)), -(-n // config.tile_n)
     tiles, most = tiles_m * tiles_n, sm_count // config.cluster_m
     k_blocks = -(-k // config.tile_k)
-    tile_units = -(-k_blocks // 4)
+    tile_units = -(-k // E_VECTOR_COLUMNS)
     rest = tiles % most if config.stream_k else 0
     units, extra = divmod(rest * tile_units, most)
     if rest == tiles:  # nothing but split tiles: a cluster without a unit has no work
@@ -199,7 +230,7 @@ class GemmLauncher:
             build(spec), device, threads=self.size.threads, shared_bytes=self.size.shared_bytes
         )
         self.sm_count = torch.cuda.get_device_properties(device).multi_processor_count
-        self._blocks: dict[tuple[int, ...], tuple[ArgumentBlock, int]] = {}
+        self._blocks: dict[tuple[object, ...], tuple[ArgumentBlock, int]] = {}
 
     def __call__(self, o: Operands) -> None:
         a = o.a.values if isinstance(o.a, Sparse24) else o.a
@@ -225,6 +256,7 @@ class GemmLauncher:
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
+            () if o.scales is None else _scale_pointers(o.scales),
         )
         found = self._blocks.get(key)
         if found is None:
@@ -248,7 +280,7 @@ class GemmLauncher:
         """GemmParams of ``params.cuh``, and the grid."""
         family, c = self.spec.family, self.spec.config
         sparse = family.op is Op.SPGEMM
-        map_a = _tensor_map(
+        map_a = tensor_map(
             family.dtype,
             x.a,
             dims=(x.k // 2 if sparse else x.k, x.m),
@@ -270,19 +302,20 @@ class GemmLauncher:
                 struct.pack("<4x3i", plan.first_tile, plan.units, plan.extra),
                 _fast_divmod(plan.tile_units),
                 struct.pack("<2Q", x.partials, x.flags),
+                struct.pack("<5Q2i", *(x.scales or (0,) * 7)),
             )
         )
         return ArgumentBlock(content), plan.clusters * c.cluster_m
 
     def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
         """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
-        c, dtype = self.spec.config, self.spec.family.dtype
+        c, dtype = self.spec.config, self.spec.family.weight or self.spec.family.dtype
         run = 16 if self.spec.family.op is Op.GEMM_RELU2_24 else 8
         block = 4 * run
 
         def whole_blocks() -> bytes:
             # Without a whole block nothing inside is read through this map, but it must be encodable.
-            return _tensor_map(
+            return tensor_map(
                 dtype,
                 b,
                 dims=(k, 2, 4, run // 2, max(1, n // block)),
@@ -292,7 +325,7 @@ class GemmLauncher:
             )
 
         def rows_from(first: int) -> bytes:
-            return _tensor_map(
+            return tensor_map(
                 dtype,
                 b + first * stride * dtype.bytes,
                 dims=(k, 2, -(-(n - first) // run), 4),
@@ -337,6 +370,63 @@ class SparsifyLauncher:
         self.kernel.launch(grid, block.address, _stream(self.kernel.device))
 
 
+class QuantizeLauncher:
+    """quantize_rows of one spec on one device: ``a`` [M, N] to ``out``, e4m3 [M, N], and ``scales.rows``."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        self.kernel = load(build(spec), device, threads=WARPGROUP_THREADS, shared_bytes=0)
+
+    def __call__(self, o: Operands) -> None:
+        assert isinstance(o.a, Tensor)
+        assert isinstance(o.out, Tensor)
+        s = o.scales
+        assert s is not None
+        m, n = o.a.shape
+        results = (s.rows, s.r_largest, s.row_norm, s.bias_largest, s.s_scale, s.s_inverse)
+        block = ArgumentBlock(
+            struct.pack(
+                "<8Q2q2i",
+                o.a.data_ptr(),
+                o.out.data_ptr(),
+                *(0 if t is None else t.data_ptr() for t in results),
+                o.a.stride(0),
+                o.out.stride(0),
+                m,
+                n,
+            )
+        )
+        self.kernel.launch(m, block.address, _stream(self.kernel.device))
+
+
+class SquareLauncher:
+    """square_rows of one spec on one device: the values of ``a`` to those of ``out``, and ``scales.rows``."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        self.kernel = load(build(spec), device, threads=WARPGROUP_THREADS, shared_bytes=0)
+
+    def __call__(self, o: Operands) -> None:
+        assert isinstance(o.a, Sparse24)
+        assert isinstance(o.out, Sparse24)
+        assert o.scales is not None
+        assert o.scales.r_largest is not None
+        assert o.scales.rows is not None
+        m, n = o.a.shape
+        block = ArgumentBlock(
+            struct.pack(
+                "<4Q2q2i",
+                o.a.values.data_ptr(),
+                o.out.values.data_ptr(),
+                o.scales.r_largest.data_ptr(),
+                o.scales.rows.data_ptr(),
+                o.a.values.stride(0),
+                o.out.values.stride(0),
+                m,
+                n,
+            )
+        )
+        self.kernel.launch(m, block.address, _stream(self.kernel.device))
+
+
 def _stream(device: int) -> int:
     """The current stream's handle; torch's public way builds an object first, for 3 us."""
     return torch._C._cuda_getCurrentRawStream(device)
@@ -344,7 +434,14 @@ def _stream(device: int) -> int:
 
 def _row_stride(matrix: Tensor) -> int:
     """Elements between rows. Of a single row torch keeps any stride, and the TMA wants a multiple of 16 bytes."""
-    return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
+    step = 16 // matrix.itemsize
+    return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // step) * step
+
+
+def _scale_pointers(s: Scales) -> tuple[int, ...]:
+    """The fields of ScaleParams: five pointers, then the steps from row to row."""
+    pointers = tuple(0 if t is None else t.data_ptr() for t in (s.a, s.b, s.s_inverse, s.r_largest, s.saturated))
+    return (*pointers, *(int(t is not None and t.numel() > 1) for t in (s.a, s.s_inverse)))
 
 
 def _fast_divmod(divisor: int) -> bytes:
@@ -355,45 +452,9 @@ def _fast_divmod(divisor: int) -> bytes:
     return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
 
 
-Launcher = GemmLauncher | SparsifyLauncher
-
-_SWIZZLE = {
-    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+Launcher = GemmLauncher | SparsifyLauncher | QuantizeLauncher | SquareLauncher
+_LAUNCHERS: dict[Op, type[SparsifyLauncher | QuantizeLauncher | SquareLauncher]] = {
+    Op.SPARSIFY24: SparsifyLauncher,
+    Op.QUANTIZE_ROWS: QuantizeLauncher,
+    Op.SQUARE_ROWS: SquareLauncher,
 }
-
-
-def _tensor_map(
-    dtype: DType,
-    address: int,
-    *,
-    dims: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-    swizzle_bytes: int,
-) -> bytes:
-    """A CUtensorMap's 128 bytes. Dims and strides in elements, innermost first (its stride is 1).
-
-    Elements outside read as zero.
-
-    Raises:
-        LaunchError: the driver refused the description.
-    """
-    rank = len(dims)
-    encoded = check(
-        driver.cuTensorMapEncodeTiled(
-            _TMA_DTYPE[dtype],
-            rank,
-            address,
-            [driver.cuuint64_t(d) for d in dims],
-            [driver.cuuint64_t(s * dtype.bytes) for s in strides],
-            [driver.cuuint32_t(x) for x in box],
-            [driver.cuuint32_t(1)] * rank,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            _SWIZZLE[swizzle_bytes],
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        f"describing a tensor of {dims} elements with row strides {strides} to the TMA",
-    )
-    return ctypes.string_at(int(encoded.getPtr()), 128)

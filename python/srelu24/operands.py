@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from srelu24.dispatch import gpu_of
+from srelu24.dispatch import BATCH, MODES, gpu_of
 from srelu24.launch import DTYPES
 from srelu24_gen.errors import Unsupported
 
@@ -64,6 +64,17 @@ def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
     check_matrix("w2", w2, (d, f), x)
     check_vector("b1", b1, f, x)
     check_vector("b2", b2, d, x)
+
+
+def check_mode(mode: str, deterministic: str) -> str:
+    """How an FFN has to run: one of the dispatcher's MODES, or BATCH. Raise Unsupported where that makes no sense."""
+    if mode not in MODES:
+        raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
+    if deterministic not in ("run", "batch"):
+        raise Unsupported(f"deterministic is {deterministic!r}; it must be run or batch.")
+    if deterministic == "batch" and mode == "dense":
+        raise Unsupported("The dense FFN is not batch-invariant; leave mode at auto with deterministic='batch'.")
+    return mode if deterministic == "run" else BATCH
 
 
 def check_matrix(name: str, tensor: Tensor, shape: tuple[int | None, int | None], like: Tensor) -> None:

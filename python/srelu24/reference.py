@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srelu24.sparse24 import STORAGE_DTYPES, Sparse24, pack_metadata
+from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder, Sparse24, pack_metadata
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation
 
@@ -45,7 +45,7 @@ def gemm(
     """
     acc = _accumulate(a, b, bias, residual, accumulate)
     if activation is Activation.RELU2:
-        return _square(_rounded_relu(acc, a.dtype))
+        return _square(rounded_relu(acc, a.dtype))
     return acc.to(a.dtype)
 
 
@@ -58,7 +58,7 @@ def gemm_relu2_24(
         Unsupported: dtypes, devices or shapes do not fit together, or F is not a multiple of 8.
     """
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return _prune24(_rounded_relu(acc, x.dtype), square=True)
+    return prune24(rounded_relu(acc, x.dtype), square=True)
 
 
 def spgemm(
@@ -88,8 +88,8 @@ def sparsify24(h: Tensor, activation: Activation) -> Sparse24:
     """
     _expect("h", h, (None, None), h)
     if activation is Activation.RELU2:
-        return _prune24(_rounded_relu(h, h.dtype), square=True)
-    return _prune24(h, square=False)
+        return prune24(rounded_relu(h, h.dtype), square=True)
+    return prune24(h, square=False)
 
 
 def ffn(
@@ -120,7 +120,35 @@ def count_nonzeros(
         Unsupported: dtypes, devices or shapes do not fit together.
     """
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return (_rounded_relu(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
+    return (rounded_relu(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
+
+
+def prune24(x: Tensor, *, square: bool, order: FragmentOrder = FragmentOrder.BITS16) -> Sparse24:
+    """Keep the 2 largest magnitudes of every 4 neighbours, lower index first on ties; square what is kept if asked.
+
+    Args:
+        x: [M, F], bf16 or fp16.
+        order: in which E is stored.
+    """
+    m, f = x.shape
+    packed = Sparse24.empty(m, f, x.dtype, x.device, order)
+    # Magnitude bits order as the magnitudes do, and NaNs, clamped to one rank, come above infinity.
+    magnitude = (x.view(torch.int16) & 0x7FFF).clamp(max=_INF_BITS[x.dtype] + 1)
+    keep = _two_largest([magnitude[:, p::4] for p in range(4)])
+    x0, x1, x2, x3 = (x[:, p::4] for p in range(4))
+    v0 = torch.where(keep[0], x0, torch.where(keep[1], x1, x2))
+    v1 = torch.where(keep[3], x3, torch.where(keep[2], x2, x1))
+    packed.values[:, 0::2] = _square(v0) if square else v0
+    packed.values[:, 1::2] = _square(v1) if square else v1
+    first = torch.where(keep[0], 0, torch.where(keep[1], 1, 2)).to(torch.uint8)
+    second = torch.where(keep[3], 3, torch.where(keep[2], 2, 1)).to(torch.uint8)
+    packed.metadata.copy_(pack_metadata(first | second << 2, order))
+    return packed
+
+
+def rounded_relu(acc: Tensor, dtype: torch.dtype) -> Tensor:
+    """relu(acc) rounded to ``dtype``; negative values and -0.0 become +0.0, NaN stays NaN."""
+    return acc.masked_fill(acc <= 0, 0.0).to(dtype)
 
 
 def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -138,34 +166,11 @@ def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | No
     return acc.to(torch.float32)
 
 
-def _rounded_relu(acc: Tensor, dtype: torch.dtype) -> Tensor:
-    """relu(acc) rounded to ``dtype``; negative values and -0.0 become +0.0, NaN stays NaN."""
-    return acc.masked_fill(acc <= 0, 0.0).to(dtype)
-
-
 def _square(v: Tensor) -> Tensor:
     """v * v with one rounding. The product of two 8- or 11-bit significands is exact in float32, or so small that its
     rounding there cannot change what it rounds to in v's type."""
     wide = v.to(torch.float32)
     return (wide * wide).to(v.dtype)
-
-
-def _prune24(x: Tensor, *, square: bool) -> Sparse24:
-    """Keep the 2 largest magnitudes of every 4 neighbours, lower index first on ties; square what is kept if asked."""
-    m, f = x.shape
-    packed = Sparse24.empty(m, f, x.dtype, x.device)
-    # Magnitude bits order as the magnitudes do, and NaNs, clamped to one rank, come above infinity.
-    magnitude = (x.view(torch.int16) & 0x7FFF).clamp(max=_INF_BITS[x.dtype] + 1)
-    keep = _two_largest([magnitude[:, p::4] for p in range(4)])
-    x0, x1, x2, x3 = (x[:, p::4] for p in range(4))
-    v0 = torch.where(keep[0], x0, torch.where(keep[1], x1, x2))
-    v1 = torch.where(keep[3], x3, torch.where(keep[2], x2, x1))
-    packed.values[:, 0::2] = _square(v0) if square else v0
-    packed.values[:, 1::2] = _square(v1) if square else v1
-    first = torch.where(keep[0], 0, torch.where(keep[1], 1, 2)).to(torch.uint8)
-    second = torch.where(keep[3], 3, torch.where(keep[2], 2, 1)).to(torch.uint8)
-    packed.metadata.copy_(pack_metadata(first | second << 2))
-    return packed
 
 
 def _two_largest(keys: list[Tensor]) -> list[Tensor]:

@@ -36,6 +36,8 @@ class Candidate(Struct, kw_only=True):
     """Most GPU memory allocated during a call, weights included; for a whole model."""
     graphs: int | UnsetType = UNSET
     """Graphs that torch.compile made for all token counts of the run; 1 is no recompilation."""
+    utilisation: float | UnsetType = UNSET
+    """Share of the tensor cores' rate at the clock it was measured at; for a GEMM alone."""
     throttled: bool | UnsetType = UNSET
     """True where heat or a power brake slowed the GPU: measure again."""
     note: str | UnsetType = UNSET
@@ -52,6 +54,8 @@ class Row(Struct, kw_only=True):
     """MxDxF of the FFN, also for a single kernel."""
     density: float
     """Asked for, before pruning."""
+    zeros: bool | UnsetType = UNSET
+    """True where all inputs are zero."""
     recipe: str | None = None
     candidates: dict[str, Candidate]
     speedup: dict[str, float]

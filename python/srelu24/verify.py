@@ -65,6 +65,20 @@ def verify(problem: Problem, config: KernelConfig, operands: Operands, arch: str
     return check(problem, operands)
 
 
+def small(problem: Problem) -> Problem:
+    """A problem of the same family that exercises the same paths of a kernel in milliseconds.
+
+    Several waves of any tile, one of them short; M ends inside a tile; N and K end where the real ones do, counted from
+    a multiple of 256 (a vector of metadata, four k-blocks).
+    """
+    return Problem(
+        problem.family,
+        min(problem.m, 2048 + 72),
+        min(problem.n, 4096 + problem.n % BLOCK_COLUMNS),
+        min(problem.k, 512 + problem.k % BLOCK_COLUMNS),
+    )
+
+
 @torch.no_grad()
 def check(problem: Problem, operands: Operands) -> Check:
     """Compare outputs that are already there with the contract. Works on any device."""
@@ -125,9 +139,9 @@ class _Bounds:
 def _accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Reference accumulators in row chunks: first row, fp32 [R, N], and the bound on their noise [R, N].
 
-    The bound is 2^-22 sqrt(K) |a_row| |b_row|, at least 2^-22 of the result: sqrt(K) roundings of partial sums that
-    Cauchy-Schwarz bounds by the product of the norms. It is a tenth of a bf16 ulp for unit-variance results. Bias and
-    residual are where the sum starts, so each of K/16 steps may round at their magnitude, always the same way.
+    Roundings of partial sums either cancel or add up. Those that cancel: sqrt(K) of them at the magnitude that
+    Cauchy-Schwarz bounds by |a_row| |b_row|. Those that add up, since tensor cores round towards zero: one for each of
+    K/16 MMAs, at the magnitude of what the sum starts from (bias, residual) and ends with. All times 2^-22.
     """
     assert operands.b is not None
     b = operands.b.float()
@@ -139,12 +153,12 @@ def _accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, T
         else:
             a = operands.a[row0 : row0 + rows].float()
         acc = a @ b.T
-        noise = a.norm(dim=1)[:, None] * b_norm * max(problem.k, 1) ** 0.5
+        magnitude = acc.abs()
         for start in (operands.bias, None if operands.residual is None else operands.residual[row0 : row0 + rows]):
-            if start is not None:  # the sum starts here: every MMA's result is rounded at this magnitude at least
+            if start is not None:
                 acc += start.float()
-                noise = noise + start.float().abs() * (problem.k / MMA_K)
-        noise = noise + acc.abs()
+                magnitude = magnitude + start.float().abs()
+        noise = a.norm(dim=1)[:, None] * b_norm * max(problem.k, 1) ** 0.5 + magnitude * max(problem.k / MMA_K, 1.0)
         # Where an operand is not finite neither is the accumulator, in any order of summing.
         yield row0, acc, (noise * 2.0**-22).nan_to_num(nan=0.0, posinf=0.0)
 

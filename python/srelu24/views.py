@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from srelu24.db import TuningRecord
 from srelu24.doctor import Check, Status
+from srelu24.records import TuningRecord
 from srelu24.results import Row
 from srelu24_gen.spec import KernelConfig, Op, Producer
 
@@ -53,7 +53,7 @@ def progress() -> Progress:
 
 def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
     """A configuration in one word group, for example ``128x256x64 cluster 2 stages 4 warpgroup stream-k group 8``."""
-    if op is Op.SPARSIFY24:
+    if not op.multiplies:
         return "-"
     c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
     producer = "warpgroup" if c.producer is Producer.WARPGROUP else "thread"

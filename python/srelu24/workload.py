@@ -6,8 +6,10 @@ trained network's: about 10 % non-zeros before pruning after training, 50 % at i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import torch
@@ -17,7 +19,8 @@ from srelu24 import reference
 from srelu24.launch import TORCH_DTYPE, Operands, allocate
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, DType, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 _CHUNK_ROWS = 4096
 """Rows handled at once where float32 or index copies are needed; a multiple of the 64 rows of a metadata block."""
@@ -130,6 +133,50 @@ def operands_for(problem: Problem, density: float, device: torch.device | str, s
         out=out,
         counts=torch.zeros(n, dtype=torch.int32, device=device) if family.count_nonzeros else None,
     )
+
+
+class SharedData:
+    """The operands of every GEMM of one FFN, on the same data: each tensor is made once, when first asked for."""
+
+    def __init__(self, shape: Shape, dtype: DType, density: float, device: torch.device | str, seed: int = 0) -> None:
+        self._shape, self._dtype, self._device, self._seed = shape, dtype, torch.device(device), seed
+        self._ffn = make_ffn(*shape, dtype, density, device, seed)
+        self._outputs: dict[Family, Tensor | Sparse24] = {}
+
+    @staticmethod
+    def serves(family: Family) -> bool:
+        """Whether such a kernel is one of the GEMMs of an FFN."""
+        return family.op is not Op.SPARSIFY24 and not family.residual and not family.count_nonzeros
+
+    @cached_property
+    def _hidden(self) -> tuple[Tensor, Sparse24]:
+        """relu2(X W1^T), whole and pruned, [M, F]."""
+        h = torch.nn.functional.linear(self._ffn.x, self._ffn.w1)
+        return torch.relu(h).square_(), prune(h)
+
+    @cached_property
+    def _biases(self) -> tuple[Tensor, Tensor]:
+        random = torch.Generator(self._device).manual_seed(self._seed + 1)
+        sizes, storage = (self._shape.f, self._shape.d), TORCH_DTYPE[self._dtype]
+        b1, b2 = (torch.randn(n, generator=random, device=self._device).mul_(0.1).to(storage) for n in sizes)
+        return b1, b2
+
+    def operands(self, family: Family) -> Operands:
+        """For the kernel of a family that :meth:`serves` accepts; outputs are shared and not poisoned."""
+        first = family.activation is Activation.RELU2
+        problem = next(
+            p
+            for p in (*self._shape.gemms(self._dtype), *self._shape.dense_gemms(self._dtype))
+            if (p.family.op, p.family.activation) == (family.op, family.activation)
+        )
+        if family not in self._outputs:
+            self._outputs[family] = allocate(dataclasses.replace(problem, family=family), self._device)
+        return Operands(
+            a=self._ffn.x if first else self._hidden[family.op is Op.SPGEMM],
+            b=self._ffn.w1 if first else self._ffn.w2,
+            bias=self._biases[0 if first else 1] if family.bias else None,
+            out=self._outputs[family],
+        )
 
 
 def poison(out: Tensor | Sparse24) -> None:

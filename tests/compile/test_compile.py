@@ -153,8 +153,11 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     include.mkdir(parents=True)
     header = include / "a.cuh"
     header.write_text("int one;")
+    (include / "through.cuh").write_text("#  include <srelu24/a.cuh>\n#include <srelu24/through.cuh>\n")
+    (include / "other.cuh").write_text("int other;")
     monkeypatch.setattr(compile_module, "templates_dir", lambda: tmp_path / "templates")
     base = rendered()
+    base = dataclasses.replace(base, source="#include <srelu24/through.cuh>\n" + base.source)
     keys = [compile_module._key(base, toolchain)]
     assert compile_module._key(base, toolchain) == keys[0]
     elsewhere = dataclasses.replace(toolchain, include_dirs=(tmp_path,))
@@ -174,9 +177,9 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     header.write_text("int two;")  # as long as before
     os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     keys.append(compile_module._key(base, toolchain))
+    (include / "other.cuh").write_text("int something_else;")
+    assert compile_module._key(base, toolchain) == keys[-1], "a header that is not included does not matter"
     header.rename(include / "b.cuh")
-    keys.append(compile_module._key(base, toolchain))
-    (include / "c.cuh").write_text("")
     keys.append(compile_module._key(base, toolchain))
     assert len(set(keys)) == len(keys)
 
@@ -379,11 +382,29 @@ def test_build_many_warns_once_where_nothing_can_be_kept(store: BuildStore, monk
 # ---- the kernels themselves
 
 WIDE = KernelConfig(tile_m=192, producer=Producer.THREAD)
+WIDE8 = KernelConfig(tile_m=192, tile_k=128, producer=Producer.THREAD)
 SPECS = [
     KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()),
     KernelSpec(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), WIDE),
     KernelSpec(Family(Op.SPGEMM, DType.FP16), WIDE),
     KernelSpec(Family(Op.SPARSIFY24, DType.BF16, Activation.RELU2), KernelConfig()),
+    *(
+        KernelSpec(Family(Op.GEMM_RELU2_24, DType.E4M3, Activation.RELU2, out=out), WIDE8)
+        for out in (DType.E4M3, DType.BF16)
+    ),
+    KernelSpec(Family(Op.SPGEMM, DType.E4M3, out=DType.BF16), WIDE8),
+    KernelSpec(
+        Family(Op.SPGEMM, DType.E4M3, bias=True, residual=True, out=DType.FP16, weight=DType.E5M2),
+        KernelConfig(tile_k=128),
+    ),
+    *(
+        KernelSpec(
+            Family(op, DType.E4M3, activation, out=DType.BF16, promote=True), KernelConfig(tile_n=128, tile_k=128)
+        )
+        for op, activation in ((Op.GEMM_RELU2_24, Activation.RELU2), (Op.SPGEMM, Activation.NONE))
+    ),
+    KernelSpec(Family(Op.QUANTIZE_ROWS, DType.FP16, out=DType.E4M3), KernelConfig()),
+    KernelSpec(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), KernelConfig()),
 ]
 
 

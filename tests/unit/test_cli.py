@@ -15,11 +15,12 @@ from typer.testing import CliRunner
 
 from srelu24 import catalogue, cli, db, doctor, results
 from srelu24 import run as main_job
+from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import compile as compiler
 from srelu24_gen import render, space
 from srelu24_gen.errors import CompileError, Unsupported
 from srelu24_gen.models import MODELS, TOKENS, Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import target_by_key
 
 H200 = target_by_key("h200")
@@ -65,9 +66,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
     return asked
 
 
-def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = "h200") -> db.TuningRecord:
-    problem = problem or catalogue.ffn_problems(SMALL, DType.BF16)[0]
-    record = db.TuningRecord(
+def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = "h200") -> TuningRecord:
+    problem = problem or SMALL.gemms(DType.BF16)[0]
+    record = TuningRecord(
         family=problem.family,
         m=problem.m,
         n=problem.n,
@@ -76,7 +77,7 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
         gpu=gpu,
         config=config.to_dict(),
         density=0.1,
-        evidence=db.Evidence(ms=2.0, default_ms=2.5, samples=10, source_digest="0" * 16, when="2026-01-01T00:00:00Z"),
+        evidence=Evidence(ms=2.0, default_ms=2.5, samples=10, source_digest="0" * 16, when="2026-01-01T00:00:00Z"),
     )
     db.Database.open().put(record)
     return record
@@ -86,7 +87,7 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
 
 
 def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
-    first, second = catalogue.ffn_problems(Shape(2, 24, 56), DType.FP16)
+    first, second = Shape(2, 24, 56).gemms(DType.FP16)
     # X [M, D] times W1 [F, D], then S [M, F] times W2 [D, F].
     assert (first.m, first.n, first.k) == (2, 56, 24)
     assert (second.m, second.n, second.k) == (2, 24, 56)
@@ -126,7 +127,7 @@ COMMANDS = [["list"], ["build"], ["tune"], ["run"], ["bench", "ffn"], ["bench", 
 @pytest.fixture
 def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     """What the commands pass on, instead of doing it."""
-    from srelu24 import tune
+    from srelu24 import cli_tune, tune_many
 
     shapes: list[Shape] = []
 
@@ -141,9 +142,10 @@ def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     monkeypatch.setattr(catalogue, "kernels", one)
     monkeypatch.setattr(catalogue, "specs_for", several)
     monkeypatch.setattr(catalogue, "build_kernels", lambda *_, **__: [])
-    monkeypatch.setattr(tune, "tune_ffn", lambda m, d, f, *_, **__: shapes.append(Shape(m, d, f)))
+    monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [])
+    monkeypatch.setattr(tune_many, "tune_shapes", several)
     monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
-    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_: shapes.extend(given))
+    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
     return shapes
 
 
@@ -261,7 +263,7 @@ def test_version_is_the_package_version() -> None:
 
 
 def test_list_marks_chosen_built_and_recorded() -> None:
-    problem = catalogue.ffn_problems(SMALL, DType.BF16)[0]
+    problem = SMALL.gemms(DType.BF16)[0]
     recorded = space.candidates(problem, H200)[-1]
     put_record(recorded)
     put_record(space.candidates(problem, H200)[1], gpu="h100")
@@ -281,7 +283,7 @@ def test_list_marks_chosen_built_and_recorded() -> None:
 
 def test_list_names_every_candidate_in_the_table() -> None:
     out = srelu24("list", "--gpu", "h200", "--shape", str(SMALL)).stdout
-    problem = catalogue.ffn_problems(SMALL, DType.BF16)[0]
+    problem = SMALL.gemms(DType.BF16)[0]
     assert out.count(problem.family.name) == len(space.candidates(problem, H200))
 
 
@@ -295,7 +297,7 @@ def test_build_reports_each_binary_once(no_compiler: list[KernelSpec]) -> None:
     wanted = {
         KernelSpec(problem.family, config).digest
         for shape in (SMALL, other)
-        for problem in catalogue.ffn_problems(shape, DType.BF16)
+        for problem in shape.gemms(DType.BF16)
         for config in space.candidates(problem, H200)
     }
     assert wanted <= {spec.digest for spec in no_compiler}
@@ -362,14 +364,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> li
 
 def test_run_without_a_gpu_builds_for_the_h200_and_checks_the_reference(no_gpu: list[KernelSpec]) -> None:
     result = srelu24("run", "--shape", str(SMALL))
-    assert {spec.family for spec in no_gpu} == {p.family for p in catalogue.ffn_problems(SMALL, DType.BF16)}
+    assert {spec.family for spec in no_gpu} == {p.family for p in SMALL.gemms(DType.BF16)}
     assert {spec.arch for spec in no_gpu} == {H200.arch}
     assert "Done: kernels built for NVIDIA H200" in result.stderr
     assert "Not done, for want of a Hopper GPU" in result.stderr
     assert "FAIL" not in result.stderr
 
 
-@pytest.mark.parametrize("dtype", list(DType))
+@pytest.mark.parametrize("dtype", WIDE_TYPES)
 def test_check_accepts_the_reference(dtype: DType) -> None:
     findings = main_job.check_ffn(main_job.CHECK_SHAPE, dtype, "cpu")
     assert [finding for finding in findings if not finding.ok] == []
@@ -383,7 +385,7 @@ def test_check_finds_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
         return [f.statement for f in main_job.check_ffn(SMALL, DType.BF16, "cpu") if not f.ok]
 
     with monkeypatch.context() as patch:
-        patch.setattr(package, "ffn", lambda x, w1, w2: reference.ffn(x, w1, w2) * 1.02, raising=False)
+        patch.setattr(package, "ffn", lambda x, w1, w2, mode: reference.ffn(x, w1, w2) * 1.02, raising=False)
         assert failed() == ["ffn(x, w1, w2) is S w2^T"]
     with monkeypatch.context() as patch:  # the first two of every 4 instead of the largest two
 
@@ -444,7 +446,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> 
 
 def test_run_on_a_gpu_tunes_what_has_no_record_then_checks_and_times(fake_gpu: list[tuple[Any, ...]]) -> None:
     tuned, untuned = SMALL, Shape(512, 1024, 4096)
-    for problem in catalogue.ffn_problems(tuned, DType.BF16):
+    for problem in tuned.gemms(DType.BF16):
         put_record(space.default(problem, H200), problem)
     result = srelu24("run", "--shape", str(tuned), "--shape", str(untuned), "--budget", "7")
     assert fake_gpu == [
@@ -462,12 +464,24 @@ def test_run_says_that_the_benchmark_was_left_out(fake_gpu: list[tuple[Any, ...]
     assert "Not done: the benchmark" in result.stderr
 
 
-def test_tune_searches_each_shape(fake_gpu: list[tuple[Any, ...]]) -> None:
-    shapes = [SMALL, Shape(8, 16, 24)]
-    arguments = [part for shape in shapes for part in ("--shape", str(shape))]
-    out = srelu24("tune", *arguments, "--dtype", "fp16", "--density", "0.5", "--budget", "30", "--no-resume", "--json")
-    assert fake_gpu == [("tune", shape, DType.FP16, 0.5, 30.0, False) for shape in shapes]
-    assert json.loads(out.stdout) == [{"records": []}] * 2
+def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(main_job, "benchmark", lambda *given: asked.append(given))
+    monkeypatch.setattr(main_job, "benchmark_tuning", lambda *given: asked.append(given))
+    monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
+    where = ["--results", str(tmp_path)]
+    srelu24("bench", "sweep", "--model", "nanochat", "--tokens", "16,64", "--seconds", "1.5", *where)
+    shapes = [Shape(m, 768, 3072) for m in (16, 64)]
+    assert asked.pop() == ("sweep", shapes, DType.BF16, [0.1], tmp_path / "h200" / "sweep.json", 1.5)
+    srelu24("bench", "sweep", "--model", "nanochat")
+    assert [s.m for s in asked.pop()[1]] == [2**i for i in range(4, 16)]
+    tuning = ["bench", "tuning", "--model", "nanochat", "--tokens", "16,64"]
+    srelu24(*tuning, "--held-out", "32", "--held-out-model", "minitron-4b", "--tune-seconds", "9", *where)
+    held = [Shape(32, 3072, 9216)]
+    assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json")
+    srelu24(*tuning, "--held-out", "")
+    assert asked.pop()[1] == []
+    assert "4096,16384" in srelu24(*tuning, "--held-out", "many", code=2).stderr
 
 
 def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,12 +510,3 @@ def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [([SMALL], DType.BF16, [0.1], tmp_path / "h200" / "ffn_bf16.json")]
     assert "over torch_compile" in out
     assert "1.250x" in out
-
-
-def test_tuning_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    stderr = srelu24("tune", "--shape", "128x256x512", code=1).stderr
-    assert "PyTorch sees none; run `srelu24 doctor`" in " ".join(stderr.split())
-    assert "Traceback" not in stderr

@@ -94,7 +94,7 @@ def test_gemm_memory_and_overhead_tables(tmp_path: Path) -> None:
         dtype="bf16",
         shape="8x16x32",
         density=0.5,
-        candidates={"srelu24": candidate(1.0, tflops=1100.0)},
+        candidates={"srelu24": candidate(1.0, tflops=1100.0, joules=0.7, sm_mhz=1500.0, utilisation=0.68)},
         speedup={"cublas": 1.6, "cusparselt": 1.05},
     )
     memory = Row(
@@ -114,9 +114,12 @@ def test_gemm_memory_and_overhead_tables(tmp_path: Path) -> None:
         "50%",
         "1.000",
         "1100",
+        "0.70",
+        "1500",
+        "68%",
         "-",
-        "1.60x",
-        "1.05x",
+        "1.600x",
+        "1.050x",
     ]
     assert cells(tables["memory"])[1] == ["sparsify24", "bf16", "8x16x32", "50%", "0.250", "3600", "90%"]
     assert cells(tables["overhead"])[1] == ["42", "30"]

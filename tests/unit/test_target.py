@@ -106,6 +106,14 @@ def test_a_complete_environment_is_found(environment: Path) -> None:
     assert found.include_dirs == (environment / "cutlass_library/source/include", cuda, cuda / "cccl")
 
 
+def test_headers_spread_over_the_import_path_are_all_found(environment: Path) -> None:
+    elsewhere = environment / "elsewhere/cu13/include"
+    elsewhere.mkdir(parents=True)
+    (environment / "nvidia/cu13/include/cccl").rename(elsewhere / "cccl")
+    cuda = environment / "nvidia/cu13/include"
+    assert Toolchain.find().include_dirs[1:] == (cuda, elsewhere, elsewhere / "cccl")
+
+
 @pytest.mark.parametrize(
     ("header", "wheel"),
     [

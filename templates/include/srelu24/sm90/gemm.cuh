@@ -9,7 +9,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/cluster_sm90.hpp>
 
-#include <srelu24/sm90/epilogue.cuh>
+#include <srelu24/sm90/epilogue_scaled.cuh>
 #include <srelu24/sm90/mainloop.cuh>
 #include <srelu24/sm90/stream_k.cuh>
 #include <srelu24/sm90/tile_load.cuh>
@@ -17,50 +17,57 @@
 namespace srelu24 {
 
 /// One consumer warpgroup: every tile of its cluster, mainloop then epilogue.
-template <class Config, class Between>
+template <class Config, class Producer>
 __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Config>& shared, int cta, int consumer,
-                                        Between&& between) {
+                                        Producer& producer) {
   Mainloop<Config> mainloop(shared, consumer);
   typename Mainloop<Config>::Accumulators accumulators;
+  Pieces& pieces = shared.pieces[consumer * 4 + threadIdx.x % 128 / 32];
 
-  auto first_row = [&](Tile tile) { return (tile.m * Config::kClusterM + cta) * Config::kTileM + consumer * 64; };
-  auto position = [&](Tile tile) { return block_position(first_row(tile), tile.n * Config::kTileN); };
-  auto metadata_of = [&](Work const& work) {  // rows beyond M read the last block's E; their result is dropped
-    int64_t const block = min(first_row(work.tile) / 64, (p.m - 1) / 64);
-    return p.metadata + (block * ((p.k + 255) / 256) + work.k_begin / 4) * 128 + threadIdx.x % 128;
+  auto piece = [&](int w) -> Piece {  // of this warpgroup's work number w
+    Work const work = work_at<Config>(p, (blockIdx.x + w * gridDim.x) / Config::kClusterM);
+    int const row = (work.tile.m * Config::kClusterM + cta) * Config::kTileM + consumer * 64;
+    return {row, work.tile.n * Config::kTileN, work.k_begin, work.exists() ? work.k_end : work.k_begin};
+  };
+  auto metadata = [&](Piece const& piece) {  // rows beyond M read the last block's E; their result is dropped
+    int64_t const block = min(piece.row, p.m - 1) / 64;
+    return p.metadata + (block * ((p.k + 255) / 256) + piece.k_begin / kVectorBlocks<Config>)*128 + threadIdx.x % 128;
   };
 
-  int index = blockIdx.x / Config::kClusterM;
+  pieces.advance(-1, piece(0));
   uint32_t e[4] = {};
-  if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata_of(work_at<Config>(p, index)));
-  while (true) {
+  if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata(pieces.next));
+  while (pieces.next.exists()) {
     {
-      Work const work = work_at<Config>(p, index);
-      if constexpr (Config::kInitialized) initialize<Config>(accumulators, p, position(work.tile), work.k_begin == 0);
+      int const w = pieces.number + 1;
+      pieces.advance(w, piece(w + 1));
+      producer.before_work(w);
+      Piece const now = pieces.now;
+      initialize<Config>(accumulators, p, block_position(now.row, now.column), now.k_begin == 0);
       if constexpr (Config::kSparse) {
-        mainloop.sparse(accumulators, work.k_end - work.k_begin, metadata_of(work), e, between);
+        mainloop.sparse(accumulators, now.k_end - now.k_begin, metadata(now), e, producer);
       } else {
-        mainloop.dense(accumulators, work.k_end - work.k_begin, between);
+        mainloop.dense(accumulators, now.k_end - now.k_begin, producer);
       }
     }
-    // Worked out again rather than kept: in the mainloop registers are short.
-    Work const done = work_at<Config>(p, index);
-    index += gridDim.x / Config::kClusterM;
-    bool const more = work_at<Config>(p, index).exists();
-    if constexpr (Config::kSparse) {  // the next E arrives while this tile is stored
-      if (more) Mainloop<Config>::load_vector(e, metadata_of(work_at<Config>(p, index)));
-    }
     bool whole = true;
-    if constexpr (Config::kStreamK) whole = reduce<Config>(accumulators, p, done, cta, consumer);
-    BlockPosition const at = position(done.tile);
-    if (whole && at.block * 64 < p.m) {
-      if constexpr (Config::kPrune) {
+    if constexpr (Config::kStreamK) whole = reduce<Config>(accumulators, p, pieces.now, cta, consumer);
+    auto load_next_metadata = [&] {
+      if (pieces.next.exists()) Mainloop<Config>::load_vector(e, metadata(pieces.next));
+    };
+    // The next E arrives while this tile is stored, unless scales take its registers then.
+    if constexpr (Config::kSparse && !Config::kScaled) load_next_metadata();
+    if (whole && pieces.now.row < p.m) {
+      BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
+      if constexpr (Config::kScaled && Config::kPrune) {
+        store_pruned_scaled<Config>(accumulators, p, at);
+      } else if constexpr (Config::kPrune) {
         store_pruned<Config>(accumulators, p, at);
       } else {
         store_dense<Config>(accumulators, p, at);
       }
     }
-    if (!more) return;
+    if constexpr (Config::kSparse && Config::kScaled) load_next_metadata();
   }
 }
 
@@ -69,9 +76,10 @@ template <class Config>
 __device__ __forceinline__ void gemm(GemmParams const& p) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle patterns repeat every 1024 bytes
   if (cute::cast_smem_ptr_to_uint(dynamic_shared) % 1024 != 0) __trap();
+  static_assert(sizeof(SharedStorage<Config>) <= Config::kSharedBytes, "more than the host gives");
   auto& shared = *reinterpret_cast<SharedStorage<Config>*>(dynamic_shared);
 
-  int const cta = Config::kClusterM > 1 ? static_cast<int>(cute::block_rank_in_cluster()) : 0;
+  int const cta = blockIdx.x % Config::kClusterM;  // rank in the cluster
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.a));
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.b_share));
@@ -87,34 +95,28 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
   sync_cluster();
 
   int const warpgroup = threadIdx.x / 128;
-  int const first_tile = blockIdx.x / Config::kClusterM;
   if constexpr (Config::kProducerWarpgroup) {
     if (warpgroup == 0) {
       if constexpr (Config::kConsumers > 1) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
       if (threadIdx.x < 32 && cute::elect_one_sync()) {
-        LoaderState state;
-        TileLoader<Config> loader{p, shared, state, cta};
-        loader.start(first_tile);
-        while (loader.load_next()) {
+        TileLoader<Config> const loader{p, shared, cta};
+        RingPosition<Config::kStages> ring{0, 1};
+        int index = blockIdx.x / Config::kClusterM;
+        for (Load load = loader.of(index); load.k != load.k_end;) {
+          loader.issue(load, ring);
+          ring.advance();
+          if (load.k == load.k_end) load = loader.of(index += gridDim.x / Config::kClusterM);
         }
       }
     } else {
       if constexpr (Config::kConsumers > 1) cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-      consume<Config>(p, shared, cta, warpgroup - 1, [] {});
+      NoProducer none;
+      consume<Config>(p, shared, cta, warpgroup - 1, none);
     }
   } else {
-    // Loads run kLag stages short of a full ring: the stage refilled in step i was read in step i - kLag, so every
-    // consumer of the cluster has had time to release it.
-    constexpr int kLag = 2;
-    TileLoader<Config> loader{p, shared, shared.loader, cta};
-    bool const loads = threadIdx.x < 32 && cute::elect_one_sync();
-    auto produce = [&] {
-      if (loads) loader.load_next();
-      __syncwarp();
-    };
-    if (loads) loader.start(first_tile);
-    for (int i = 0; i < Config::kStages - kLag; ++i) produce();
-    consume<Config>(p, shared, cta, warpgroup, produce);
+    ProducerThread<Config> producer(p, shared, cta);
+    producer.start();
+    consume<Config>(p, shared, cta, warpgroup, producer);
   }
   sync_cluster();  // a CTA must not leave while its peer still signals its barriers
 }

@@ -41,6 +41,8 @@ struct Mainloop {
   static constexpr int kAccumulators = Config::kTileN / 2;
   using Accumulators = float[kAccumulators];
   static constexpr int kSpanA = Config::kSparse ? 64 : 128;
+  static constexpr int kPromotedBlocks = Config::kPromotedBlocks;
+  static constexpr bool kPromotes = kPromotedBlocks > 0;
   using DescriptorA = MatrixDescriptor<kSpanA>;
   using DescriptorB = MatrixDescriptor<128>;
 
@@ -50,33 +52,44 @@ struct Mainloop {
 
   __device__ __forceinline__ Mainloop(SharedStorage<Config>& s, int consumer) : shared(s), warpgroup(consumer) {}
 
-  /// accumulators += A B^T over `k_blocks` k-blocks, dense A; they start at zero unless the kernel initializes
-  /// them. `between` runs once per step, while MMAs fly.
-  template <class Between>
-  __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Between&& between) {
+  /// accumulators += A B^T over `k_blocks` k-blocks, dense A. The producer's turn comes once per step, while MMAs fly.
+  template <class Producer>
+  __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Producer& producer) {
+    Accumulators own;
+    Accumulators& sums = sums_of(accumulators, own);
+    bool first = true;
 #pragma unroll 1
-    for (int k_block = 0; k_block < k_blocks; ++k_block) {
-      step(accumulators, k_block == 0, between, [&](DescriptorA a, DescriptorB b, ScaleOut scale) {
+    for (; k_blocks > 0; --k_blocks) {
+      step(sums, first, producer, [&](DescriptorA a, DescriptorB b) {
 #pragma unroll
-        for (int k = 0; k < Config::kTileK / 16; ++k) {  // 16 of K: 32 bytes
-          fma<typename Config::Mma>(accumulators, a.at(32 * k), b.at(32 * k), k == 0 ? scale : ScaleOut::One);
+        for (int k = 0; k < 4; ++k) {  // an instruction takes 32 bytes: 16 of K, or 32 in 8 bits
+          fma<typename Config::Mma>(sums, a.at(32 * k), b.at(32 * k));
         }
       });
+      first = kPromotes && k_blocks % (kPromotes ? kPromotedBlocks : 1) == 1;
+      if (first && k_blocks > 1) promote(accumulators, sums);
     }
-    drain(accumulators);
+    drain(accumulators, sums);
   }
 
-  /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds four
-  /// k-blocks, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
-  template <class Between>
+  /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds 256 of
+  /// K, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
+  template <class Producer>
   __device__ __forceinline__ void sparse(Accumulators& accumulators, int k_blocks, uint4 const* metadata,
-                                         uint32_t (&e)[4], Between&& between) {
+                                         uint32_t (&e)[4], Producer& producer) {
+    static_assert(!kPromotes || kPromotedBlocks == 2 * kVectorBlocks<Config>, "promoted after two vectors of E");
+    Accumulators own;
+    Accumulators& sums = sums_of(accumulators, own);
     uint32_t other[4];  // two vectors take turns: one feeds the MMAs while the next arrives
-    int k_block = 0;
-    while (!sparse_vector(accumulators, k_block, k_blocks, metadata, e, other, between) &&
-           !sparse_vector(accumulators, k_block, k_blocks, metadata, other, e, between)) {
+    bool first = true;
+    while (!sparse_vector(sums, first, k_blocks, metadata, e, other, producer) &&
+           !sparse_vector(sums, first, k_blocks, metadata, other, e, producer)) {
+      if constexpr (kPromotes) {
+        promote(accumulators, sums);
+        first = true;
+      }
     }
-    drain(accumulators);
+    drain(accumulators, sums);
   }
 
   /// E is read once: keep it out of L1.
@@ -88,47 +101,71 @@ struct Mainloop {
 
  private:
   /// The k-blocks of one vector of E; loads the next vector. True once the last k-block is issued.
-  template <class Between>
-  __device__ __forceinline__ bool sparse_vector(Accumulators& accumulators, int& k_block, int k_blocks,
+  template <class Producer>
+  __device__ __forceinline__ bool sparse_vector(Accumulators& accumulators, bool& first, int& left,
                                                 uint4 const*& metadata, uint32_t (&e)[4], uint32_t (&next)[4],
-                                                Between& between) {
+                                                Producer& producer) {
     metadata += 128;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      step(accumulators, k_block == 0, between, [&](DescriptorA a, DescriptorB b, ScaleOut scale) {
-        // 32 of K: 32 bytes of packed A, 64 of B. One register of E serves both halves of the k-block: lanes
-        // t = 0, 1 supply the first, t = 2, 3 the second.
-        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[q], scale);
-        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[q], ScaleOut::One);
+    for (int q = 0; q < kVectorBlocks<Config>; ++q) {
+      step(accumulators, first, producer, [&](DescriptorA a, DescriptorB b) {
+        // An instruction takes 32 bytes of packed A and 64 of B. In 16 bits one register of E serves both halves of the
+        // k-block: lanes t = 0, 1 supply the first, t = 2, 3 the second. In 8 bits each half has a register.
+        constexpr int kRegisters = 4 / kVectorBlocks<Config>;
+        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[kRegisters * q]);
+        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[kRegisters * q + kRegisters - 1]);
       });
       // Only now has every MMA that reads `next` retired.
-      if (q == 0 && k_block + 4 < k_blocks) load_vector(next, metadata);
-      if (++k_block == k_blocks) return true;
+      if (q == 0 && left > kVectorBlocks<Config>) load_vector(next, metadata);
+      first = false;
+      if (--left == 0) return true;
     }
     return false;
   }
 
-  template <class Between, class Issue>
-  __device__ __forceinline__ void step(Accumulators& accumulators, bool first, Between& between, Issue&& issue) {
+  template <class Producer, class Issue>
+  __device__ __forceinline__ void step(Accumulators& accumulators, bool first, Producer& producer, Issue&& issue) {
     int const stage = ring.stage;
     shared.full[stage].wait(ring.phase);
     DescriptorA const a(shared.a[stage] + warpgroup * 64 * kSpanA);
     DescriptorB const b(shared.b[stage]);
     fence(accumulators);
     cute::warpgroup_arrive();
-    issue(a, b, first && !Config::kInitialized ? ScaleOut::Zero : ScaleOut::One);
+    issue(a, b);
     cute::warpgroup_commit_batch();
-    between();  // with this MMA group and the one before still to run
     cute::warpgroup_wait<1>();
     fence(accumulators);
     if (!first) release(ring.previous());
+    producer.in_step(ring);
     ring.advance();
   }
 
-  __device__ __forceinline__ void drain(Accumulators& accumulators) {
+  __device__ __forceinline__ void drain(Accumulators& accumulators, Accumulators& sums) {
     cute::warpgroup_wait<0>();
-    fence(accumulators);
+    fence(sums);
     release(ring.previous());
+    if constexpr (kPromotes) {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) accumulators[i] += sums[i];
+    }
+  }
+
+  /// Where the tensor cores sum. They keep fewer bits of 8-bit sums than fp32 has, so with kPromotedBlocks they sum that
+  /// many k-blocks into accumulators of their own, which are then added in fp32.
+  static __device__ __forceinline__ Accumulators& sums_of(Accumulators& accumulators, Accumulators& own) {
+    if constexpr (!kPromotes) return accumulators;
+    zero(own);
+    return own;
+  }
+
+  __device__ __forceinline__ void promote(Accumulators& accumulators, Accumulators& sums) {
+    drain(accumulators, sums);
+    zero(sums);
+  }
+
+  static __device__ __forceinline__ void zero(Accumulators& sums) {
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = 0.f;
   }
 
   /// Give the retired stage back: warp w tells CTA w of the cluster, whose producer writes into this one's B.
@@ -148,17 +185,16 @@ struct Mainloop {
   }
 
   template <class Atom>
-  static __device__ __forceinline__ void fma(Accumulators& acc, uint64_t a, uint64_t b, ScaleOut scale) {
+  static __device__ __forceinline__ void fma(Accumulators& acc, uint64_t a, uint64_t b) {
     [&]<cuda::std::size_t... I>(cuda::std::index_sequence<I...>) {
-      Atom::fma(a, b, acc[I]..., scale);
+      Atom::fma(a, b, acc[I]..., ScaleOut::One);
     }(cuda::std::make_index_sequence<kAccumulators>{});
   }
 
   template <class Atom>
-  static __device__ __forceinline__ void sparse_fma(Accumulators& acc, uint64_t a, uint64_t b, uint32_t e,
-                                                    ScaleOut scale) {
+  static __device__ __forceinline__ void sparse_fma(Accumulators& acc, uint64_t a, uint64_t b, uint32_t e) {
     [&]<cuda::std::size_t... I>(cuda::std::index_sequence<I...>) {
-      Atom::fma(a, b, acc[I]..., e, scale);
+      Atom::fma(a, b, acc[I]..., e, ScaleOut::One);
     }(cuda::std::make_index_sequence<kAccumulators>{});
   }
 };

@@ -1,9 +1,9 @@
-// The shared-memory ring between the TMA and the tensor cores.
+// The shared-memory ring between the TMA and the tensor cores, and what else lies in shared memory.
 #pragma once
 
 #include <cutlass/arch/barrier.h>
 
-#include <srelu24/sm90/params.cuh>
+#include <srelu24/sm90/work.cuh>
 
 namespace srelu24 {
 
@@ -20,22 +20,25 @@ struct RingPosition {
     }
   }
   __device__ __forceinline__ int previous() const { return stage == 0 ? Stages - 1 : stage - 1; }
+
+  /// Where a producer stands that is `Stages - lag` k-blocks ahead; its parity is that of `empty`.
+  __device__ __forceinline__ RingPosition ahead(int lag) const {
+    bool const wraps = stage >= lag;
+    return {wraps ? stage - lag : stage + Stages - lag, wraps ? phase : phase ^ 1};
+  }
 };
 
-/// What the producer loads next. One thread owns it; where registers are short it lies in shared memory, and
-/// 16 bytes are one access.
-struct alignas(16) NextLoad {
-  int k;            // of the next k-block
-  int row, column;  // first row of A, first row of B of this CTA's share
-  uint8_t stage, phase;
-  bool ragged;  // the share holds the end of B inside a block of rows
+/// What a CTA still has to load for a piece of work. 16 bytes: one access to shared memory.
+struct alignas(16) Load {
+  int k, k_end;  // next and end, in elements; nothing is left once they meet
+  int row;       // first row of A
+  int column;    // first row of B of this CTA's share
 };
 
-struct LoaderState {
-  NextLoad load;
-  int k_end;  // of the work; nothing is left to load once k has reached it
-  int index;  // of the work
-};
+/// Works that a producer thread may know of, counted from the one its warpgroup multiplies: it has loaded at most
+/// kStages - kProducerLag k-blocks ahead, each of which may be a work, and knows what it loads next.
+template <class Config>
+inline constexpr int kWorksAhead = Config::kStages - Config::kProducerLag + 2;
 
 /// Ring of Config::kStages k-blocks. `full` completes when the TMA has written a stage, `empty` when every
 /// consumer warpgroup of every CTA that received the stage's B has read it.
@@ -45,7 +48,8 @@ struct SharedStorage {
   alignas(1024) uint8_t a[Config::kStages][Config::kStageBytesA];
   cutlass::arch::ClusterTransactionBarrier full[Config::kStages];
   cutlass::arch::ClusterBarrier empty[Config::kStages];
-  LoaderState loader;
+  Load loads[Config::kProducerWarpgroup ? 1 : kWorksAhead<Config>];  // by work number, modulo the size
+  Pieces pieces[Config::kConsumers * 4];                             // one a warp
 };
 
 template <class Config>

@@ -63,15 +63,15 @@ struct PartialSlot {
 
 /// What to do with the sums of a piece of a tile: true when they are now whole and this cluster stores them.
 template <class Config>
-__device__ __forceinline__ bool reduce(float (&acc)[Config::kTileN / 2], GemmParams const& p, Work const& work, int cta,
-                                       int consumer) {
+__device__ __forceinline__ bool reduce(float (&acc)[Config::kTileN / 2], GemmParams const& p, Piece const& piece,
+                                       int cta, int consumer) {
   int const cluster = blockIdx.x / Config::kClusterM;
-  if (work.k_end < p.k_blocks) {
+  if (piece.k_end < p.k_blocks) {
     PartialSlot<Config>(p.split, cluster, cta, consumer).put(acc);
     return false;
   }
-  if (work.k_begin > 0) {  // then the piece starts where this cluster's share does
-    int const tile_begin = first_unit(p.split, cluster) - work.k_begin / 4;
+  if (piece.k_begin > 0) {  // then the piece starts where this cluster's share does
+    int const tile_begin = first_unit(p.split, cluster) - piece.k_begin / kVectorBlocks<Config>;
     for (int other = cluster - 1; other >= 0 && first_unit(p.split, other + 1) > tile_begin; --other) {
       PartialSlot<Config>(p.split, other, cta, consumer).add_to(acc);
     }

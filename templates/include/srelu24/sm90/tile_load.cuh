@@ -22,53 +22,43 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include <srelu24/sm90/pipeline.cuh>
-#include <srelu24/sm90/work.cuh>
 
 namespace srelu24 {
 
 enum class LoadOrder { kOwn8, kOwn16 };
 
-/// Issues the loads of a CTA's tiles, k-block after k-block. One thread owns it.
+/// Issues the loads of one CTA. One thread owns it.
 template <class Config>
 struct TileLoader {
+  using Ring = RingPosition<Config::kStages>;
+
   GemmParams const& params;
   SharedStorage<Config>& shared;
-  LoaderState& state;
   int const cta;  // rank in the cluster
 
-  /// Begin with the work at `index`, with every stage free.
-  __device__ __forceinline__ void start(int index) { begin(index, 0, 1); }
+  /// All that this CTA loads for the work at `index`.
+  __device__ __forceinline__ Load of(int index) const {
+    Work const work = work_at<Config>(params, index);
+    return {work.k_begin * Config::kTileK, work.exists() ? work.k_end * Config::kTileK : work.k_begin * Config::kTileK,
+            (work.tile.m * Config::kClusterM + cta) * Config::kTileM, work.tile.n * Config::kTileN + cta * kShareRows};
+  }
 
-  /// Issue the next k-block's loads, if there is one. Waits until its stage is free.
-  __device__ __forceinline__ bool load_next() {
-    NextLoad load = state.load;
-    if (load.k >= state.k_end) return false;
-    int const stage = load.stage;
-    shared.empty[stage].wait(load.phase);
-    shared.full[stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
-    auto* barrier = reinterpret_cast<uint64_t*>(&shared.full[stage]);
+  /// Issue the loads of the next k-block, when its place in the ring is free.
+  __device__ __forceinline__ void issue(Load& load, Ring const& at) const {
+    shared.empty[at.stage].wait(at.phase);
+    shared.full[at.stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
+    auto* barrier = reinterpret_cast<uint64_t*>(&shared.full[at.stage]);
 
-    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[stage], Config::kSparse ? load.k / 2 : load.k,
-                                 load.row);
-    uint8_t* const share = shared.b[stage] + cta * kShareRows * 128;
-    if (Config::kRaggedN && load.ragged) {
+    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[at.stage],
+                                 Config::kSparse ? load.k / 2 : load.k, load.row);
+    uint8_t* const share = shared.b[at.stage] + cta * kShareRows * 128;
+    if (Config::kRaggedN && is_ragged(load.column)) {
 #pragma unroll 1
       for (int first = 0; first < kShareRows; first += kBoxRows) load_rows(barrier, share, first, load);
     } else {
       load_share(barrier, share, load);
     }
-
     load.k += Config::kTileK;
-    if (++load.stage == Config::kStages) {
-      load.stage = 0;
-      load.phase ^= 1;
-    }
-    if (load.k < state.k_end) {
-      state.load = load;
-    } else {
-      begin(state.index + gridDim.x / Config::kClusterM, load.stage, load.phase);
-    }
-    return true;
   }
 
  private:
@@ -79,18 +69,13 @@ struct TileLoader {
   static constexpr uint16_t kEveryCta = (1 << Config::kClusterM) - 1;
   static constexpr uint64_t kCacheHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 
-  __device__ __forceinline__ void begin(int index, uint8_t stage, uint8_t phase) {
-    Work const work = work_at<Config>(params, index);
-    int const row = (work.tile.m * Config::kClusterM + cta) * Config::kTileM;
-    int const column = work.tile.n * Config::kTileN + cta * kShareRows;
+  /// Whether the share that begins at `column` holds the end of B inside a block of rows.
+  __device__ __forceinline__ bool is_ragged(int column) const {
     int const end = params.n / kBlockRows * kBlockRows;  // of the whole blocks
-    bool const ragged = Config::kRaggedN && end < params.n && column <= end && end < column + kShareRows;
-    state.load = {work.k_begin * Config::kTileK, row, column, stage, phase, ragged};
-    state.k_end = work.exists() ? work.k_end * Config::kTileK : 0;
-    state.index = index;
+    return end < params.n && column <= end && end < column + kShareRows;
   }
 
-  __device__ __forceinline__ void load_share(uint64_t* barrier, void* share, NextLoad const& load) {
+  __device__ __forceinline__ void load_share(uint64_t* barrier, void* share, Load const& load) const {
     int const block = load.column / kBlockRows;
     if constexpr (Config::kClusterM > 1) {
       cute::SM90_TMA_LOAD_MULTICAST_5D::copy(&params.b_share, barrier, kEveryCta, kCacheHint, share, load.k, 0, 0, 0,
@@ -101,7 +86,7 @@ struct TileLoader {
   }
 
   /// Rows [first, first + 32) of the share.
-  __device__ __forceinline__ void load_rows(uint64_t* barrier, uint8_t* share, int first, NextLoad const& load) {
+  __device__ __forceinline__ void load_rows(uint64_t* barrier, uint8_t* share, int first, Load const& load) const {
     TensorMap const* map = &params.b_rows[kOwn16 && first % 64 != 0];
     int const t = (load.column + first / kBlockRows * kBlockRows) / kRun;
     void* const destination = share + first * 128;
@@ -111,6 +96,60 @@ struct TileLoader {
       cute::SM90_TMA_LOAD_4D::copy(map, barrier, kCacheHint, destination, load.k, 0, t, 0);
     }
   }
+};
+
+/// A consumer thread that also loads, a k-block per step of its mainloop. What it loads next is in registers: the
+/// tensor cores keep shared memory so busy that a value read back from there arrives hundreds of cycles later.
+/// Works are worked out between tiles, where registers are free, and wait in shared memory for their turn.
+template <class Config>
+struct ProducerThread {
+  static constexpr int kLag = Config::kProducerLag;
+
+  TileLoader<Config> const loader;
+  bool const active;  // this thread is the one
+  int work = 0;       // number of the work that `load` belongs to
+  Load load;
+
+  __device__ __forceinline__ ProducerThread(GemmParams const& params, SharedStorage<Config>& shared, int cta)
+      : loader{params, shared, cta}, active(threadIdx.x < 32 && cute::elect_one_sync()) {}
+
+  /// Fill the ring up to kLag stages: the stage refilled in step i was read in step i - kLag, so every consumer of the
+  /// cluster has had time to release it.
+  __device__ __forceinline__ void start() {
+    for (int w = 0; w < kWorksAhead<Config> - 1; ++w) prepare(w);
+    if (active) load = loader.shared.loads[0];
+    RingPosition<Config::kStages> ring{0, 1};
+    for (int i = 0; i < Config::kStages - kLag; ++i, ring.advance()) step(ring);
+  }
+
+  /// Before the mainloop of work w: work out what may be loaded in it at the latest.
+  __device__ __forceinline__ void before_work(int w) { prepare(w + kWorksAhead<Config> - 1); }
+
+  /// In the mainloop, once a k-block, with the consumer at `ring`.
+  __device__ __forceinline__ void in_step(RingPosition<Config::kStages> const& ring) { step(ring.ahead(kLag)); }
+
+ private:
+  __device__ __forceinline__ void prepare(int w) const {
+    if (active) {
+      int const first = blockIdx.x / Config::kClusterM, clusters = gridDim.x / Config::kClusterM;
+      loader.shared.loads[w % kWorksAhead<Config>] = loader.of(first + w * clusters);
+    }
+  }
+
+  __device__ __forceinline__ void step(RingPosition<Config::kStages> const& at) {
+    if (active && load.k != load.k_end) {
+      loader.issue(load, at);
+      if (load.k == load.k_end) load = loader.shared.loads[++work % kWorksAhead<Config>];
+    }
+    __syncwarp();
+  }
+};
+
+/// In the place of ProducerThread where a warpgroup loads.
+struct NoProducer {
+  __device__ __forceinline__ void before_work(int) const {}
+  template <class Ring>
+  __device__ __forceinline__ void in_step(Ring const&) const {}
 };
 
 }  // namespace srelu24

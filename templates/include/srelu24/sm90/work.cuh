@@ -32,6 +32,10 @@ __device__ __forceinline__ int first_unit(SplitParams const& p, int cluster) {
   return cluster * p.units + min(cluster, p.extra);
 }
 
+/// k-blocks that a vector of E feeds. Split tiles are cut between vectors, whether A is sparse or not.
+template <class Config>
+inline constexpr int kVectorBlocks = 256 / Config::kTileK;
+
 /// The work at `index`. A cluster walks cluster, cluster + clusters, ...: first whole tiles; then, with
 /// stream-K, its even share of the remaining tiles' K: no more than a tile, so it lies in one or in two. The
 /// piece in the later tile comes first (stream_k.cuh says why).
@@ -40,7 +44,7 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   if (!Config::kStreamK || index < p.split.first_tile) {
     return {raster(p.raster, index), 0, index < p.raster.tiles ? p.k_blocks : 0};
   }
-  constexpr int kUnit = 4;
+  constexpr int kUnit = kVectorBlocks<Config>;
   int const clusters = gridDim.x / Config::kClusterM, cluster = blockIdx.x / Config::kClusterM;
   int const begin = first_unit(p.split, cluster), end = first_unit(p.split, cluster + 1);
   int tile, unit_end;  // the last unit's tile, and the unit in it
@@ -55,5 +59,32 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   int const k_begin = (begin - tile_begin + p.split.tile_units.divisor) * kUnit;  // in the tile before
   return {raster(p.raster, p.split.first_tile + tile - 1), k_begin, second ? p.k_blocks : 0};
 }
+
+/// What one consumer warpgroup does of a work.
+struct alignas(16) Piece {
+  int row, column;     // first of the warpgroup's rows, first column of the tile
+  int k_begin, k_end;  // in k-blocks
+
+  __device__ __forceinline__ bool exists() const { return k_begin < k_end; }
+};
+
+/// A warp's piece and the one after it. They wait in shared memory, since in the mainloop registers are short, and
+/// working them out again afterwards would take more than the accumulators leave.
+struct Pieces {
+  Piece now, next;
+  int number;  // of the work that is now
+
+  /// Begin work `w`; `after` comes after what is next so far.
+  __device__ __forceinline__ void advance(int w, Piece const& after) {
+    Piece const current = next;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      now = current;
+      next = after;
+      number = w;
+    }
+    __syncwarp();
+  }
+};
 
 }  // namespace srelu24
