@@ -36,7 +36,8 @@ class SquaredReLUFFN(nn.Module):
         bias: both layers have one.
         names: of the children: first layer, second layer.
         mode: as for :func:`srelu24.ffn`: "auto", "sparse" or "dense"; may be set later.
-        device, dtype: of the parameters, as for ``nn.Linear``; "meta" works.
+        device: of the parameters, as for ``nn.Linear``; "meta" works.
+        dtype: of the parameters.
 
     Raises:
         Unsupported: a width is not positive, or the two names are equal, empty or dotted, or
