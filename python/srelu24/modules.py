@@ -126,6 +126,8 @@ def is_plain(layer: nn.Module | None) -> bool:
 
 def _is_plain_weight(weight: Tensor) -> bool:
     """A tensor, or one whose kind the operations know; a quantised one is its layer's own business."""
+    if type(weight) is nn.Parameter:  # the usual case at once: this runs before every call
+        return True
     subclass: bool = is_traceable_wrapper_subclass(weight)
     if not subclass:
         return True
