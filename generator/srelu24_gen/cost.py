@@ -29,8 +29,6 @@ from srelu24_gen.target import GpuTarget
 
 CLOCK_HZ = 1.75e9
 """Of an SM that nothing holds back."""
-MMA_FLOPS = 4096
-"""Dense 16-bit operations of one SM in a cycle; a sparse MMA does twice the dense-equivalent work."""
 LATENCY_CYCLES = 2000
 """From the issue of a load to its arrival under load."""
 STALL_CYCLES = {"dense": 150, "sparse": 350}
@@ -86,7 +84,8 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     clusters = target.sm_count // c.cluster_m
     steps, split = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
 
-    mma = 2 * c.tile_m * c.tile_n * c.tile_k / MMA_FLOPS / (2 if sparse else 1)
+    mma = 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
+    mma *= family.dtype.bytes / 2  # 8-bit operands go twice as fast
     step = max(mma, LATENCY_CYCLES / max(1, c.stages - 1))
     steps_us = 1e6 * steps * step / CLOCK_HZ
     stall = STALL_CYCLES["sparse" if sparse else "dense"] if c.producer is Producer.THREAD else 0

@@ -25,8 +25,6 @@ from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType
 
 TOKENS = (2048, 4096, 8192, 12288, 16384)
-TINY_TOKENS = (64, 96, 128, 192, 256)
-
 TOLERANCE = 3e-2
 """Relative distance allowed between the converted stack and the dense one with masked activations."""
 

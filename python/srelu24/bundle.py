@@ -9,6 +9,7 @@ A bundle is read whole and checked before anything of it is installed. It needs 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -28,7 +29,7 @@ from srelu24.db import Database
 from srelu24.records import TuningRecord, decode_file, encode_file
 from srelu24_gen import __version__, space
 from srelu24_gen import compile as compiler
-from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError
+from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.store import BuildStore, KernelMeta
@@ -103,14 +104,17 @@ def pack(
     problems = [p for shape in shapes for p in catalogue.all_problems(shape, dtype)]
     if bias:
         problems += [_biased(p) for p in problems if p.family.op is not Op.SPARSIFY24]
-    records = {r.key: r for p in problems for r in db.of_widths(p, target) if r.family.dtype is dtype}
-    configs = [
-        (p.family, config)
-        for p in problems
-        for config in (catalogue.choose(p, target).config, space.default(p, target))
-    ]
-    families = {p.family for p in problems}
-    configs += [(r.family, r.kernel_config()) for r in records.values() if r.family in families]
+    near = [(p.family, r) for p in problems for r in db.of_widths(p, target)]
+    records = {r.key: r for _, r in near}
+    configs = [(p.family, space.default(p, target)) for p in problems]
+    for problem in problems:
+        chosen = catalogue.choose(problem, target).config
+        configs.append((problem.family, chosen))
+        if problem.family.op in (Op.GEMM_RELU2_24, Op.SPGEMM):  # what deterministic="batch" runs
+            configs.append((problem.family, space.batch_invariant(problem, chosen, target)))
+    for family, record in near:
+        with contextlib.suppress(Unsupported):  # of another version: nothing runs it
+            configs.append((family, record.kernel_config()))
     specs = {spec.digest: spec for family, config in configs if (spec := KernelSpec(family, config, target.arch))}
     outcomes = compiler.build_many(specs.values(), jobs=jobs, on_done=lambda *_: on_done(len(specs)))
     files: dict[str, bytes] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from srelu24 import db
 from srelu24.records import TuningRecord
 from srelu24_gen import compile as compiler
-from srelu24_gen import paths, space
+from srelu24_gen import cost, paths, space
 from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Shape as Shape
@@ -53,6 +53,7 @@ def choose(problem: Problem, target: GpuTarget) -> Chosen:
 def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any]]:
     """One row per kernel and candidate configuration of a shape, the chosen one marked.
 
+    ``predicted_us`` and ``bound`` are the cost model's (:mod:`srelu24_gen.cost`), by which the tuner ranks.
     "built" means that the cache holds a kernel of that name, perhaps from templates that have changed since.
 
     Raises:
@@ -65,6 +66,7 @@ def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any
         chosen = choose(problem, target)
         for config in dict.fromkeys([chosen.config, *space.candidates(problem, target)]):
             spec = KernelSpec(problem.family, config, target.arch)
+            predicted = cost.cost(problem, config, target)
             rows.append(
                 {
                     "shape": str(shape),
@@ -76,6 +78,8 @@ def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any
                     "chosen": config == chosen.config,
                     "source": chosen.source if config == chosen.config else None,
                     "built": spec.name in built,
+                    "predicted_us": round(predicted.us, 1),
+                    "bound": predicted.bound,
                     "recorded": (problem.family, problem.m, problem.n, problem.k, config) in recorded,
                 }
             )

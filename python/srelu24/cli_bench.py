@@ -98,10 +98,12 @@ def bench_tuning(
 
 @app.command("model")
 def bench_model(
-    tokens: Annotated[str | None, typer.Option(help="Lengths of the prefill.", metavar="M,M")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the prefill, such as 2048,16384.", metavar="M,M")
+    ] = None,
     dtype: options.Dtype = DType.BF16,
     density: options.Density = 0.1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing, per number of tokens.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing per token count.")] = 20.0,
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny stack on the CPU, to try it.")] = False,
     json: options.JsonFile = None,
     results: options.Results = None,
@@ -110,13 +112,15 @@ def bench_model(
     from srelu24 import bench_model as model_bench
     from srelu24 import views
 
+    counts = (64, 96, 128, 192, 256) if tiny else model_bench.TOKENS
+    path = json if json or not results else results / "cpu" / "model.json"
     file = model_bench.bench_model(
         model_bench.TINY if tiny else model_bench.NEMOTRON,
-        options.counts_of(tokens) if tokens else model_bench.TINY_TOKENS if tiny else model_bench.TOKENS,
+        counts if tokens is None else options.token_counts(tokens),
         dtype,
         density,
         seconds=seconds,
-        json_path=options.named_result(json, None if tiny else results, "model"),
+        json_path=path if tiny else options.named_result(json, results, "model"),
         on_event=views.note,
         device="cpu" if tiny else "cuda",
     )

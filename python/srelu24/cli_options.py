@@ -125,7 +125,7 @@ def shapes_of(
     elif not widths:
         raise typer.BadParameter("--tokens are those of a model; add --model, or give whole shapes with --shape")
     else:
-        counts = counts_of(tokens)
+        counts = token_counts(tokens)
     of_widths = [Shape(m, d, f) for d, f in widths for m in counts]
     shapes = list(dict.fromkeys([*(given or []), *of_widths])) or default
     if not shapes:
@@ -133,7 +133,7 @@ def shapes_of(
     return shapes
 
 
-def counts_of(text: str) -> list[int]:
+def token_counts(text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise typer.BadParameter(f"--tokens {text!r} is not a list of numbers of tokens, such as 4096,16384")
     return [int(count) for count in text.split(",")]

@@ -95,7 +95,7 @@ class Database:
 
         In this order: the same family and sizes on this GPU (the user's record first), the nearest sizes on this GPU
         (:func:`distance`), the nearest on another GPU of the same architecture. Families that differ only by bias,
-        residual or non-zero count answer for each other, never as "exact". Only a configuration that
+        residual, non-zero count, or bf16 and fp16, answer for each other, never as "exact". Only a configuration that
         ``space.supports()`` accepts for this very problem is returned; a record this version cannot parse is skipped
         with a warning that names it.
         """
@@ -231,11 +231,12 @@ class Database:
 
 
 def _related(a: Family, b: Family) -> bool:
-    return (a.op, a.dtype) == (b.op, b.dtype) and (a.activation == b.activation or a.name == b.name)
+    """Whether records of one may answer for the other: the same kernel but for options and the 16-bit type."""
+    return (a.op, a.dtype.bytes) == (b.op, b.dtype.bytes) and (a.activation == b.activation or a.name == b.name)
 
 
 def _option_differences(a: Family, b: Family) -> int:
-    options = ("bias", "residual", "count_nonzeros", "out", "weight")
+    options = ("dtype", "bias", "residual", "count_nonzeros", "out", "weight")
     return sum(getattr(a, name) != getattr(b, name) for name in options)
 
 

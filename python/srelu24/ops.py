@@ -15,7 +15,7 @@ from torch import Tensor
 from srelu24 import dense, reference
 from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
 from srelu24.fallback import FallbackWarning as FallbackWarning
-from srelu24.fallback import warn_dense as _warn
+from srelu24.fallback import warn_dense
 from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import Recipe
@@ -45,6 +45,7 @@ _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias,
 
 
 NO_BACKWARD = "gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()"
+
 
 # ---------------------------------------------------------------------------------------------- public functions
 
@@ -116,7 +117,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     check_matrix("w", w, (None, x.shape[-1]), x)
     check_vector("bias", bias, w.shape[0], x)
     if differentiated(x, w, bias):
-        _warn(NO_BACKWARD)
+        warn_dense(NO_BACKWARD)
         return _dense_linear(x, w, bias, activation)
     y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
     return y.view(*x.shape[:-1], w.shape[0])
@@ -198,7 +199,7 @@ def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     reason = kernel_reason(x, w, bias)
     if reason is not None:
-        _warn(reason)
+        warn_dense(reason)
         return _dense_linear(x, w, bias, activation)
     out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
     _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
@@ -231,7 +232,7 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
     s = _packed(values, metadata, w2.shape[1])
     reason = kernel_reason(w2, bias, residual)
     if reason is not None:
-        _warn(reason)
+        warn_dense(reason)
         return _matmul_dense(s, w2, bias, residual)
     out = torch.empty((s.shape[0], w2.shape[0]), dtype=s.dtype, device=s.device)
     _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
@@ -333,7 +334,7 @@ def _fallback_ffn(
 ) -> Tensor:
     if mode == BATCH:
         raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
-    _warn(reason)
+    warn_dense(reason)
     return _dense_ffn(x, w1, w2, b1, b2)
 
 

@@ -64,7 +64,8 @@ def load_results(results_dir: Path) -> list[Result]:
 
 
 def tables(results_dir: Path) -> dict[str, str]:
-    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``.
+    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``,
+    ``model``.
 
     Empty where nothing was measured.
 
@@ -77,10 +78,10 @@ def tables(results_dir: Path) -> dict[str, str]:
         "gemm": _gemm_table,
         "memory": _memory_table,
         "overhead": _overhead_table,
-        "model": _model_table,
         "tuning": lambda found: _ratio_table(found, "tuning", "default", "tuned"),
         "fallback": lambda found: _ratio_table(found, "fallback", "tuned", "nearest record"),
         "sweep": _sweep_table,
+        "model": _model_table,
     }
     return {name: make(results) for name, make in makers.items()}
 
@@ -273,28 +274,6 @@ def _overhead_table(results: list[Result]) -> str:
     return _tables(newest.values(), ["srelu24.ffn, host us per call", "eager PyTorch, host us per call"], cells)
 
 
-def _model_table(results: list[Result]) -> str:
-    head = ["stack", "mode", "dtype", "tokens", "density", "dense, tokens/s", "srelu24, tokens/s", "faster"]
-    head += ["dense, peak GB", "srelu24, peak GB", "graphs"]
-
-    def cells(result: Result) -> list[str]:
-        row, model = result.row, result.file.env.get("model", {})
-        dense, ours = row.candidates["dense"], row.candidates["srelu24"]
-        return [
-            f"{model.get('name')}, {model.get('layers')} layers",
-            row.op.removeprefix("prefill_"),
-            row.dtype,
-            row.shape.split("x")[0],
-            f"{row.density:.0%}",
-            *(_number(c.tokens_per_s or None, ".0f") for c in (dense, ours)),
-            _number(row.speedup.get("dense"), ".2f", "x"),
-            *(_number(c.peak_bytes / 1e9 if c.peak_bytes else None, ".1f") for c in (dense, ours)),
-            _number(ours.graphs or None, "d"),
-        ]
-
-    return _tables([r for mode in ("eager", "compiled") for r in _of_op(results, f"prefill_{mode}")], head, cells)
-
-
 def _ratio_table(results: list[Result], op: str, other: str, ours: str) -> str:
     """Ours against one other, and over all shapes of a GPU the geometric mean and the worst."""
     results = [result for result in _of_op(results, op) if other in result.row.speedup]
@@ -341,6 +320,28 @@ def _over_compile(row: Row, name: str) -> float | None:
 
 def _tokens(row: Row) -> int:
     return int(row.shape.split("x")[0])
+
+
+def _model_table(results: list[Result]) -> str:
+    head = ["stack", "mode", "dtype", "tokens", "density", "dense, tokens/s", "srelu24, tokens/s", "faster"]
+    head += ["dense, peak GB", "srelu24, peak GB", "graphs"]
+
+    def cells(result: Result) -> list[str]:
+        row, model = result.row, result.file.env.get("model", {})
+        dense, ours = row.candidates["dense"], row.candidates["srelu24"]
+        return [
+            f"{model.get('name')}, {model.get('layers')} layers",
+            row.op.removeprefix("prefill_"),
+            row.dtype,
+            row.shape.split("x")[0],
+            f"{row.density:.0%}",
+            *(_number(c.tokens_per_s or None, ".0f") for c in (dense, ours)),
+            _number(row.speedup.get("dense"), ".2f", "x"),
+            *(_number(c.peak_bytes / 1e9 if c.peak_bytes else None, ".1f") for c in (dense, ours)),
+            _number(ours.graphs or None, "d"),
+        ]
+
+    return _tables([r for mode in ("eager", "compiled") for r in _of_op(results, f"prefill_{mode}")], head, cells)
 
 
 def _of_op(results: Iterable[Result], op: str) -> list[Result]:

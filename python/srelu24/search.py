@@ -58,6 +58,9 @@ class Runner(Protocol):
 
     target: GpuTarget
 
+    def start(self) -> None:
+        """Get ready, so that the time of a search is for searching; the first of many searches may wait here."""
+
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
         """Every spec once, as it is done, with the key of its binary or the error; closing the generator stops it."""
 
@@ -187,6 +190,9 @@ class Search:
             if all((p, self.defaults[p]) in self.journal.digests for p in self.chain) and self.runner.now() >= deadline:
                 break
             if len(binaries[problem]) >= CHUNK and (problem, default) in self.journal.digests:
+                screen(problem, binaries[problem])
+        for problem in self.chain:
+            if binaries[problem] and not self.screened[problem]:  # once, however late it is
                 screen(problem, binaries[problem])
         for waiting in (binaries, variants):
             for problem in self.chain:

@@ -10,6 +10,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class Session:
         self._shared: tuple[object, SharedData] | None = None
         self._alone: dict[object, launch.Operands] = {}
         self._verified: set[tuple[Problem, KernelConfig, float, int]] = set()
+        self._timed: list[launch.Operands] = []  # what captured calls read and write must outlive them
 
     def run(self, job: Job) -> None:
         """Verify, then time.
@@ -51,6 +53,7 @@ class Session:
             DeviceBroken: a candidate, already reported, left a CUDA context that no longer works.
         """
         calls: dict[str, Callable[[], Any]] = {}
+        self._timed.clear()
         for candidate in job.candidates:
             self._send(Started(candidate.name))
             try:
@@ -96,6 +99,7 @@ class Session:
     def _call(self, candidate: Candidate, job: Job) -> Callable[[], Any]:
         """The candidate as one call (a CUDA graph, so that the host costs no time); each step reads the one before."""
         chain = [(step, self._data(step.problem, job)) for step in candidate.steps]
+        self._timed += [operands for _, operands in chain]
 
         def run() -> None:
             out = chain[0][1].a
@@ -168,7 +172,10 @@ def main() -> None:
         while True:
             session.run(msgspec.json.decode(jobs.get(), type=Job))
     except DeviceBroken:
-        os._exit(1)  # the usual way out would wait for the device
+        pass
+    except Exception:
+        traceback.print_exc()  # its last line is what the parent reports
+    os._exit(1)  # the usual way out would wait for the device, and for the thread that reads stdin
 
 
 if __name__ == "__main__":

@@ -84,9 +84,10 @@ def tune_ffn(
     db = db or Database.open()
     emit = on_event or (lambda event: None)
     runner = runner or GpuRunner(torch.device(device))
-    begin = runner.now()
     reports: list[TuneReport] = []
     with contextlib.closing(runner):
+        runner.start()
+        begin = runner.now()
         if dense:
             chain = shape.dense_gemms(dtype, bias, bias)
             reports.append(Search(chain, runner, db, density, budget_s / 3, resume, emit).run())
@@ -166,6 +167,9 @@ class GpuRunner:
         finally:
             stop.set()
 
+    def start(self) -> None:
+        self._worker.start()
+
     def run(self, job: Job) -> Iterator[Outcome]:
         return self._worker.run(job)
 
@@ -188,6 +192,7 @@ class Lent:
 
     def __init__(self, runner: Runner, stop: threading.Event | None = None) -> None:
         self.target, self.build, self.versions, self.now = runner.target, runner.build, runner.versions, runner.now
+        self.start = runner.start
         self._runner, self._stop = runner, stop
 
     def run(self, job: Job) -> Iterator[Outcome]:
@@ -218,7 +223,7 @@ def live_view() -> Iterator[Callable[[Event], None]]:
                     title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape}")
                     if event.gpu not in shapes:
                         shapes[event.gpu] = progress.add_task("", total=event.total)
-                    description = f"{title}, {event.seconds:.0f} s"
+                    description = f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left"
                     progress.update(shapes[event.gpu], completed=event.number - 1, description=description)
                 case ShapeEnded():
                     m, d, f = event.shape

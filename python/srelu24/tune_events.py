@@ -76,13 +76,17 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class ShapeStarted:
-    """One of many shapes: the ``number``-th of ``total`` on this GPU model, with so many seconds to search."""
+    """One of many shapes: the ``number``-th of ``total`` on this GPU model, with so many seconds to search.
+
+    ``left_s`` is about how long this one and the others will take.
+    """
 
     shape: Shape
     gpu: str
     seconds: float
     number: int
     total: int
+    left_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,8 @@ def tune_shapes(
             shape, waiting = taken
             own, *others = (weight(s, dtype, target) for s in (shape, *waiting))
             seconds = budget.of(own, sum(others) / queue.gpus, runner.now() - begin)
-            on_event(ShapeStarted(shape, target.key, seconds, len(order) - len(waiting), len(order)))
+            left = seconds * (1 + (len(waiting) / queue.gpus if budget.per_shape else sum(others) / queue.gpus / own))
+            on_event(ShapeStarted(shape, target.key, seconds, len(order) - len(waiting), len(order), left))
             tuned = Tuned(shape, target.key)
             if not (resume and is_tuned(shape, dtype, target, db, density, seconds, key)):
                 try:

@@ -142,6 +142,10 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Start the child, if there is none yet; LaunchError where that fails."""
+        self._ready_child()
+
     def close(self) -> None:
         """Kill the child."""
         if self._child is not None:

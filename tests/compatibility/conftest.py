@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from srelu24 import ops
+from srelu24 import fallback
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same weights in every run; and every test sees its own fallback warnings."""
     torch.manual_seed(0)
-    ops._warn.cache_clear()
+    fallback.warn_again()
 
 
 class MLP(nn.Module):

@@ -63,7 +63,12 @@ class FakeGpu:
         self.random = random.Random(seed)
         self.clock = 0.0
         self.jobs: list[Job] = []
-        self.closed = False
+        self.closed = self.started = False
+
+    def start(self) -> None:
+        if not self.started:  # as long as a child takes
+            self.clock += 5.0
+        self.started = True
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
         for spec in specs:

@@ -13,31 +13,24 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from command_line import SMALL, srelu24
 from srelu24 import catalogue, cli, db, doctor, results
 from srelu24 import run as main_job
 from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import compile as compiler
 from srelu24_gen import render, space
 from srelu24_gen.errors import CompileError, Unsupported
-from srelu24_gen.models import MODELS, TOKENS, Shape
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import target_by_key
 
 H200 = target_by_key("h200")
-SMALL = Shape(256, 512, 1024)
 
 
 @pytest.fixture(autouse=True)
 def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRELU24_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SRELU24_DATA_DIR", str(tmp_path / "data"))
-
-
-def srelu24(*arguments: str, code: int = 0) -> SimpleNamespace:
-    """Runs the command line in this process; `.stdout` and `.stderr` of it."""
-    result = CliRunner().invoke(cli.app, list(arguments))
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return SimpleNamespace(stdout=result.stdout, stderr=result.stderr)
 
 
 STATIC_SMEM = 64
@@ -93,112 +86,6 @@ def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
     assert (second.m, second.n, second.k) == (2, 24, 56)
     assert first.flops == second.flops == 2 * 2 * 24 * 56
     assert all(space.supports_problem(problem, H200).ok for problem in (first, second))
-
-
-# --- which shapes a command gets ------------------------------------------------------------------------------------
-
-DEFAULT = Shape(16384, 4096, 16384)
-MINITRON = ["--model", "minitron-4b"]
-GIVEN = [
-    pytest.param(["--shape", str(SMALL)], [SMALL], id="a shape"),
-    pytest.param([*MINITRON, "--tokens", "8"], [Shape(8, 3072, 9216)], id="a model"),
-    pytest.param(MINITRON, [Shape(m, 3072, 9216) for m in TOKENS], id="a model at the standard token counts"),
-    pytest.param(
-        [*MINITRON, "--model", "Nanochat", "--tokens", "8,16", "--shape", str(SMALL), "--shape", "8x16x24"],
-        [
-            SMALL,
-            Shape(8, 16, 24),
-            Shape(8, 3072, 9216),
-            Shape(16, 3072, 9216),
-            Shape(8, 768, 3072),
-            Shape(16, 768, 3072),
-        ],
-        id="several of both",
-    ),
-    pytest.param(
-        ["--model", "paper-7b", "--model", "nemotron-3-8b", "--shape", "8x4096x16384", "--tokens", "8,8"],
-        [Shape(8, 4096, 16384)],
-        id="the same one under several names",
-    ),
-]
-COMMANDS = [["list"], ["build"], ["tune"], ["run"], ["bench", "ffn"], ["bench", "gemm"]]
-
-
-@pytest.fixture
-def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """What the commands pass on, instead of doing it."""
-    from srelu24 import cli_tune, tune_many
-
-    shapes: list[Shape] = []
-
-    def one(shape: Shape, *_: object) -> list[Any]:
-        shapes.append(shape)
-        return []
-
-    def several(given: list[Shape], *_: object, **__: object) -> list[Any]:
-        shapes.extend(given)
-        return []
-
-    monkeypatch.setattr(catalogue, "kernels", one)
-    monkeypatch.setattr(catalogue, "specs_for", several)
-    monkeypatch.setattr(catalogue, "build_kernels", lambda *_, **__: [])
-    monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [])
-    monkeypatch.setattr(tune_many, "tune_shapes", several)
-    monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
-    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
-    return shapes
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize(("arguments", "shapes"), GIVEN)
-def test_commands_take_shapes_and_models(
-    command: list[str], arguments: list[str], shapes: list[Shape], asked_shapes: list[Shape]
-) -> None:
-    srelu24(*command, *arguments)
-    assert asked_shapes == shapes
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], asked_shapes: list[Shape]) -> None:
-    tuned = command == ["tune"]  # a search takes minutes: which shape is for the user to say
-    result = srelu24(*command, code=2 if tuned else 0)
-    assert asked_shapes == ([] if tuned else [DEFAULT])
-    assert ("give --shape MxDxF or --model" in result.stderr) == tuned
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--model", "nemotron-4-16b"], "nemotron-4-15b"),
-        (["--tokens", "4096"], "--model"),
-        (["--tokens", "4096", "--shape", str(SMALL)], "--model"),
-        *[([*MINITRON, "--tokens", tokens], "4096,16384") for tokens in ("", "4k", "8,", "8 16", "-8", "0", "8.0")],
-    ],
-)
-def test_wrong_models_and_token_counts_are_refused(
-    command: list[str], arguments: list[str], reason: str, asked_shapes: list[Shape]
-) -> None:
-    result = srelu24(*command, *arguments, code=2)
-    assert reason in result.stderr
-    assert "Traceback" not in result.stderr
-    assert asked_shapes == []
-
-
-def test_list_models_prints_the_table() -> None:
-    table = srelu24("list", "--models").stdout
-    for key, model in MODELS.items():
-        row = next(line for line in table.splitlines() if f" {key} " in line)
-        assert [cell.strip() for cell in row.split("│")[1:5]] == [key, model.name, str(model.d_model), str(model.d_ff)]
-    rows = json.loads(srelu24("list", "--models", "--json").stdout)
-    assert rows[0] == {
-        "key": "paper-1b",
-        "name": "arXiv 2503.16672, 1B",
-        "d_model": 2048,
-        "d_ff": 8192,
-        "note": "the paper's accuracy table",
-    }
-    assert [row["key"] for row in rows] == list(MODELS)
 
 
 # --- commands that need no GPU --------------------------------------------------------------------------------------
@@ -462,51 +349,3 @@ def test_run_says_that_the_benchmark_was_left_out(fake_gpu: list[tuple[Any, ...]
     result = srelu24("run", "--budget", "0", "--no-bench")
     assert [what for what, *_ in fake_gpu] == ["check"]
     assert "Not done: the benchmark" in result.stderr
-
-
-def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(main_job, "benchmark", lambda *given: asked.append(given))
-    monkeypatch.setattr(main_job, "benchmark_tuning", lambda *given: asked.append(given))
-    monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
-    where = ["--results", str(tmp_path)]
-    srelu24("bench", "sweep", "--model", "nanochat", "--tokens", "16,64", "--seconds", "1.5", *where)
-    shapes = [Shape(m, 768, 3072) for m in (16, 64)]
-    assert asked.pop() == ("sweep", shapes, DType.BF16, [0.1], tmp_path / "h200" / "sweep.json", 1.5)
-    srelu24("bench", "sweep", "--model", "nanochat")
-    assert [s.m for s in asked.pop()[1]] == [2**i for i in range(4, 16)]
-    tuning = ["bench", "tuning", "--model", "nanochat", "--tokens", "16,64"]
-    srelu24(*tuning, "--held-out", "32", "--held-out-model", "minitron-4b", "--tune-seconds", "9", *where)
-    held = [Shape(32, 3072, 9216)]
-    assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json")
-    srelu24(*tuning, "--held-out", "")
-    assert asked.pop()[1] == []
-    assert "4096,16384" in srelu24(*tuning, "--held-out", "many", code=2).stderr
-
-
-def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from srelu24 import bench
-
-    ours = results.Candidate(ms=1.5, tflops=700.0, joules=None, sm_mhz=None, watts=None, samples=9)
-    row = results.Row(
-        op="ffn_forward",
-        dtype="bf16",
-        shape=str(SMALL),
-        density=0.1,
-        candidates={"srelu24": ours},
-        speedup={"torch_compile": 1.25},
-        speed_of_light=0.9,
-    )
-    asked: list[Any] = []
-
-    def bench_ffn(shapes: Any, dtype: DType, densities: Any, *, json_path: Path, on_event: Any) -> results.BenchFile:
-        asked.append((shapes, dtype, densities, json_path))
-        on_event(bench.BenchEvent("progress", "timing", 0.5))
-        return results.BenchFile(env={}, rows=[row])
-
-    monkeypatch.setattr(bench, "bench_ffn", bench_ffn)
-    monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
-    out = srelu24("bench", "ffn", "--shape", str(SMALL), "--density", "0.1", "--results", str(tmp_path)).stdout
-    assert asked == [([SMALL], DType.BF16, [0.1], tmp_path / "h200" / "ffn_bf16.json")]
-    assert "over torch_compile" in out
-    assert "1.250x" in out

@@ -9,21 +9,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
+from command_line import SMALL, srelu24
 from fake_gpu import FakeGpu
-from srelu24 import cli, cli_tune, records, tune_many
+from srelu24 import cli_tune, records, tune_many
 from srelu24.tune_many import Budget, Tuned
 from srelu24_gen.models import MODELS, Shape
 from srelu24_gen.spec import DType
-
-SMALL = Shape(256, 512, 1024)
-
-
-def srelu24(*arguments: str, code: int = 0) -> SimpleNamespace:
-    result = CliRunner().invoke(cli.app, list(arguments))
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return SimpleNamespace(stdout=result.stdout, stderr=" ".join(result.stderr.split()))
 
 
 @pytest.fixture(autouse=True)

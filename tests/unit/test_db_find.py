@@ -15,7 +15,7 @@ from rows import CONFIG, H200, PROBLEM, SPGEMM, evidence, record, ship
 from srelu24 import user_store
 from srelu24.db import Database
 from srelu24.records import TuningRecord
-from srelu24_gen.spec import DType, Family, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +151,7 @@ def test_families_that_differ_by_options_are_hints_and_their_own_kind_comes_firs
     found = db.find(PROBLEM, H200)
     assert found
     assert (found.how, found.record.family) == ("exact", SPGEMM)
-    for other in (Family(Op.GEMM, DType.BF16), Family(Op.SPGEMM, DType.FP16)):
+    for other in (Family(Op.GEMM, DType.BF16), Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2)):
         assert db.find(dataclasses.replace(PROBLEM, family=other), H200) is None
 
 
@@ -163,3 +163,18 @@ def test_a_config_that_does_not_fit_the_problem_is_passed_over(db: Database) -> 
     found = db.find(PROBLEM, H200)
     assert found
     assert (found.how, found.record.m) == ("nearest", 1)
+
+
+def test_bf16_and_fp16_share_records_and_their_own_comes_first(db: Database) -> None:
+    half = dataclasses.replace(PROBLEM, family=dataclasses.replace(SPGEMM, dtype=DType.FP16))
+    db.put(record(evidence=evidence(ms=2.0)))
+    found = db.find(half, H200)
+    assert found
+    assert (found.how, found.record.family) == ("nearest", SPGEMM)
+    assert [r.family.dtype for r in db.of_widths(half, H200)] == [DType.BF16]
+    db.put(record(family=half.family, evidence=evidence(ms=3.0)))
+    found = db.find(half, H200)
+    assert found
+    assert (found.how, found.record.family.dtype) == ("exact", DType.FP16)
+    assert [r.family.dtype for r in db.of_widths(half, H200)] == [DType.FP16]
+    assert [r.family.dtype for r in db.of_widths(PROBLEM, H200)] == [DType.BF16]

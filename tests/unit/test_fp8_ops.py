@@ -23,7 +23,7 @@ M, D, F = 20, 64, 96
 
 @pytest.fixture(autouse=True)
 def _warn_again() -> None:
-    fallback.warn_dense.cache_clear()
+    fallback.warn_again()
 
 
 class Layer:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import srelu24
-from srelu24 import ops, reference
+from srelu24 import fallback, reference
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation
@@ -23,7 +23,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 @pytest.fixture(autouse=True)
 def _warn_again() -> None:
-    ops._warn.cache_clear()
+    fallback.warn_again()
 
 
 class Layer:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 
+import fake_child
 from fake_gpu import DEFAULTS, GEMM1, GEMM2, GOOD, H200, NEXT, OTHERS, D, F, FakeGpu, M, better
 from srelu24 import tune
 from srelu24.db import Database
@@ -20,6 +20,7 @@ from srelu24.records import Trial
 from srelu24.search import FEWEST
 from srelu24.tune import tune_ffn
 from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted
+from srelu24.worker import Job, Outcome, Worker
 from srelu24_gen import cost, space
 from srelu24_gen.errors import CompileError, LaunchError, Unsupported
 from srelu24_gen.models import Shape
@@ -286,6 +287,32 @@ def test_a_winner_that_is_wrong_at_full_size_makes_way_for_the_next(db: Database
         run(db, gpu, resume=False)
 
 
+def test_a_whole_search_survives_candidates_that_hang_crash_break_the_device_and_are_wrong(db: Database) -> None:
+    class RealWorker(FakeGpu):
+        """The tuner's own worker process, with a child whose device is made up."""
+
+        child = Worker("fake", step_seconds=0.5, command=(sys.executable, "-S", str(fake_child.__file__)))
+
+        def run(self, job: Job) -> Iterator[Outcome]:
+            self.clock += 0.1
+            return self.child.run(job)
+
+        def close(self) -> None:
+            self.child.close()
+
+    report = run(db, RealWorker(), budget_s=20.0)
+    fates = {fake_child.fate(t.config): t.reason for t in trials(db) if t.outcome == "failed"}
+    assert set(fates) == {"hangs", "crashes", "breaks", "wrong"}
+    assert "no answer within 0.5 s" in fates["hangs"]
+    assert "illegal memory access" in fates["crashes"]
+    assert "misaligned" in fates["breaks"]
+    assert "wrong result" in fates["wrong"]
+    right = [t for t in trials(db) if t.outcome == "ok"]
+    assert {fake_child.fate(t.config) for t in right} == {"right"}
+    assert len(right) > 40
+    assert len(report.records) == 2
+
+
 def test_throttling_spread_and_outliers_are_evidence(db: Database) -> None:
     gpu = FakeGpu(drift=0.0)
     gpu.throttled = True
@@ -346,37 +373,3 @@ def test_events_tell_the_whole_story_and_the_live_view_takes_them(
     assert "failed: " in shown
     assert "1.05" in shown
     assert msgspec.json.decode(msgspec.json.encode(report))["speedup"] == report.speedup
-
-
-# --- the real runner, as far as it goes without a GPU ---
-
-
-def test_builds_come_as_they_are_done_and_stop_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [KernelSpec(GEMM2.family, c) for c in OTHERS[1][:5]]
-    attempted: list[KernelSpec] = []
-
-    def fake_build_many(wanted: Sequence[KernelSpec], *, jobs: int, on_done: Callable[..., None]) -> None:
-        assert jobs >= 1
-        for spec in wanted:
-            attempted.append(spec)
-            on_done(spec, CompileError(spec.name))
-            time.sleep(0.05)
-
-    monkeypatch.setattr(tune, "build_many", fake_build_many)
-    monkeypatch.setattr(tune, "gpu_of", lambda device: H200)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu = tune.GpuRunner(torch.device("cuda:0"))
-    assert [(spec, str(error)) for spec, error in gpu.build(specs)] == [(spec, spec.name) for spec in specs]
-
-    attempted.clear()
-    for _ in gpu.build(specs):
-        break
-    time.sleep(0.3)
-    assert len(attempted) < len(specs)
-
-    def fails(*_: object, **__: object) -> None:
-        raise CompileError("nothing can be built")
-
-    monkeypatch.setattr(tune, "build_many", fails)
-    with pytest.raises(CompileError, match="nothing can be built"):
-        list(gpu.build(specs))
