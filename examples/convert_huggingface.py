@@ -30,13 +30,14 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if gpu else "cpu"
 
+    heads = max(2, args.d_model // 128)
     config = NemotronConfig(
         vocab_size=1024,
         hidden_size=args.d_model,
         intermediate_size=args.d_ff,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.d_model // 32,
-        num_key_value_heads=args.d_model // 32,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=args.tokens,
         bos_token_id=0,
         eos_token_id=1,
