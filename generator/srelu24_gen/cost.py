@@ -38,14 +38,14 @@ L2_SHARE = 0.6
 DRAM_SHARE = 0.85
 """Of the peak bandwidth that a kernel reaches."""
 PICOJOULES = {"dense": 0.62, "sparse": 0.37, "l2": 20.0, "dram": 60.0}
-"""Per dense-equivalent operation of either MMA, and per byte from L2 to an SM and from DRAM."""
+"""Per dense-equivalent 16-bit operation of either MMA (half in 8 bits), per byte from L2 to an SM and from DRAM."""
 STATIC_WATTS = 130
 FIXED_US = 4.0
 """Launch, the first load, the last epilogue."""
 SPLIT_US = 4.0
 """More where tiles are split along K: partial sums through L2, and waiting for them."""
-UNIT = 4
-"""k-blocks: stream-K cuts no finer."""
+UNIT = 256
+"""Of K: stream-K cuts no finer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     problem = dataclasses.replace(problem, m=max(problem.m, 1))
     family = problem.family
     bytes_a, bytes_b, bytes_out = _operand_bytes(problem)
-    if family.op is Op.SPARSIFY24:
+    if not family.op.multiplies:
         memory = 1e6 * (bytes_a + bytes_out) / _bandwidth(target)
         return Cost(FIXED_US + memory, 0.0, memory, 0.0, FIXED_US, 1.0)
     c, sparse = config, family.op is Op.SPGEMM
@@ -84,8 +84,8 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     clusters = target.sm_count // c.cluster_m
     steps, split = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
 
-    mma = 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
-    mma *= family.dtype.bytes / 2  # 8-bit operands go twice as fast
+    width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
+    mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
     step = max(mma, LATENCY_CYCLES / max(1, c.stages - 1))
     steps_us = 1e6 * steps * step / CLOCK_HZ
     stall = STALL_CYCLES["sparse" if sparse else "dense"] if c.producer is Producer.THREAD else 0
@@ -102,7 +102,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     work = tiles_m * tiles_n * c.cluster_m * k_blocks  # steps of all CTAs
     l2 = work * (size.stage_bytes_a + size.stage_bytes_b / c.cluster_m)
     flops = work * 2 * c.tile_m * c.tile_n * c.tile_k
-    joules = 1e-12 * (flops * PICOJOULES["sparse" if sparse else "dense"] + l2 * PICOJOULES["l2"])
+    joules = 1e-12 * (width * flops * PICOJOULES["sparse" if sparse else "dense"] + l2 * PICOJOULES["l2"])
     joules += 1e-12 * dram * PICOJOULES["dram"]
     energy_us = 1e6 * joules / (target.watts - STATIC_WATTS)
 
@@ -149,19 +149,20 @@ def _steps(config: KernelConfig, tiles: int, clusters: int, k_blocks: int) -> tu
         return float(whole * k_blocks), False
     if not config.stream_k:
         return float((whole + 1) * k_blocks), False
-    units = -(-rest * -(-k_blocks // UNIT) // clusters)
-    return float(whole * k_blocks + min(units * UNIT, k_blocks)), True
+    unit = UNIT // config.tile_k
+    units = -(-rest * -(-k_blocks // unit) // clusters)
+    return float(whole * k_blocks + min(units * unit, k_blocks)), True
 
 
 def _operand_bytes(problem: Problem) -> tuple[float, float, float]:
     """A, B and the output in memory. A packed matrix has half the values and a bit of metadata per element."""
-    element = problem.family.dtype.bytes
-    packed = element / 2 + 1 / 8
+    element, result = problem.family.dtype.bytes, (problem.family.out or problem.family.dtype).bytes
+    packed, packed_result = (bytes_ / 2 + 1 / 8 for bytes_ in (element, result))
     m, n, k, op = problem.m, problem.n, problem.k, problem.family.op
-    if op is Op.SPARSIFY24:
-        return m * n * element, 0.0, m * n * packed
+    if not op.multiplies:  # X and its copy in e4m3, or a matrix and its packed form
+        return m * n * element, 0.0, m * n * (packed if op is Op.SPARSIFY24 else result)
     a = m * k * (packed if op is Op.SPGEMM else element)
-    return a, n * k * element, m * n * (packed if op is Op.GEMM_RELU2_24 else element)
+    return a, n * k * element, m * n * (packed_result if op is Op.GEMM_RELU2_24 else result)
 
 
 def _bandwidth(target: GpuTarget) -> float:

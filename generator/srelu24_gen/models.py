@@ -39,11 +39,14 @@ class Shape(NamedTuple):
         return cls(*map(int, match.groups()))
 
     def gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
-        """The two GEMMs of the sparse FFN: X W1^T with pruning (N = F, K = D), then S W2^T (N = D, K = F)."""
-        first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1)
-        return Problem(first, self.m, self.f, self.d), Problem(
-            Family(Op.SPGEMM, dtype, bias=b2), self.m, self.d, self.f
-        )
+        """The two GEMMs of the sparse FFN: X W1^T with pruning (N = F, K = D), then S W2^T (N = D, K = F).
+
+        In e4m3 S is e4m3 too, and the result bf16.
+        """
+        s, y = (DType.E4M3, DType.BF16) if dtype is DType.E4M3 else (None, None)
+        first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1, out=s)
+        second = Family(Op.SPGEMM, dtype, bias=b2, out=y)
+        return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
 
     def dense_gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
         """The two GEMMs of the dense FFN, squared ReLU in the first one's epilogue."""

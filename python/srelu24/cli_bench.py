@@ -141,6 +141,22 @@ def bench_report(
         report.plot_sweep(results, results / "sweep.svg")
 
 
+@app.command("fp8")
+def bench_fp8(
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    density: options.Densities = [0.1, 0.5],  # noqa: B006
+    json: options.JsonFile = None,
+    results: options.Results = None,
+) -> None:
+    """The 8-bit recipes (docs/fp8.md) against torch's compiled, row-wise scaled FFN, and their kernels alone."""
+    from srelu24 import run as main_job
+
+    shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
+    main_job.benchmark("fp8", shapes, DType.BF16, density, options.named_result(json, results, "fp8"))
+
+
 @app.command("accuracy")
 def bench_accuracy(
     json: Annotated[Path, typer.Option(dir_okay=False, help="The result file to write.")],

@@ -85,7 +85,14 @@ def _storage_dtype(dtype: DType) -> DType:
     return dtype
 
 
+def _tuned_dtype(dtype: DType) -> DType:
+    if dtype is DType.E5M2:
+        raise typer.BadParameter("e5m2 is a type of weights beside e4m3; give bf16, fp16 or e4m3")
+    return dtype
+
+
 Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.", callback=_storage_dtype)]
+TunedDtype = Annotated[DType, typer.Option("--dtype", help="Type of the operands.", callback=_tuned_dtype)]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")
 ]

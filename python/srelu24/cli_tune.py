@@ -39,7 +39,7 @@ def tune(
     d_ff: options.DFf = None,
     from_module: options.FromModule = None,
     tokens: options.Tokens = None,
-    dtype: options.Dtype = DType.BF16,
+    dtype: options.TunedDtype = DType.BF16,
     which: Annotated[Pass, typer.Option("--pass", help="Which kernels; only forward so far.")] = Pass.FORWARD,
     density: options.Density = 0.1,
     budget: Annotated[

@@ -17,10 +17,11 @@ from torch import Tensor
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.tensor_map import tensor_map
-from srelu24_gen.bindings import E_VECTOR_COLUMNS, WARPGROUP_THREADS, footprint
+from srelu24.work_plan import fast_divmod, plan_work
+from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
-from srelu24_gen.spec import WIDE_TYPES, DType, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, DType, KernelSpec, Op, Problem
 
 TORCH_DTYPE = {
     DType.BF16: torch.bfloat16,
@@ -141,57 +142,6 @@ class _Arguments(NamedTuple):
     """ScaleParams of ``params.cuh``, or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkPlan:
-    """How the clusters share the output tiles: RasterParams and SplitParams of ``params.cuh``."""
-
-    tiles_m: int
-    """Cluster tiles along M."""
-    tiles_n: int
-    group: int
-    """Cluster tiles walked along M before moving on along N."""
-    clusters: int
-    """Clusters launched; each has work."""
-    k_blocks: int
-    first_tile: int
-    """Tiles from here on are split along K; ``tiles`` when none are."""
-    tile_units: int
-    """Units of 256 of K, a vector of E, in a tile."""
-    units: int
-    """Units of the split tiles that every cluster takes..."""
-    extra: int
-    """...and the first ``extra`` clusters one more."""
-
-    @property
-    def tiles(self) -> int:
-        return self.tiles_m * self.tiles_n
-
-
-@functools.lru_cache(maxsize=_CACHED_BLOCKS)
-def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:
-    """Share [m, n] over the multiprocessors. Whole waves of tiles stay whole; with ``stream_k`` the rest is split."""
-    tiles_m, tiles_n = -(-m // (config.tile_m * config.cluster_m)), -(-n // config.tile_n)
-    tiles, most = tiles_m * tiles_n, sm_count // config.cluster_m
-    k_blocks = -(-k // config.tile_k)
-    tile_units = -(-k // E_VECTOR_COLUMNS)
-    rest = tiles % most if config.stream_k else 0
-    units, extra = divmod(rest * tile_units, most)
-    if rest == tiles:  # nothing but split tiles: a cluster without a unit has no work
-        most = min(most, rest * tile_units)
-        units, extra = divmod(rest * tile_units, most)
-    return WorkPlan(
-        tiles_m=tiles_m,
-        tiles_n=tiles_n,
-        group=min(config.raster_group, tiles_m),
-        clusters=most if rest else min(most, tiles),
-        k_blocks=k_blocks,
-        first_tile=tiles - rest,
-        tile_units=tile_units,
-        units=units,
-        extra=extra,
-    )
-
-
 class _Workspace(NamedTuple):
     """What stream-K passes between clusters: fp32 sums, and int32 flags that are zero between launches."""
 
@@ -296,11 +246,11 @@ class GemmLauncher:
                 *self._maps_b(x.b, x.n, x.k, x.b_stride),
                 struct.pack("<6Q2q4i", *pointers, x.out_stride, x.residual_stride, x.m, x.n, x.k, plan.k_blocks),
                 struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
-                _fast_divmod(plan.group * plan.tiles_n),
-                _fast_divmod(plan.group),
-                _fast_divmod(plan.tiles_m % plan.group or plan.group),
+                fast_divmod(plan.group * plan.tiles_n),
+                fast_divmod(plan.group),
+                fast_divmod(plan.tiles_m % plan.group or plan.group),
                 struct.pack("<4x3i", plan.first_tile, plan.units, plan.extra),
-                _fast_divmod(plan.tile_units),
+                fast_divmod(plan.tile_units),
                 struct.pack("<2Q", x.partials, x.flags),
                 struct.pack("<5Q2i", *(x.scales or (0,) * 7)),
             )
@@ -442,14 +392,6 @@ def _scale_pointers(s: Scales) -> tuple[int, ...]:
     """The fields of ScaleParams: five pointers, then the steps from row to row."""
     pointers = tuple(0 if t is None else t.data_ptr() for t in (s.a, s.b, s.s_inverse, s.r_largest, s.saturated))
     return (*pointers, *(int(t is not None and t.numel() > 1) for t in (s.a, s.s_inverse)))
-
-
-def _fast_divmod(divisor: int) -> bytes:
-    """cutlass::FastDivmod (cutlass/fast_math.h): divides 31-bit numbers by a multiplication and a shift."""
-    if divisor == 1:
-        return struct.pack("<iII", 1, 0, 0)
-    power = 31 + (divisor - 1).bit_length()
-    return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
 
 
 Launcher = GemmLauncher | SparsifyLauncher | QuantizeLauncher | SquareLauncher

@@ -148,6 +148,8 @@ class Peer:
     """Prepares what is not timed; the result does the timed work on the current stream and returns its output."""
     expect: Callable[[Case], Tensor]
     """The right output; a packed one is compared after unpacking."""
+    tolerance: float | None = None
+    """Relative error allowed, where it is not that of the type."""
 
 
 def relative_error(output: Output, expected: Tensor) -> float:

@@ -22,6 +22,7 @@ PEERS = {
 """Candidates of a whole FFN besides our own, in the order and with the names of tables and plots."""
 
 _MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /results -->)", re.DOTALL)
+_MOVERS = ("sparsify24", "quantize_rows", "square_rows")
 _GEMMS = {"gemm_relu2_24": "GEMM1, fused", "spgemm": "GEMM2, sparse", "gemm": "GEMM1, dense"}
 
 
@@ -57,15 +58,15 @@ def load_results(results_dir: Path) -> list[Result]:
         file = BenchFile.load(path)
         for row in file.rows:
             result = Result(row, file)
-            known = newest.get((*result.case, row.op))
+            known = newest.get((*result.case, row.op, row.recipe))
             if known is None or known.date <= result.date:
-                newest[*result.case, row.op] = result
+                newest[*result.case, row.op, row.recipe] = result
     return sorted(newest.values(), key=lambda result: result.case)
 
 
 def tables(results_dir: Path) -> dict[str, str]:
-    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``,
-    ``model``.
+    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``;
+    ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory`` of the 8-bit kernels.
 
     Empty where nothing was measured.
 
@@ -83,7 +84,10 @@ def tables(results_dir: Path) -> dict[str, str]:
         "sweep": _sweep_table,
         "model": _model_table,
     }
-    return {name: make(results) for name, make in makers.items()}
+    wide, narrow = ([r for r in results if r.row.dtype.startswith("fp8") == fp8] for fp8 in (False, True))
+    return {name: make(wide) for name, make in makers.items()} | {
+        f"fp8_{name}": makers[name](narrow) for name in ("ffn", "gemm", "memory")
+    }
 
 
 def update_readme(readme: Path, results_dir: Path) -> bool:
@@ -129,7 +133,7 @@ def plot(results_dir: Path, out_svg: Path) -> None:
     """
     panels: dict[tuple[str, str, float], list[Row]] = {}
     for result in _of_op(load_results(results_dir), "ffn_forward"):
-        if result.row.speedup:
+        if result.row.speedup and result.row.recipe is None:
             panels.setdefault((result.gpu, result.row.dtype, result.row.density), []).append(result.row)
     if not panels:
         raise RecordError(f"{results_dir} has no FFN results to plot; run `srelu24 bench ffn` first")
@@ -257,7 +261,7 @@ def _memory_table(results: list[Result]) -> str:
             _number(ours / copy if ours and copy else None, ".0%"),
         ]
 
-    return _tables(_of_op(results, "sparsify24"), head, cells)
+    return _tables([r for op in _MOVERS for r in _of_op(results, op)], head, cells)
 
 
 def _overhead_table(results: list[Result]) -> str:
@@ -349,7 +353,11 @@ def _of_op(results: Iterable[Result], op: str) -> list[Result]:
 
 
 def _case_cells(row: Row) -> list[str]:
-    return [row.dtype, row.shape, "zeros" if row.zeros is True else f"{row.density:.0%}"]
+    return [
+        f"{row.dtype} {row.recipe}" if row.recipe else row.dtype,
+        row.shape,
+        "zeros" if row.zeros is True else f"{row.density:.0%}",
+    ]
 
 
 def _gbps(candidate: Candidate | None) -> float | None:

@@ -102,7 +102,7 @@ def build(shapes: list[Shape], dtype: DType, target: GpuTarget) -> bool:
 
 
 def benchmark(
-    what: Literal["ffn", "gemm", "sweep"],
+    what: Literal["ffn", "gemm", "sweep", "fp8"],
     shapes: list[Shape],
     dtype: DType,
     densities: list[float],
@@ -111,7 +111,7 @@ def benchmark(
     *,
     zeros: bool = False,
 ) -> None:
-    """Times the FFN, each kernel alone, or what is chosen, against its peers; prints the table and writes the file.
+    """Times the FFN, each kernel alone, what is chosen, or the 8-bit FFN against its peers; prints and writes a table.
 
     Args:
         seconds: of timing per shape and density, where the benchmark's own is not wanted.
@@ -131,6 +131,7 @@ def benchmark(
             "ffn": bench.bench_ffn,
             "gemm": partial(bench.bench_gemm, zeros=zeros),
             "sweep": bench.bench_sweep,
+            "fp8": lambda shapes, _, densities, **options: bench.bench_fp8(shapes, densities, **options),
         }
         own: dict[str, Any] = {} if seconds is None else {"seconds_per_shape": seconds}
         file = benchmarks[what](shapes, dtype, densities, json_path=path, on_event=on_event, **own)

@@ -88,11 +88,12 @@ def tune_ffn(
     with contextlib.closing(runner):
         runner.start()
         begin = runner.now()
-        if dense:
+        if dense and dtype is not DType.E4M3:
             chain = shape.dense_gemms(dtype, bias, bias)
             reports.append(Search(chain, runner, db, density, budget_s / 3, resume, emit).run())
             budget_s -= budget_s / 3
-        beside = dense_ways(shape, dtype, bias, runner.target, db)
+        # The dispatcher has no dense way in 8 bits to choose instead.
+        beside = {} if dtype is DType.E4M3 else dense_ways(shape, dtype, bias, runner.target, db)
         chain = shape.gemms(dtype, bias, bias)
         reports.append(Search(chain, runner, db, density, budget_s, resume, emit, beside).run())
     records = [record for report in reversed(reports) for record in report.records]

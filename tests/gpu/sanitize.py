@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import srelu24
+import srelu24.fp8.ops  # registers the operation
 from srelu24 import launch, verify, workload
 from srelu24.fp8 import kernels
 from srelu24.launch import Operands

@@ -132,3 +132,13 @@ def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_n
 def test_sparsify24_is_bound_by_memory() -> None:
     problem = Problem(Family(Op.SPARSIFY24, DType.BF16, Activation.RELU2), 16384, 16384)
     assert cost.cost(problem, KernelConfig(), H200).bound == "memory"
+
+
+def test_8_bits_take_about_half_the_time_and_wide_results_cost_bytes() -> None:
+    shape = Shape(16384, 4096, 16384)
+    for wide, narrow in zip(shape.gemms(DType.BF16), shape.gemms(DType.E4M3), strict=True):
+        ratio = us(wide, space.default(wide, H200)) / us(narrow, space.default(narrow, H200))
+        assert 1.6 < ratio < 2.2
+    e4m3 = shape.gemms(DType.E4M3)[0]
+    to_bf16 = dataclasses.replace(e4m3, family=dataclasses.replace(e4m3.family, out=DType.BF16))
+    assert us(e4m3, space.default(e4m3, H200)) <= us(to_bf16, space.default(to_bf16, H200))

@@ -101,8 +101,9 @@ def test_quantize_weight_scales_each_output_channel(dtype: torch.dtype, source: 
     assert (q.shape, q.dtype, q.scale.dtype) == ((5, 32), dtype, torch.float32)
     for row in (0, 1, 3, 4):
         amax = w[row].float().abs().max()
-        assert q.scale[row] == amax / LARGEST[dtype]
-        wanted = [nearest(abs(float(v)), dtype) for v in w[row].float() * (LARGEST[dtype] / amax)]
+        assert q.scale[row] == torch.tensor(float(amax) / LARGEST[dtype])
+        inverse = torch.tensor(LARGEST[dtype] / float(amax))  # divided in double, then rounded
+        wanted = [nearest(abs(float(v)), dtype) for v in w[row].float() * inverse]
         assert (q.values[row].view(torch.uint8) & 0x7F).tolist() == wanted
     assert (q.values[2].float() == 0).all()
     assert torch.allclose(q.row_norm, q.dequantize().norm(dim=1).max())
@@ -132,3 +133,10 @@ def test_a_quantised_weight_must_fit_together() -> None:
     with pytest.raises(Unsupported, match=r"row_norm is torch.float64"):
         QuantizedWeight(q.values, q.scale, q.row_norm.double())
     assert repr(q.to("cpu")) == "QuantizedWeight(4x16, torch.float8_e4m3fn, cpu)"
+
+
+@given(st.floats(2.0**-90, 2.0**90, width=32), st.sampled_from(DTYPES))
+def test_scales_are_divided_exactly_once(amax: float, dtype: torch.dtype) -> None:
+    """As the kernels do: the nearest fp32 number to the quotient."""
+    assert float(quantize.scale(torch.tensor(amax), dtype)) == float(torch.tensor(amax / LARGEST[dtype]))
+    assert float(quantize.inverse_scale(torch.tensor(amax), dtype)) == float(torch.tensor(LARGEST[dtype] / amax))

@@ -74,7 +74,10 @@ def test_s_is_squared_scaled_and_rounded_once() -> None:
     kept = slow_pruned(r.float())
     floor = amax.clamp(min=2.0**-96)
     for row in range(6):
-        wanted = [float(torch.tensor(v * v * float(448 / floor[row])).to(E4M3)) for v in kept[row].tolist()]
+        wanted = [
+            float(torch.tensor(v * v * float(torch.tensor(448 / float(floor[row])))).to(E4M3))
+            for v in kept[row].tolist()
+        ]
         assert s.to_dense()[row].float().tolist() == wanted
     assert torch.equal(
         unpack_metadata(s.metadata, 6, 64, s.order), unpack_metadata(packed.metadata, 6, 64, packed.order)

@@ -373,3 +373,12 @@ def test_events_tell_the_whole_story_and_the_live_view_takes_them(
     assert "failed: " in shown
     assert "1.05" in shown
     assert msgspec.json.decode(msgspec.json.encode(report))["speedup"] == report.speedup
+
+
+def test_8_bit_kernels_are_searched_without_dense_ffns_beside_them(db: Database) -> None:
+    gpu = FakeGpu()
+    report = tune_ffn(M, D, F, DType.E4M3, db=db, runner=gpu, budget_s=600.0)
+    assert [record.family.name for record in report.records] == ["gemm_relu2_24_e4m3_to_e4m3", "spgemm_e4m3_to_bf16"]
+    steps = [step for job in gpu.jobs for candidate in job.candidates for step in candidate.steps]
+    assert {step.problem.family.op for step in steps} == {Op.GEMM_RELU2_24, Op.SPGEMM}
+    assert {step.config.tile_k for step in steps if step.config} == {128}

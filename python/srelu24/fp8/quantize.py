@@ -127,12 +127,14 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3) -> QuantizedRows:
 
 def scale(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """What a stored value stands for, given the largest magnitude it has to hold; fp32, any shape."""
-    return _at_least(amax) / LARGEST[dtype]
+    amax = _at_least(amax)
+    return amax / torch.full_like(amax, LARGEST[dtype])  # by a number torch multiplies with its rounded inverse
 
 
 def inverse_scale(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """What a value is multiplied by before it is stored. Rounded by itself: not exactly ``1 / scale``."""
-    return LARGEST[dtype] / _at_least(amax)
+    amax = _at_least(amax)
+    return torch.full_like(amax, LARGEST[dtype]) / amax  # of a number torch multiplies with the rounded inverse
 
 
 def saturate(x: Tensor, dtype: torch.dtype = E4M3) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srelu24 import reference
 from srelu24.fp8.quantize import QuantizedRows, count_saturated, saturate
-from srelu24.sparse24 import FragmentOrder, Sparse24
+from srelu24.sparse24 import FragmentOrder, Sparse24, pack_metadata, unpack_metadata
 
 BOUND_MARGIN = 1.07
 """What rounding may add to Cauchy-Schwarz: e4m3 up to 1/16 in X (the norm of W1 is of its rounded values), bf16 1/256
@@ -61,6 +61,15 @@ def square_to_e4m3(r: Sparse24, inverse: Tensor) -> tuple[Sparse24, Tensor]:
     s.values.copy_(saturate(scaled))
     s.metadata.copy_(r.metadata)
     return s, count_saturated(scaled)
+
+
+def packed_roots(s: Sparse24) -> Sparse24:
+    """The r whose squares a 16-bit S [M, F] holds, in bf16 and the 8-bit order."""
+    m, f = s.shape
+    r = Sparse24.empty(m, f, torch.bfloat16, s.device, FragmentOrder.BITS8)
+    r.values.copy_(s.values.float().sqrt())
+    r.metadata.copy_(pack_metadata(unpack_metadata(s.metadata, m, f, s.order), r.order))
+    return r
 
 
 def spgemm(
