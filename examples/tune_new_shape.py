@@ -32,7 +32,7 @@ def main() -> None:
     target = target or target_by_key("h200")
 
     # What could compute it: the space is asked, never guessed.
-    for problem in catalogue.ffn_problems(shape, dtype):
+    for problem in shape.gemms(dtype):
         choice = dispatch.choose(problem, target)
         print(f"{problem}: {len(space.candidates(problem, target))} candidates; {choice.why}")
 
