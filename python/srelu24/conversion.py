@@ -9,6 +9,7 @@ from torch import nn
 
 from srelu24 import sites
 from srelu24.modules import SquaredReLUFFN
+from srelu24.operands import check_mode
 from srelu24.pruned_linear import Linear24
 from srelu24.sites import Site
 
@@ -63,7 +64,9 @@ class Conversion:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None = None) -> Conversion:
+def convert(
+    model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None = None, mode: str = "auto"
+) -> Conversion:
     """Makes every squared-ReLU FFN of a model prune its hidden activations to 2:4, in place.
 
     A module that is an FFN as a whole becomes a :class:`SquaredReLUFFN` with the same two layers as its children. Where
@@ -73,10 +76,15 @@ def convert(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None
     Args:
         model: on any device, "meta" included; what is wrapped by torch.compile, DDP or FSDP is converted before.
         filter: called with the qualified name and the module of every FFN found; False leaves it.
+        mode: of the converted layers, as for :func:`srelu24.ffn`: "auto" runs dense where pruning does not pay.
 
     Returns:
         What changed, what was left and why, and :meth:`Conversion.revert`.
+
+    Raises:
+        Unsupported: there is no such mode.
     """
+    check_mode(mode, "run")
     report = Conversion()
     for site in sites.find(model):
         if site.kind == "other":
@@ -84,16 +92,16 @@ def convert(model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None
         elif filter is not None and not filter(site.path, site.module):
             report.left.append(Left(site.path, type(site.module).__name__, "left by the filter"))
         elif site.kind == "ffn" and site.path:
-            _replace(model, site, report)
+            _replace(model, site, mode, report)
         else:
-            _prune_second(site, report)
+            _prune_second(site, mode, report)
     return report
 
 
-def _replace(model: nn.Module, site: Site, report: Conversion) -> None:
+def _replace(model: nn.Module, site: Site, mode: str, report: Conversion) -> None:
     """Puts a SquaredReLUFFN wherever the model holds the module; some models share one between layers."""
     original = site.module
-    ffn = SquaredReLUFFN.of(site.up, site.down, site.names).train(original.training)
+    ffn = SquaredReLUFFN.of(site.up, site.down, site.names, mode).train(original.training)
     slots = [
         (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is original
     ]
@@ -111,7 +119,7 @@ def _replace(model: nn.Module, site: Site, report: Conversion) -> None:
     report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=""))
 
 
-def _prune_second(site: Site, report: Conversion) -> None:
+def _prune_second(site: Site, mode: str, report: Conversion) -> None:
     """Makes the second layer a Linear24 by its class alone: parameters, hooks and ties stay what they are."""
     down = site.down
     if type(down) is not nn.Linear:
@@ -119,8 +127,10 @@ def _prune_second(site: Site, report: Conversion) -> None:
         report.left.append(Left(site.path, type(site.module).__name__, why))
         return
     down.__class__ = Linear24
+    down.mode = mode  # type: ignore[assignment]
 
     def undo() -> None:
+        del down.mode
         down.__class__ = nn.Linear
 
     report._undo.append(undo)

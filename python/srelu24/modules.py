@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from srelu24.operands import check_mode
 from srelu24.ops import ffn
 from srelu24_gen.errors import Unsupported
 
@@ -34,10 +35,13 @@ class SquaredReLUFFN(nn.Module):
         d_ff: hidden width F. The kernels need D and F to be multiples of 8; others run dense.
         bias: both layers have one.
         names: of the children: first layer, second layer.
-        device, dtype: of the parameters, as for ``nn.Linear``; "meta" works.
+        mode: as for :func:`srelu24.ffn`: "auto", "sparse" or "dense"; may be set later.
+        device: of the parameters, as for ``nn.Linear``; "meta" works.
+        dtype: of the parameters.
 
     Raises:
-        Unsupported: a width is not positive, or the two names are equal, empty or dotted.
+        Unsupported: a width is not positive, or the two names are equal, empty or dotted, or
+            there is no such mode.
     """
 
     def __init__(
@@ -47,29 +51,31 @@ class SquaredReLUFFN(nn.Module):
         bias: bool = False,
         *,
         names: tuple[str, str] = NAMES[0],
+        mode: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if min(d_model, d_ff) < 1:
             raise Unsupported(f"d_model is {d_model} and d_ff {d_ff}; both must be positive.")
         up = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
-        self._adopt(up, nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype), names)
+        self._adopt(up, nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype), names, mode)
 
     @classmethod
-    def of(cls, up: nn.Module, down: nn.Module, names: tuple[str, str] = NAMES[0]) -> Self:
+    def of(cls, up: nn.Module, down: nn.Module, names: tuple[str, str] = NAMES[0], mode: str = "auto") -> Self:
         """The FFN of two existing layers, which it shares: nothing is copied.
 
         Raises:
-            Unsupported: the second layer does not take the first one's output, or the names do not serve.
+            Unsupported: the second layer does not take the first one's output, or the names or the mode do not serve.
         """
         if getattr(up, "out_features", None) != getattr(down, "in_features", None):
             raise Unsupported(f"{up} and {down} do not follow each other; F out of one must be F into the other.")
         module = cls.__new__(cls)
-        module._adopt(up, down, names)
+        module._adopt(up, down, names, mode)
         return module
 
-    def _adopt(self, up: nn.Module, down: nn.Module, names: tuple[str, str]) -> None:
+    def _adopt(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str) -> None:
         super().__init__()
+        self.mode = check_mode(mode, "run")
         if names[0] == names[1] or any(not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
         self.names = (names[0], names[1])
@@ -91,7 +97,7 @@ class SquaredReLUFFN(nn.Module):
         children = self._modules
         up, down = children[self.names[0]], children[self.names[1]]
         if is_plain(up) and is_plain(down):
-            return ffn(x, up.weight, down.weight, up.bias, down.bias)  # type: ignore[union-attr, arg-type]
+            return ffn(x, up.weight, down.weight, up.bias, down.bias, mode=self.mode)  # type: ignore[union-attr, arg-type]
         return down(up(x).relu().square())  # type: ignore[misc, no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -120,6 +126,8 @@ def is_plain(layer: nn.Module | None) -> bool:
 
 def _is_plain_weight(weight: Tensor) -> bool:
     """A tensor, or one whose kind the operations know; a quantised one is its layer's own business."""
+    if type(weight) is nn.Parameter:  # the usual case at once: this runs before every call
+        return True
     subclass: bool = is_traceable_wrapper_subclass(weight)
     if not subclass:
         return True

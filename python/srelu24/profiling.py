@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from srelu24 import dispatch, sites
-from srelu24.db import Database
+from srelu24.dispatch import SPARSE, FfnChoice
 from srelu24.launch import DTYPES
 from srelu24.modules import SquaredReLUFFN
 from srelu24.pruned_linear import Linear24
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import Activation, Family, Op, Problem
+from srelu24_gen.spec import DType
+from srelu24_gen.target import GpuTarget, target_by_key
 
 _CHUNK_ROWS = 4096
 
@@ -38,7 +39,9 @@ class LayerProfile(msgspec.Struct, kw_only=True):
     energy_dropped: float | None
     """Share of the sum of squared activations that 2:4 drops."""
     expected_speedup: float | None
-    """Dense over sparse time of both GEMMs, from tuning records of this GPU that have both; None without them."""
+    """Dense over sparse time at this many tokens per batch, as the dispatcher knows it; None without a GPU."""
+    expected_from: str | None
+    """Where that comes from: "measured", "between", "scaled" (tuning records) or "model" (no record: an estimate)."""
     recommended: str
     """sparse or dense."""
     why: str
@@ -121,22 +124,26 @@ class _Seen:
             self.sums = sums if self.sums is None else self.sums + sums
 
 
-def profile(model: nn.Module, data: Iterable[Any] | Tensor, *, max_energy_dropped: float = 0.01) -> Profile:
+def profile(
+    model: nn.Module, data: Iterable[Any] | Tensor, *, max_energy_dropped: float = 0.01, gpu: str | None = None
+) -> Profile:
     """Runs the model on data and looks at every squared-ReLU FFN in it, converted or not; the model is not changed.
 
     "sparse" is recommended where 2:4 drops at most ``max_energy_dropped`` of the energy of the layer's activations
-    and no tuning record says that it would be slower. It is a rule of thumb: the model's own quality on its own task
-    has the last word.
+    and the dispatcher would not run it dense anyway, by tuning records or else by its model. It is a rule of thumb:
+    the model's own quality on its own task has the last word.
 
     Args:
         model: dense, or converted by :func:`srelu24.convert`.
         data: inputs of the model, one after the other: a tensor, a tuple of arguments or a dict of keyword arguments
             each; or one tensor or dict alone.
         max_energy_dropped: as a share.
+        gpu: whose tuning records to ask, such as "h200"; the GPU that holds the model by default.
 
     Raises:
-        Unsupported: the model has no squared-ReLU FFN, or none of them ran.
+        Unsupported: the model has no squared-ReLU FFN, none of them ran, or there is no such GPU.
     """
+    target = target_by_key(gpu) if gpu else None
     layers = dict(_layers(model))
     if not layers:
         raise Unsupported(
@@ -151,7 +158,7 @@ def profile(model: nn.Module, data: Iterable[Any] | Tensor, *, max_energy_droppe
     finally:
         for hook in hooks:
             hook.remove()
-    found = [layers[path].summary(path, seen[path], max_energy_dropped) for path in layers if seen[path].tokens]
+    found = [layers[path].summary(path, seen[path], max_energy_dropped, target) for path in layers if seen[path].tokens]
     if not found:
         raise Unsupported("no squared-ReLU FFN ran; give data that the model takes, and at least one batch of it.")
     return Profile(layers=found, max_energy_dropped=max_energy_dropped)
@@ -181,14 +188,13 @@ class _Layer:
 
         return self._watched.register_forward_pre_hook(look)
 
-    def summary(self, path: str, seen: _Seen, most: float) -> LayerProfile:
+    def summary(self, path: str, seen: _Seen, most: float, target: GpuTarget | None) -> LayerProfile:
         assert seen.sums is not None
         nonzero, low, energy, low_energy = seen.sums.tolist()
         f, d = int(self._down.in_features), int(self._down.out_features)  # type: ignore[arg-type]
         lost = low_energy / energy if energy else None
-        weight = next(self._down.parameters())
-        speedup = _expected_speedup(Shape(max(1, seen.tokens // seen.batches), d, f), weight)
-        keep, why = _recommendation(lost, speedup, f, most)
+        choice = _choice(Shape(max(1, seen.tokens // seen.batches), d, f), next(self._down.parameters()), target)
+        keep, why = _recommendation(lost, choice, f, most)
         return LayerProfile(
             path=path,
             d_model=d,
@@ -197,7 +203,8 @@ class _Layer:
             density=nonzero / (seen.tokens * seen.width),
             dropped=low / nonzero if nonzero else None,
             energy_dropped=lost,
-            expected_speedup=speedup,
+            expected_speedup=choice.gain if choice else None,
+            expected_from=choice.source if choice else None,
             recommended="sparse" if keep else "dense",
             why=why,
         )
@@ -216,42 +223,25 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, _Layer]]:
             yield f"{site.path}.{site.names[1]}".lstrip("."), _Layer(site.down, None, site.down)
 
 
-def _recommendation(lost: float | None, speedup: float | None, f: int, most: float) -> tuple[bool, str]:
+def _recommendation(lost: float | None, choice: FfnChoice | None, f: int, most: float) -> tuple[bool, str]:
     if f % 8:
         return False, f"F = {f} is not a multiple of 8"
     if lost is not None and lost > most:
         return False, f"2:4 would drop more than {most:.2%} of the energy"
-    if speedup is not None and speedup <= 1.0:
-        return False, "tuning records say that dense is as fast"
-    if speedup is None:
-        return True, "little is dropped; no tuning record says how fast it would be"
-    return True, "little is dropped, and tuning records say that it is faster"
+    if choice is None:
+        return True, "little is dropped; without a GPU nothing is known about its speed"
+    if choice.way != SPARSE:
+        return False, f"dense is as fast; {choice.why}"
+    return True, f"little is dropped; {choice.why}"
 
 
-def _expected_speedup(shape: Shape, weight: Tensor) -> float | None:
-    """From the nearest records of this GPU where dense was timed in the same rounds, GEMM by GEMM."""
-    if not weight.is_cuda or weight.dtype not in DTYPES:
+def _choice(shape: Shape, weight: Tensor, target: GpuTarget | None) -> FfnChoice | None:
+    """What the dispatcher knows about an FFN of these sizes; None where no kernel computes it."""
+    try:
+        target = target or dispatch.gpu_of(weight.device)
+        return dispatch.choose_ffn(shape, DTYPES.get(weight.dtype, DType.BF16), False, False, target)
+    except Unsupported:
         return None
-    dtype = DTYPES[weight.dtype]
-    first = Problem(Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2), shape.m, shape.f, shape.d)
-    second = Problem(Family(Op.SPGEMM, dtype), shape.m, shape.d, shape.f)
-    return speedup_on_record((first, second), lambda p: Database.open().find(p, dispatch.gpu_of(weight.device)))
-
-
-def speedup_on_record(problems: tuple[Problem, Problem], find: Callable[[Problem], Any]) -> float | None:
-    """Dense over sparse time of two GEMMs, where both have a record of this GPU with a dense time."""
-    sparse = dense = 0.0
-    for problem in problems:
-        try:
-            match = find(problem)
-        except Unsupported:
-            return None
-        if match is None or match.how == "other_gpu" or match.record.evidence.dense_ms is None:
-            return None
-        scale = problem.flops / match.record.problem.flops
-        sparse += scale * match.record.evidence.ms
-        dense += scale * match.record.evidence.dense_ms
-    return dense / sparse
 
 
 def _share(value: float | None) -> str:

@@ -66,7 +66,7 @@ def _asked(layer: SquaredReLUFFN | Linear24, m: int) -> tuple[torch.Tensor, Warm
     x = first.new_zeros((m, int(up.in_features)))  # type: ignore[arg-type]
     told = Explanation("dense", "a layer is more than a plain nn.Linear")
     if is_plain(up) and is_plain(down):
-        told = explain(x, up.weight, down.weight, up.bias, down.bias)  # type: ignore[arg-type]
+        told = explain(x, up.weight, down.weight, up.bias, down.bias, mode=layer.mode)  # type: ignore[arg-type]
     return x, Warmed(Shape(m, int(up.in_features), int(up.out_features)), told)  # type: ignore[arg-type]
 
 
@@ -76,7 +76,7 @@ def _distinct(model: nn.Module) -> Iterable[SquaredReLUFFN | Linear24]:
     for module in model.modules():
         if not isinstance(module, SquaredReLUFFN | Linear24):
             continue
-        key = tuple((p.shape, p.dtype, p.device, name) for name, p in sorted(module.named_parameters()))
+        key = module.mode, tuple((p.shape, p.dtype, p.device, name) for name, p in sorted(module.named_parameters()))
         if (type(module), key) not in seen:
             seen.add((type(module), key))
             yield module

@@ -31,13 +31,14 @@ def _splits(tensor: Any, dimension: int, unit: int) -> bool:
     return bool(tensor.shape[dimension] % (unit * tensor.mesh.size()) == 0)
 
 
-def _ffn(x: Any, w1: Any, w2: Any, b1: Any, b2: Any) -> Sequence[Rule]:
+def _ffn(x: Any, w1: Any, w2: Any, b1: Any, b2: Any, mode: str | None = None) -> Sequence[Rule]:
+    rest = [None] * (mode is not None)
     rules: list[Rule] = [
-        ([ALL], [ALL, ALL, ALL, _given(b1, ALL), _given(b2, ALL)]),
-        ([ROWS], [ROWS, ALL, ALL, _given(b1, ALL), _given(b2, ALL)]),
+        ([ALL], [ALL, ALL, ALL, _given(b1, ALL), _given(b2, ALL), *rest]),
+        ([ROWS], [ROWS, ALL, ALL, _given(b1, ALL), _given(b2, ALL), *rest]),
     ]
     if _splits(w1, 0, 4):
-        rules.append(([Partial()], [ALL, ROWS, COLUMNS, _given(b1, ROWS), _given(b2, Partial())]))
+        rules.append(([Partial()], [ALL, ROWS, COLUMNS, _given(b1, ROWS), _given(b2, Partial()), *rest]))
     return rules
 
 
@@ -52,13 +53,14 @@ def _linear(x: Any, w: Any, bias: Any, activation: str) -> Sequence[Rule]:
     return rules
 
 
-def _linear24(a: Any, w: Any, bias: Any) -> Sequence[Rule]:
+def _linear24(a: Any, w: Any, bias: Any, mode: str | None = None) -> Sequence[Rule]:
+    rest = [None] * (mode is not None)
     rules: list[Rule] = [
-        ([ALL], [ALL, ALL, _given(bias, ALL)]),
-        ([ROWS], [ROWS, ALL, _given(bias, ALL)]),
+        ([ALL], [ALL, ALL, _given(bias, ALL), *rest]),
+        ([ROWS], [ROWS, ALL, _given(bias, ALL), *rest]),
     ]
     if _splits(w, 1, 4):
-        rules.append(([Partial()], [COLUMNS, COLUMNS, _given(bias, Partial())]))
+        rules.append(([Partial()], [COLUMNS, COLUMNS, _given(bias, Partial()), *rest]))
     return rules
 
 

@@ -20,6 +20,9 @@ from srelu24.modules import SquaredReLUFFN, is_plain
 from srelu24.pruned_linear import Linear24
 
 _TWIN_F = 48
+_MOST_ELEMENTS = 2**28
+"""In the twin besides the two layers: a whole model with an adapter of its own is no FFN, and is not copied."""
+
 _SCALES = (1.0, 0.05, 20.0)
 """Of the twin's inputs: an activation that only looks like squared ReLU near 1 is told from it elsewhere."""
 
@@ -125,6 +128,8 @@ def _examined(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Sit
             return Site(path, module, first, "other", f"{name} is a {kind}, {extra}")
     if "forward" in module.__dict__:
         return Site(path, module, first, "other", "its forward was replaced on the instance")
+    if _elements_besides(module) > _MOST_ELEMENTS:
+        return Site(path, module, first, "other", "it holds far more than an FFN")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -189,6 +194,13 @@ def _runs(module: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[_Run]:
         for hook in hooks:
             hook.remove()
         yield _Run(twin, x, seen, y)
+
+
+def _elements_besides(module: nn.Module) -> int:
+    """Numbers in a module's parameters and buffers that are not in its linear children."""
+    children = {id(t) for child in _linears(module).values() for t in child.parameters()}
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return sum(t.numel() for t in tensors if id(t) not in children)
 
 
 def _twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:

@@ -31,7 +31,7 @@ D, F = 32, 512
 class Block(nn.Module):
     def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(D), SquaredReLUFFN(D, F, bias)
+        self.norm, self.mlp = nn.LayerNorm(D), SquaredReLUFFN(D, F, bias, mode="sparse")
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm(x))

@@ -231,6 +231,21 @@ def test_twice_and_on_meta() -> None:
     assert not srelu24.convert(model).converted
 
 
+def test_a_whole_model_is_not_copied() -> None:
+    """A module that holds far more than an FFN is left without a copy of it being run."""
+
+    class Wrapped(Nanochat):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(2**18, 2048, device="meta")
+
+        def __deepcopy__(self, memo: object) -> object:
+            raise AssertionError("copied")
+
+    report = srelu24.convert(nn.ModuleDict({"model": Wrapped()}))
+    assert "far more than an FFN" in report.left[0].why
+
+
 def test_random_state_is_kept() -> None:
     """Looking for FFNs leaves the random state and the model's weights and mode as they were."""
     model = nn.Sequential(Dropping(), Gated()).train()

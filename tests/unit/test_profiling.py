@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import srelu24
-from srelu24.profiling import speedup_on_record
+from srelu24 import dispatch
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, DType, Family, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType
+from srelu24_gen.target import target_by_key
 
 
 class MLP(nn.Module):
@@ -118,19 +119,29 @@ def test_hooks_are_gone_and_the_model_is_as_before(model: nn.Module) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_speedup_comes_from_records_with_a_dense_time() -> None:
-    first = Problem(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), 1024, 256, 128)
-    second = Problem(Family(Op.SPGEMM, DType.BF16), 1024, 128, 256)
+@pytest.mark.parametrize(("way", "recommended"), [(dispatch.SPARSE, "sparse"), ("cublas", "dense")])
+def test_expectations_are_the_dispatchers(way: str, recommended: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
 
-    def match(problem: Problem, ms: float, dense_ms: float | None, how: str = "exact") -> SimpleNamespace:
-        evidence = SimpleNamespace(ms=ms, dense_ms=dense_ms)
-        return SimpleNamespace(how=how, record=SimpleNamespace(problem=problem, evidence=evidence))
+    def choose(shape: Shape, *rest: object) -> dispatch.FfnChoice:
+        asked.append((shape, *rest))
+        return dispatch.FfnChoice(way, "cublas", 1.25, "measured", "measured: so it is")
 
-    found = {first: match(first, 2.0, 2.0), second: match(second, 1.0, 2.0)}
-    assert speedup_on_record((first, second), found.get) == pytest.approx(4 / 3)
-    # The nearest record of another number of tokens counts by its rate.
-    half = Problem(second.family, 512, 128, 256)
-    found[second] = match(half, 0.5, 1.0, "nearest")
-    assert speedup_on_record((first, second), found.get) == pytest.approx(4 / 3)
-    for useless in (None, match(second, 1.0, None), match(second, 1.0, 2.0, "other_gpu")):
-        assert speedup_on_record((first, second), {**found, second: useless}.get) is None
+    monkeypatch.setattr(dispatch, "choose_ffn", choose)
+    model = nn.Sequential(MLP()).bfloat16()
+    with torch.no_grad():
+        model[0].fc1.weight.view(-1, 4, 16)[:, 1::2] = 0  # nothing to drop, so that speed alone decides
+    batches = [torch.randn(m, 16).bfloat16() for m in (30, 50)]
+    layer = srelu24.profile(model, batches, gpu="h200").layers[0]
+    assert asked == [(Shape(40, 16, 40), DType.BF16, False, False, target_by_key("h200"))]
+    assert (layer.expected_speedup, layer.expected_from) == (1.25, "measured")
+    assert layer.recommended == recommended
+    assert "so it is" in layer.why
+
+
+def test_the_real_dispatcher_keeps_tiny_layers_dense(model: nn.Module) -> None:
+    layer = srelu24.profile(model, torch.randn(8, 16), gpu="h200", max_energy_dropped=1.0).layers[0]
+    assert layer.recommended == "dense"
+    assert layer.expected_from == "model"
+    with pytest.raises(Unsupported, match="h300"):
+        srelu24.profile(model, torch.randn(8, 16), gpu="h300")

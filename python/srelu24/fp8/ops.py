@@ -9,7 +9,7 @@ from srelu24.fallback import warn_dense
 from srelu24.fp8 import recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Recipe, Rowwise, Static
-from srelu24.operands import check_vector
+from srelu24.operands import DISABLED, check_vector
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen.errors import Unsupported
 
@@ -77,6 +77,8 @@ def dense_reason(
     x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None
 ) -> str | None:
     """Why a call that fits together runs dense and in the type of x, or None."""
+    if DISABLED:
+        return "SRELU24_DISABLE is set"
     if x.dtype not in STORAGE_DTYPES:
         return f"the type of x is {x.dtype}, and the 8-bit forward takes bfloat16 and float16"
     for name, width in (("D", x.shape[-1]), ("F", w1.shape[0])):
