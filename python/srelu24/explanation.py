@@ -8,6 +8,7 @@ from torch import Tensor
 
 from srelu24.dense import WAYS
 from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
+from srelu24.fp8 import kernels
 from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import Recipe
@@ -77,7 +78,12 @@ def explain(
         reason = fp8_ops.dense_reason(x, q1, q2, b1, b2)
         if reason is not None:
             return Explanation("dense", reason)
-        return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
+        if not x.is_cuda:
+            return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
+        target, rows = gpu_of(x.device), x.reshape(-1, x.shape[-1])
+        parts = kernels.problems(known.name, rows, q1.values, q2.values, b1, b2)
+        why = f"{target.name}, {target.arch}; 8-bit, recipe {known.name}"
+        return Explanation("kernels", why, tuple(_explained(p, target) for p in parts))
     x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
@@ -107,8 +113,8 @@ def explain_kernels(
     way = {"auto": choice.way, SPARSE: SPARSE, BATCH: SPARSE, "dense": choice.dense_way}[mode]
     why = choice.why if mode == "auto" else f"{mode} was asked for"
     if way == SPARSE:
-        kernels = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2))
-        return Explanation("kernels", f"{where}; {why}", kernels)
+        pair = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2))
+        return Explanation("kernels", f"{where}; {why}", pair)
     own = shape.dense_gemms(dtype, b1, b2)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
     return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
 

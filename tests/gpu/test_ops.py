@@ -232,7 +232,7 @@ def test_without_gradients_trainable_weights_use_the_kernels(layer: Layer, kerne
     layer.w1.requires_grad_()
     with torch.no_grad():
         assert torch.equal(srelu24.ffn(layer.x, *layer.weights, mode="sparse"), expected)
-        assert srelu24.explain(layer.x, *layer.weights).runs == "kernels"
+        assert srelu24.explain(layer.x, *layer.weights, mode="sparse").runs == "kernels"
 
 
 @pytest.mark.parametrize(

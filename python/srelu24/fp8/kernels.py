@@ -15,7 +15,7 @@ from srelu24.fp8.quantize import E4M3, E5M2
 from srelu24.fp8.recipes import Predicted, Rowwise
 from srelu24.launch import DTYPES, Operands, Scales
 from srelu24.sparse24 import FragmentOrder, Sparse24
-from srelu24_gen.spec import Activation, DType, Family, Op
+from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 
 def forward(
@@ -49,6 +49,33 @@ def forward(
         gemm_relu2_24(xq, w1, b1, s, Scales(a=x_scale, b=w1_scale, s_inverse=s_inverse, saturated=saturated))
     spgemm(s, w2, b2, out, Scales(a=s_scale, b=w2_scale))
     return out
+
+
+def problems(
+    recipe: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None
+) -> tuple[Problem, ...]:
+    """What :func:`forward` launches for x [M, D], in order."""
+    (m, d), f = x.shape, w1.shape[0]
+    rowwise = recipe == Rowwise.name
+    to = torch.bfloat16 if rowwise else E4M3
+    return (
+        Problem(_row_family(Op.QUANTIZE_ROWS, x.dtype), m, d),
+        Problem(_family(Op.GEMM_RELU2_24, w1.dtype, to, b1 is not None, False), m, f, d),
+        *((Problem(_row_family(Op.SQUARE_ROWS, torch.bfloat16), m, f),) if rowwise else ()),
+        Problem(_family(Op.SPGEMM, w2.dtype, x.dtype, b2 is not None, False), m, d, f),
+    )
+
+
+def row_amax(x: Tensor, w1: Tensor, w1_scale: Tensor, b1: Tensor | None) -> Tensor:
+    """The largest value of each row of S, fp32 [M], for calibration."""
+    m = x.shape[0]
+    x_scale, r_largest = torch.zeros((2, m), dtype=torch.float32, device=x.device).unbind()
+    if m:
+        xq = torch.empty(x.shape, dtype=E4M3, device=x.device)
+        quantize_rows(x, xq, Scales(rows=x_scale, r_largest=r_largest))
+        r = Sparse24.empty(m, w1.shape[0], torch.bfloat16, x.device, FragmentOrder.BITS8)
+        gemm_relu2_24(xq, w1, b1, r, Scales(a=x_scale, b=w1_scale, r_largest=r_largest))
+    return r_largest.square()
 
 
 def quantize_rows(x: Tensor, out: Tensor, scales: Scales) -> None:

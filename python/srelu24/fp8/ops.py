@@ -1,4 +1,5 @@
-"""``srelu24.ffn(..., recipe=...)``: the 8-bit forward as a torch.library op. CPU tensors run the reference."""
+"""``srelu24.ffn(..., recipe=...)``: the 8-bit forward as a torch.library op. CUDA tensors run the kernels, CPU
+tensors the reference."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ import torch
 from torch import Tensor
 
 from srelu24.fallback import warn_dense
-from srelu24.fp8 import recipes, reference
+from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Recipe, Rowwise, Static
-from srelu24.operands import DISABLED, check_vector
+from srelu24.operands import ALIGNMENT, DISABLED, check_vector, kernel_reason
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen.errors import Unsupported
 
@@ -86,9 +87,9 @@ def dense_reason(
             return f"{name} = {width} is not a positive multiple of {FragmentOrder.BITS8.granule}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b1, b2)):
         return "gradients are recorded, and the 8-bit forward has no backward; wrap inference in torch.no_grad()"
-    if x.device.type != "cpu":
-        return f"there are no 8-bit kernels for {x.device.type} devices yet"
-    return None
+    if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in (w1, w2) for t in (w.values, w.scale)):
+        return f"a quantised weight does not start at a multiple of {ALIGNMENT} bytes"
+    return kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
 
 
 def _dense(x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None) -> Tensor:
@@ -98,6 +99,8 @@ def _dense(x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | Non
 
 
 def _row_amax(x: Tensor, w1: QuantizedWeight, b1: Tensor | None) -> Tensor:
+    if x.is_cuda:
+        return kernels.row_amax(x, w1.values, w1.scale, b1)
     return reference.row_amax(reference.gemm_relu2_24(quantize_rows(x), w1, b1).values)
 
 
@@ -123,5 +126,6 @@ def _ffn_fake(
     return x.new_empty((x.shape[0], w2.shape[0]))
 
 
+_library.impl("ffn_fp8", kernels.forward, "CUDA")
 _library.impl("ffn_fp8", _ffn_cpu, "CPU")
 torch.library.register_fake("srelu24::ffn_fp8", _ffn_fake)

@@ -20,8 +20,13 @@ __device__ __forceinline__ void square_rows(SquareParams const& p) {
   };
   for (int i = threadIdx.x; 16 * i < kept; i += blockDim.x) {
     uint4 const a = __ldg(in + 2 * i);
-    uint4 const b = 16 * i + 8 < kept ? __ldg(in + 2 * i + 1) : make_uint4(0, 0, 0, 0);
-    out[i] = {four(a.x, a.y), four(a.z, a.w), four(b.x, b.y), four(b.z, b.w)};
+    uint4 y = {four(a.x, a.y), four(a.z, a.w), 0, 0};  // padding is zero, whatever the row's scale is
+    if (16 * i + 8 < kept) {
+      uint4 const b = __ldg(in + 2 * i + 1);
+      y.z = four(b.x, b.y);
+      y.w = four(b.z, b.w);
+    }
+    out[i] = y;
   }
 }
 
