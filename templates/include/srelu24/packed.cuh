@@ -42,7 +42,8 @@ struct Packed<cutlass::bfloat16_t> {
   }
   static __device__ __forceinline__ uint32_t square(uint32_t x) {
     uint32_t r;
-    asm("mul.rn.bf16x2 %0, %1, %1;" : "=r"(r) : "r"(x));
+    // mul.bf16x2 came with sm_90 only; x * x - 0 is the same number, rounded once, of the same sign.
+    asm("fma.rn.bf16x2 %0, %1, %1, %2;" : "=r"(r) : "r"(x), "r"(0x80008000u));
     return r;
   }
   static __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }

@@ -2,9 +2,17 @@
 #pragma once
 
 #include <srelu24/prune24.cuh>
-#include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
+
+/// Arguments, as srelu24/launch.py packs them. Input is [m, n].
+struct SparsifyParams {
+  void const* in;
+  void* out;            // packed values [m, n / 2]
+  uint4* out_metadata;  // [ceil(m / 64)][ceil(n / 256)][128]
+  int64_t in_stride, out_stride;
+  int32_t m, n;
+};
 
 template <class Element, bool Relu2>
 __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {

@@ -2,8 +2,9 @@
 // scales or as scaled e4m3 (docs/fp8.md).
 #pragma once
 
+#include <srelu24/epilogue.cuh>
 #include <srelu24/scale.cuh>
-#include <srelu24/sm90/epilogue.cuh>
+#include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
 
@@ -21,7 +22,7 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
   using P = Packed<cutlass::bfloat16_t>;
   constexpr bool kToE4m3 = sizeof(typename Config::Output) == 1;
   bool const odd = at.thread % 2 != 0;
-  Scaling<Config> const scaling(p, at);
+  Scaling<Config, GemmParams> const scaling(p, at);
   float inverse[2] = {};
   if constexpr (kToE4m3) {
 #pragma unroll

@@ -16,6 +16,11 @@
 
 namespace srelu24 {
 
+__device__ __forceinline__ BlockPosition block_position(int first_row, int first_column) {
+  int const thread = threadIdx.x % 128;
+  return {first_row + thread / 32 * 16 + thread % 32 / 4, first_column, first_row / 64, thread};
+}
+
 /// One consumer warpgroup: every tile of its cluster, mainloop then epilogue.
 template <class Config, class Producer>
 __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Config>& shared, int cta, int consumer,

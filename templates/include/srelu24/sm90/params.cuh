@@ -1,24 +1,13 @@
 // The kernels' arguments, as srelu24/launch.py packs them: keep the two in step.
 #pragma once
 
-#include <cutlass/fast_math.h>
-
-#include <srelu24/packed.cuh>
+#include <srelu24/raster.cuh>
 
 namespace srelu24 {
 
 /// A CUtensorMap, encoded by the host.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
-};
-
-/// The walk over the output's cluster tiles (raster.cuh). Divisors come with the host's multipliers.
-struct RasterParams {
-  int32_t tiles, tiles_n;
-  int32_t group;             // cluster tiles walked along M before moving on along N: the height of a band
-  int32_t full_bands;        // bands of that height; the last may be lower
-  cutlass::FastDivmod band;  // group * tiles_n
-  cutlass::FastDivmod height, last_height;
 };
 
 /// Stream-K: how the tiles that do not fill a whole wave are split along K (work.cuh). A unit is four k-blocks.
@@ -80,15 +69,6 @@ struct SquareParams {
   void* out;                  // e4m3 [m, n / 2]
   uint32_t const* r_largest;  // [m]
   float* s_scale;             // [m]
-  int64_t in_stride, out_stride;
-  int32_t m, n;
-};
-
-/// Arguments of sparsify24. Input is [m, n].
-struct SparsifyParams {
-  void const* in;
-  void* out;            // packed values [m, n / 2]
-  uint4* out_metadata;  // [ceil(m / 64)][ceil(n / 256)][128]
   int64_t in_stride, out_stride;
   int32_t m, n;
 };

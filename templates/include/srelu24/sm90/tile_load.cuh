@@ -1,13 +1,6 @@
 // Global to shared memory: the TMA loads of one CTA, one k-block at a time.
 //
-// Rows of B are loaded in an order that gives every thread of a wgmma whole groups of neighbouring output
-// columns, so that the epilogue needs no shuffles. In the accumulators a thread (t = lane % 4) owns columns
-// 8j + 2t + b of a row; the load puts at that column
-//
-//   LoadOrder::kOwn8   output column  8t + 2j + b        of each 32  (8 neighbours: one 16-byte store)
-//   LoadOrder::kOwn16  output column 16t + 2j + b        of each 64  (16 neighbours: 4 groups of 4)
-//
-// Rows come in blocks of 32 (kOwn8) or 64 (kOwn16). One box loads a CTA's whole share of the tile:
+// Rows of B are loaded in a LoadOrder, in blocks of 32 (kOwn8) or 64 (kOwn16). One box loads a CTA's whole share of the tile:
 //
 //   b_share   {k, b: 2, t: 4, j, blocks}    strides in rows of B: 1, 8 or 16, 2, the block
 //
@@ -21,11 +14,10 @@
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include <srelu24/load_order.cuh>
 #include <srelu24/sm90/pipeline.cuh>
 
 namespace srelu24 {
-
-enum class LoadOrder { kOwn8, kOwn16 };
 
 /// Issues the loads of one CTA. One thread owns it.
 template <class Config>

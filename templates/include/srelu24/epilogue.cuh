@@ -1,28 +1,26 @@
 // What happens to the accumulators before the mainloop (bias and residual are their initial values) and
-// after it (activation, pruning, stores). A thread (g = lane / 4, t = lane % 4) of warp w holds, of its warpgroup's
-// 64 rows, rows 16w + g and +8, and of every 8 columns 8j the two 8j + 2t + {0, 1}: accumulator
-// 4j + 2h + b is row half h, column 8j + 2t + b. LoadOrder (tile_load.cuh) says which output column that is.
+// after it (activation, pruning, stores), for the GEMMs of every architecture. A thread (g = lane / 4, t = lane % 4) of
+// a warp with 16 rows holds rows g and g + 8, and of every 8 columns 8j the two 8j + 2t + {0, 1}: accumulator
+// 4j + 2h + b is row half h, column 8j + 2t + b. LoadOrder says which output column that is.
+//
+// Config::kTileN are the columns that one thread's accumulators span: the whole tile's under wgmma, a warp's under
+// mma.sync. Params is the kernel's own parameter struct; the fields used here have the same names in all.
 #pragma once
 
 #include <cutlass/arch/memory.h>
 
+#include <srelu24/load_order.cuh>
 #include <srelu24/prune24.cuh>
-#include <srelu24/sm90/tile_load.cuh>
 
 namespace srelu24 {
 
-/// Where this thread's part of a warpgroup's 64 x kTileN block lies in the output.
+/// Where this thread's part of a 64 x kTileN block lies in the output.
 struct BlockPosition {
   int row;     // first of this thread's two rows (the other is +8)
-  int column;  // first column of the tile
-  int block;   // row / 64 of the warpgroup's block
-  int thread;  // in the warpgroup
+  int column;  // first of the kTileN columns
+  int block;   // row / 64
+  int thread;  // of the 128 that share the block: 32 * (row / 16 % 4) + lane
 };
-
-__device__ __forceinline__ BlockPosition block_position(int first_row, int first_column) {
-  int const thread = threadIdx.x % 128;
-  return {first_row + thread / 32 * 16 + thread % 32 / 4, first_column, first_row / 64, thread};
-}
 
 __device__ __forceinline__ void store16(void* p, uint4 const& value, bool guard) {
   cutlass::arch::global_store<uint4, sizeof(uint4)>(value, p, guard);
@@ -52,9 +50,9 @@ __device__ __forceinline__ int column_of(BlockPosition const& at, int i) {
 /// straight into the accumulators, before the mainloop, they take no registers of their own. Zeros are set too, rather
 /// than told to the first MMA: it names the accumulators as inputs anyway, which would keep their registers taken
 /// between tiles, where the work is decoded.
-template <class Config>
-__device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], GemmParams const& p,
-                                           BlockPosition const& at, bool first_piece) {
+template <class Config, class Params>
+__device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Params const& p, BlockPosition const& at,
+                                           bool first_piece) {
   using Element = typename Config::Output;
   constexpr bool kBias = Config::kBias && !Config::kScaled, kResidual = Config::kResidual && !Config::kScaled;
 #pragma unroll
@@ -91,15 +89,14 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
 
 /// What 8-bit sums stand for: acc * b_scale * a_scale + bias + residual, each operation rounded by itself. Applied to
 /// a few accumulators at a time, right before they are stored, since registers are short.
-template <class Config>
+template <class Config, class Params>
 struct Scaling {
   using Output = typename Config::Output;
-  GemmParams const& p;
+  Params const& p;
   BlockPosition const& at;
   float row_scale[2];
 
-  __device__ __forceinline__ Scaling(GemmParams const& params, BlockPosition const& position)
-      : p(params), at(position) {
+  __device__ __forceinline__ Scaling(Params const& params, BlockPosition const& position) : p(params), at(position) {
     if constexpr (Config::kScaled) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -110,8 +107,13 @@ struct Scaling {
 
   /// To accumulators [16i, 16i + 16).
   __device__ __forceinline__ void apply(float (&acc)[Config::kTileN / 2], int i) const {
+    if constexpr (Config::kScaled) apply_scales(acc, i);
+  }
+
+ private:
+  __device__ __forceinline__ void apply_scales(float (&acc)[Config::kTileN / 2], int i) const {
     int const column = column_of<Config>(at, i);
-    if (!Config::kScaled || column >= p.n) return;
+    if (column >= p.n) return;
     auto const* const bias = static_cast<float const*>(p.bias) + column;
 #pragma unroll
     for (int c = 0; c < 8; c += 4) {
@@ -145,13 +147,13 @@ struct Scaling {
 };
 
 /// out = act(accumulators), row-major, LoadOrder::kOwn8: eight columns a store.
-template <class Config>
-__device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+template <class Config, class Params>
+__device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Params const& p,
                                             BlockPosition const& at) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
   auto* out = static_cast<Element*>(p.out);
-  Scaling<Config> const scaling(p, at);
+  Scaling<Config, Params> const scaling(p, at);
 #pragma unroll
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
@@ -192,19 +194,22 @@ __device__ __forceinline__ void count_nonzeros16(uint32_t const (&value)[16], in
   if (g + 8 < valid) atomicAdd(counts + g + 8, static_cast<int>(high >> shift & 0xff));
 }
 
-/// Squared ReLU, 2:4 along the columns, packed values and E; LoadOrder::kOwn16, kTileN == 256.
-template <class Config>
-__device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+/// Squared ReLU, 2:4 along the columns, packed values and E; LoadOrder::kOwn16. A 16-byte vector of E covers 256
+/// columns; of it the thread writes the words of its own 64, 128 or 256.
+template <class Config, class Params>
+__device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], Params const& p,
                                              BlockPosition const& at) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
-  static_assert(Config::kTileN == 256, "one 16-byte vector of E covers 256 columns");
+  constexpr int kWords = Config::kTileN / 64;
   // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
 
-  uint32_t words[4];
+  struct alignas(4 * kWords) Words {
+    uint32_t of[kWords];
+  } words;
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
+  for (int q = 0; q < kWords; ++q) {
     uint32_t value[16];
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
@@ -215,14 +220,14 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], G
     int const feature = at.column + 64 * q + at.thread % 4 * 16;
     if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);
     uint4 low, high;
-    words[q] = prune16<Element, true, true>(value, low, high);
+    words.of[q] = prune16<Element, true, true>(value, low, high);
     auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
     store16(out, low, feature < p.n && at.row < p.m);
     store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);
   }
-  int64_t const vectors = (p.n + 255) / 256;
-  p.out_metadata[(at.block * vectors + at.column / 256) * 128 + at.thread] =
-      make_uint4(words[0], words[1], words[2], words[3]);
+  int64_t const vector = at.block * static_cast<int64_t>((p.n + 255) / 256) + at.column / 256;
+  auto* const out = reinterpret_cast<uint32_t*>(p.out_metadata + vector * 128 + at.thread) + at.column % 256 / 64;
+  *reinterpret_cast<Words*>(out) = words;
 }
 
 }  // namespace srelu24

@@ -1,0 +1,27 @@
+// The GEMM kernels' arguments, as srelu24/launch_sm80.py packs them: keep the two in step.
+#pragma once
+
+#include <srelu24/raster.cuh>
+
+namespace srelu24 {
+
+/// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
+struct GemmParams {
+  void const* a;          // [m, k], or the packed values [m, k / 2]
+  void const* b;          // [n, k]
+  uint4 const* metadata;  // spgemm: E of A, [ceil(m / 64)][ceil(k / 256)][128]
+  void* out;              // [m, n], or the packed values [m, n / 2]
+  uint4* out_metadata;    // gemm_relu2_24: E of the output, [ceil(m / 64)][ceil(n / 256)][128]
+  void const* bias;       // [n] or null
+  void const* residual;   // [m, n] or null
+  int32_t* counts;        // gemm_relu2_24: non-zeros per feature [n], added to, or null
+  int64_t a_stride;       // elements between rows
+  int64_t b_stride;
+  int64_t out_stride;
+  int64_t residual_stride;
+  int32_t m, n, k;
+  int32_t k_blocks;
+  RasterParams raster;
+};
+
+}  // namespace srelu24
