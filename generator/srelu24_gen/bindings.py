@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
+from srelu24_gen.spec import Activation, DType, Family, Instructions, KernelConfig, KernelSpec, Op, Producer
 
 WARPGROUP_THREADS = 128
 BOOKKEEPING_BYTES = 1024
@@ -16,6 +17,8 @@ E_VECTOR_COLUMNS = 256
 
 K_BLOCK_BYTES = 128
 """Of a row of B in a k-block: the span of the swizzle."""
+_MOST_STAGES = 8
+"""Deeper rings hide nothing more: eight k-blocks are several microseconds."""
 PROMOTED_BLOCKS = 4
 """k-blocks of 8-bit products, 512 of K, between two sums in fp32 (``Family.promote``)."""
 
@@ -33,7 +36,7 @@ class Footprint:
     """What a GEMM kernel occupies on a multiprocessor, derived from its spec."""
 
     consumers: int
-    """Consumer warpgroups: 64 rows of the tile each."""
+    """Consumer warpgroups: 64 rows of the tile each. None where all warps load and multiply."""
     threads: int
     stage_bytes_a: int
     stage_bytes_b: int
@@ -46,6 +49,8 @@ class Footprint:
 
 def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
     """Threads, registers and shared memory of a GEMM kernel."""
+    if config.producer is Producer.ALL:
+        return _footprint_of_warps(op, dtype, config)
     consumers = config.tile_m // 64
     producer = config.producer is Producer.WARPGROUP
     threads = WARPGROUP_THREADS * (consumers + producer)
@@ -68,6 +73,39 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
     )
 
 
+WARP_COLUMNS = 64
+"""Columns of the tile that a warp of the mma.sync kernels owns: what one word of E covers."""
+
+
+def warp_rows(config: KernelConfig) -> int:
+    """Rows of the tile that a warp of the mma.sync kernels owns: 64, or 32 where that gives a tile four warps."""
+    return 64 if config.tile_m * config.tile_n >= 4 * 64 * WARP_COLUMNS else 32
+
+
+def _footprint_of_warps(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
+    threads = 32 * (config.tile_m // warp_rows(config)) * (config.tile_n // WARP_COLUMNS)
+    k_bytes = config.tile_k * dtype.bytes
+    bytes_a = config.tile_m * k_bytes // (2 if op is Op.SPGEMM else 1)
+    bytes_b = config.tile_n * k_bytes
+    registers = min(255, 65536 // threads)
+    return Footprint(
+        consumers=0,
+        threads=threads,
+        stage_bytes_a=bytes_a,
+        stage_bytes_b=bytes_b,
+        shared_bytes=config.stages * (bytes_a + bytes_b),
+        producer_registers=registers,
+        consumer_registers=registers,
+    )
+
+
+def max_stages(family: Family, config: KernelConfig, shared_bytes: int) -> int:
+    """The deepest useful ring that fits in so much shared memory; 0 where none does."""
+    one = footprint(family.op, family.dtype, dataclasses.replace(config, stages=1)).shared_bytes
+    two = footprint(family.op, family.dtype, dataclasses.replace(config, stages=2)).shared_bytes
+    return max(0, min(_MOST_STAGES, 1 + (shared_bytes - one) // (two - one)))
+
+
 def load_block(op: Op) -> int:
     """Rows of B that the kernel's load order permutes together (``LoadOrder`` in ``tile_load.cuh``)."""
     return 64 if op is Op.GEMM_RELU2_24 else 32
@@ -78,13 +116,13 @@ def loads_ragged_n(config: KernelConfig) -> bool:
 
     A producer thread shares its registers with the accumulators and has none left for that path.
     """
-    return config.producer is Producer.WARPGROUP
+    return config.producer is not Producer.THREAD
 
 
 def template_for(spec: KernelSpec) -> str:
     """Path of the template below ``templates/``."""
     family = "gemm" if spec.family.op.multiplies else spec.family.op.value
-    return f"{spec.arch.removesuffix('a').replace('_', '')}/{family}.cu.jinja"
+    return f"{spec.instructions.folder}/{family}.cu.jinja"
 
 
 def names_for(spec: KernelSpec) -> dict[str, str | int]:
@@ -97,17 +135,30 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
     }
     if not family.op.multiplies:
         return names
-    sparse, prune = family.op is Op.SPGEMM, family.op is Op.GEMM_RELU2_24
     size = footprint(family.op, family.dtype, config)
-    return names | {
+    names |= {
         "tile_m": config.tile_m,
         "tile_n": config.tile_n,
         "tile_k": config.tile_k,
-        "cluster_m": config.cluster_m,
         "stages": config.stages,
+        "threads": size.threads,
+        "shared_bytes": size.shared_bytes,
+        "sparse": _cpp(family.op is Op.SPGEMM),
+        "load_order": "kOwn16" if family.op is Op.GEMM_RELU2_24 else "kOwn8",
+        "prune": _cpp(family.op is Op.GEMM_RELU2_24),
+        "bias": _cpp(family.bias),
+        "residual": _cpp(family.residual),
+        "count_nonzeros": _cpp(family.count_nonzeros),
+    }
+    own = {Instructions.WGMMA: _wgmma_names, Instructions.MMA_SYNC: _mma_sync_names}[spec.instructions]
+    return names | own(family, config, size)
+
+
+def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[str, str | int]:
+    return {
+        "cluster_m": config.cluster_m,
         "stream_k": _cpp(config.stream_k),
         "consumers": size.consumers,
-        "threads": size.threads,
         "producer_warpgroup": _cpp(config.producer is Producer.WARPGROUP),
         "producer_lag": PRODUCER_LAG,
         "producer_registers": size.producer_registers,
@@ -115,21 +166,23 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "output": _ELEMENT[family.out or family.dtype],
         "scaled": _cpp(family.scaled),
         "promoted_blocks": PROMOTED_BLOCKS if family.promote else 0,
-        "sparse": _cpp(sparse),
-        "mma": _mma(family, config.tile_n),
+        "mma": _wgmma(family, config.tile_n),
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,
-        "shared_bytes": size.shared_bytes,
         "ragged_n": _cpp(loads_ragged_n(config)),
-        "load_order": "kOwn16" if prune else "kOwn8",
-        "prune": _cpp(prune),
-        "bias": _cpp(family.bias),
-        "residual": _cpp(family.residual),
-        "count_nonzeros": _cpp(family.count_nonzeros),
     }
 
 
-def _mma(family: Family, n: int) -> str:
+def _mma_sync_names(family: Family, config: KernelConfig, size: Footprint) -> dict[str, str | int]:
+    element = _MMA_TYPE[family.dtype]
+    return {
+        "warp_m": warp_rows(config),
+        "warp_n": WARP_COLUMNS,
+        "mma": f"SM80_16x8x16_F32{element}{element}F32_TN",
+    }
+
+
+def _wgmma(family: Family, n: int) -> str:
     """The CUTLASS atom below ``cute::SM90::GMMA``: an instruction takes 32 bytes of K, of packed A too."""
     k = 32 // family.dtype.bytes
     types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.weight or family.dtype]}"

@@ -65,12 +65,46 @@ class Activation(StrEnum):
 
 
 class Producer(StrEnum):
-    """Who issues the TMA loads of a kernel."""
+    """Who issues the loads of a kernel."""
 
     WARPGROUP = "warpgroup"
     """A warpgroup of its own that gives its registers to the consumers (setmaxnreg)."""
     THREAD = "thread"
     """Thread 0 of the first consumer warpgroup, between its MMAs; leaves room for 3 consumers."""
+    ALL = "all"
+    """Every thread, by cp.async: the mma.sync kernels, which have neither TMA nor roles."""
+
+
+class Instructions(StrEnum):
+    """What a kernel computes and loads with: which of our kernel families (docs/architecture.md) it is of."""
+
+    WGMMA = "wgmma"
+    """wgmma, TMA and clusters; native to Hopper."""
+    MMA_SYNC = "mma.sync"
+    """mma.sync, mma.sp and cp.async; portable, from Ampere on."""
+
+    @property
+    def folder(self) -> str:
+        """Of its templates, and of its headers."""
+        return {Instructions.WGMMA: "sm90", Instructions.MMA_SYNC: "sm80"}[self]
+
+
+_NATIVE = {"sm_90a": Instructions.WGMMA}
+_FIRST_PORTABLE = 80
+
+
+def instructions_of(arch: str) -> Instructions:
+    """The kernel family that is compiled for an architecture: ``sm_90a`` has a native one, plain ``sm_NN`` the portable.
+
+    Raises:
+        Unsupported: no family compiles for it.
+    """
+    if arch in _NATIVE:
+        return _NATIVE[arch]
+    number = arch.removeprefix("sm_")
+    if number.isdigit() and int(number) >= _FIRST_PORTABLE:
+        return Instructions.MMA_SYNC
+    raise Unsupported(f"no kernels are made for {arch}; known are {', '.join(_NATIVE)} and sm_80, sm_86, sm_89 and later")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +174,9 @@ class KernelConfig:
     """
 
     tile_m: int = 128
-    """Rows of one CTA's output tile: 64 per consumer warpgroup."""
+    """Rows of one CTA's output tile: under wgmma 64 per consumer warpgroup."""
     tile_n: int = 256
-    """Columns of one CTA's output tile: the N of one wgmma."""
+    """Columns of one CTA's output tile: the N of one wgmma, or 64 per warp under mma.sync."""
     tile_k: int = 64
     """Elements of (uncompressed) K per pipeline stage."""
     cluster_m: int = 2
@@ -159,9 +193,10 @@ class KernelConfig:
     def batch_invariant(self) -> bool:
         """Whether a row's bits do not depend on the rows beside it (docs/numerics.md, "Run to run").
 
-        All such configurations give the same bits: none splits K, and all use the MMA of 256 columns.
+        All such configurations of a kernel family give the same bits: none splits K, and all use the same MMA. Under
+        wgmma that is the one of 256 columns; mma.sync has only one.
         """
-        return not self.stream_k and self.tile_n == 256
+        return not self.stream_k and (self.tile_n == 256 or self.producer is Producer.ALL)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field by name."""
@@ -201,6 +236,9 @@ class KernelConfig:
         return dataclasses.replace(self, **defaults)
 
 
+_PRODUCER_MARK = {Producer.WARPGROUP: "wg", Producer.THREAD: "th", Producer.ALL: "all"}
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
     """One binary: a family, a configuration and the architecture it is compiled for."""
@@ -208,6 +246,11 @@ class KernelSpec:
     family: Family
     config: KernelConfig
     arch: str = "sm_90a"
+    """What NVRTC is told; which kernel family it is follows from it."""
+
+    @property
+    def instructions(self) -> Instructions:
+        return instructions_of(self.arch)
 
     @property
     def name(self) -> str:
@@ -217,7 +260,7 @@ class KernelSpec:
         c = self.config
         return (
             f"{self.family.name}_{self.arch}_{c.tile_m}x{c.tile_n}x{c.tile_k}"
-            f"_c{c.cluster_m}_s{c.stages}_{'wg' if c.producer is Producer.WARPGROUP else 'th'}{'_sk' * c.stream_k}"
+            f"_c{c.cluster_m}_s{c.stages}_{_PRODUCER_MARK[c.producer]}{'_sk' * c.stream_k}"
         )
 
     @property

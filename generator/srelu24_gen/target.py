@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from typing import Self
 
 from srelu24_gen.errors import ToolchainError, Unsupported
 
+KIB = 1 << 10
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """Limits of one GPU model; sizes in bytes, registers of 32 bits.
+    """Limits of one GPU model, and what its kernels are compiled for; sizes in bytes, registers of 32 bits.
 
-    Source of the per-SM limits: CUDA C++ Programming Guide, compute capability 9.0.
+    Sources: per-SM limits, CUDA C++ Programming Guide, "Compute Capabilities"; the rest, NVIDIA's data sheets and
+    architecture white papers.
     """
 
     key: str
@@ -29,18 +32,38 @@ class GpuTarget:
     name: str
     """What the CUDA driver calls it."""
     arch: str = "sm_90a"
+    """What NVRTC is told; :func:`srelu24_gen.spec.instructions_of` says which kernel family that is."""
     sm_count: int = 132
-    smem_per_block: int = 232448
+    smem_per_block: int = 227 * KIB
     """Largest (opt-in) shared memory of one block."""
     registers_per_sm: int = 65536
     """Also the most one block may use."""
     l2_bytes: int = 50 * MIB
     dense_flops_per_clock: int = 4096
-    """Of one multiprocessor's tensor cores on 16-bit operands; with a 2:4 operand twice as many, dense-equivalent."""
+    """Of one multiprocessor's tensor cores on 16-bit operands summed in fp32; with a 2:4 operand twice as many,
+    dense-equivalent."""
     dram_gbps: int = 3350
     """Peak memory bandwidth, GB/s (NVIDIA data sheets)."""
     watts: int = 700
     """Power limit as sold; only the cost model reads it."""
+
+    @property
+    def portable(self) -> Self:
+        """The same GPU with the portable kernel family instead of a native one."""
+        return dataclasses.replace(self, arch=self.arch.removesuffix("a"))
+
+
+def _ampere(key: str, name: str, sm_count: int, l2_mib: int, dram_gbps: int, watts: int) -> GpuTarget:
+    limits = {"smem_per_block": 163 * KIB, "dense_flops_per_clock": 2048}
+    return GpuTarget(key, name, "sm_80", sm_count, l2_bytes=l2_mib * MIB, dram_gbps=dram_gbps, watts=watts, **limits)
+
+
+def _small(
+    key: str, name: str, arch: str, sm_count: int, l2_mib: int, dram_gbps: int, watts: int, flops: int
+) -> GpuTarget:
+    """Of compute capability 8.6, 8.9 or 12.0, which have 99 KiB of shared memory a block."""
+    limits = {"smem_per_block": 99 * KIB, "dense_flops_per_clock": flops}
+    return GpuTarget(key, name, arch, sm_count, l2_bytes=l2_mib * MIB, dram_gbps=dram_gbps, watts=watts, **limits)
 
 
 TARGETS: dict[str, GpuTarget] = {
@@ -51,19 +74,33 @@ TARGETS: dict[str, GpuTarget] = {
         GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB, dram_gbps=3900, watts=400),
         GpuTarget("h200", "NVIDIA H200", l2_bytes=60 * MIB, dram_gbps=4800),
         GpuTarget("gh200", "NVIDIA GH200 480GB", l2_bytes=60 * MIB, dram_gbps=4000, watts=900),
+        _ampere("a100", "NVIDIA A100-SXM4-80GB", 108, l2_mib=40, dram_gbps=2039, watts=400),
+        _ampere("a100-40gb", "NVIDIA A100-SXM4-40GB", 108, l2_mib=40, dram_gbps=1555, watts=400),
+        _small("a10", "NVIDIA A10", "sm_86", 72, l2_mib=6, dram_gbps=600, watts=150, flops=1024),
+        _small("rtx3090", "NVIDIA GeForce RTX 3090", "sm_86", 82, l2_mib=6, dram_gbps=936, watts=350, flops=512),
+        _small("l40s", "NVIDIA L40S", "sm_89", 142, l2_mib=96, dram_gbps=864, watts=350, flops=1024),
+        _small("rtx4090", "NVIDIA GeForce RTX 4090", "sm_89", 128, l2_mib=72, dram_gbps=1008, watts=450, flops=512),
+        _small("rtx5090", "NVIDIA GeForce RTX 5090", "sm_120", 170, l2_mib=96, dram_gbps=1792, watts=575, flops=512),
     )
 }
 
+KERNELS_VARIABLE = "SRELU24_KERNELS"
+"""Environment variable: "native" (the default) or "portable", which takes the portable family on every GPU."""
+_NATIVE_ARCHS = {(9, 0): "sm_90a"}
+"""Compute capabilities with kernels of their own."""
+_PORTABLE = ((8, 0), (8, 6), (8, 7), (8, 8), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1))
+"""Compute capabilities that NVRTC 13.0 compiles the portable kernels for."""
+
 
 def target_by_key(key: str) -> GpuTarget:
-    """The known GPU of that key.
+    """The known GPU of that key, with the kernel family that ``SRELU24_KERNELS`` asks for.
 
     Raises:
         Unsupported: no such key.
     """
     if key not in TARGETS:
         raise Unsupported(f"there is no GPU target {key!r}; known are {', '.join(TARGETS)}")
-    return TARGETS[key]
+    return _as_asked(TARGETS[key])
 
 
 def target_for_device(
@@ -71,40 +108,66 @@ def target_for_device(
     compute_capability: tuple[int, int],
     sm_count: int,
     *,
-    smem_per_block: int = GpuTarget.smem_per_block,
+    smem_per_block: int | None = None,
     registers_per_sm: int = GpuTarget.registers_per_sm,
     l2_bytes: int = GpuTarget.l2_bytes,
 ) -> GpuTarget:
-    """The target of a device as its driver describes it.
+    """The target of a device as its driver describes it, with the native kernel family where it has one.
 
-    A known model keeps its key; any other device of compute capability 9.0 (another name, or a part
-    of a known model such as a MIG slice) gets a key made from its name and keeps its own limits, so
-    that records never mix.
+    A known model keeps its key; any other device (another name, or a part of a known model such as a MIG slice) gets a
+    key made from its name and keeps its own limits, so that records never mix.
+
+    Args:
+        smem_per_block: None takes that of a known GPU of the same architecture, or the least that any has.
 
     Raises:
-        Unsupported: another compute capability.
+        Unsupported: no kernel family runs on its compute capability.
     """
-    if compute_capability != (9, 0):
-        major, minor = compute_capability
-        raise Unsupported(
-            f"{name} has compute capability {major}.{minor}; the kernels need 9.0 (Hopper: {', '.join(TARGETS)})"
-        )
+    arch = arch_of(name, compute_capability)
     for target in TARGETS.values():
         # GH200 modules differ in memory only, which is the tail of their name.
         same_name = name.startswith("NVIDIA GH200 ") if target.key == "gh200" else name == target.name
-        if same_name and sm_count == target.sm_count:
-            return dataclasses.replace(target, name=name)
-    key = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "", 1)).strip("-") or "hopper"
+        if same_name and sm_count == target.sm_count and arch == target.arch:
+            return _as_asked(dataclasses.replace(target, name=name))
+    key = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "", 1)).strip("-") or "gpu"
     if key in TARGETS or name in {t.name for t in TARGETS.values()}:
         key = f"{key}-{sm_count}sm"
-    return GpuTarget(
+    like = next((t for t in TARGETS.values() if t.arch == arch), TARGETS["l40s"])
+    found = dataclasses.replace(
+        like,
         key=key,
         name=name,
+        arch=arch,
         sm_count=sm_count,
-        smem_per_block=smem_per_block,
+        smem_per_block=smem_per_block or like.smem_per_block,
         registers_per_sm=registers_per_sm,
         l2_bytes=l2_bytes,
     )
+    return _as_asked(found)
+
+
+def arch_of(name: str, compute_capability: tuple[int, int]) -> str:
+    """What kernels are compiled for on a device: the native family, else the portable one. A capability that NVRTC does
+    not know runs the binaries of the nearest lower one of its generation.
+
+    Raises:
+        Unsupported: neither family runs on it.
+    """
+    if compute_capability in _NATIVE_ARCHS:
+        return _NATIVE_ARCHS[compute_capability]
+    major, minor = compute_capability
+    able = [known for known in _PORTABLE if known[0] == major and known[1] <= minor]
+    if not able:
+        reason = "8.0 (Ampere) or later" if major < _PORTABLE[0][0] else f"at most {_PORTABLE[-1][0]}.x"
+        raise Unsupported(f"{name} has compute capability {major}.{minor}; the kernels need {reason}")
+    return "sm_{}{}".format(*able[-1])
+
+
+def _as_asked(target: GpuTarget) -> GpuTarget:
+    asked = os.environ.get(KERNELS_VARIABLE, "native")
+    if asked not in ("native", "portable"):
+        raise Unsupported(f"{KERNELS_VARIABLE} is {asked!r}; native or portable is needed")
+    return target.portable if asked == "portable" else target
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,8 @@ def gpu_of(device: torch.device) -> GpuTarget:
         p.name,
         (p.major, p.minor),
         p.multi_processor_count,
+        smem_per_block=p.shared_memory_per_block_optin,
+        registers_per_sm=p.regs_per_multiprocessor,
         l2_bytes=p.L2_cache_size,
     )
 

@@ -1,0 +1,62 @@
+"""Which options of a family go together, whatever computes it; and the answer that :mod:`srelu24_gen.space` gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a configuration is valid; if not, one sentence says why."""
+
+    ok: bool
+    reason: str = ""
+
+
+def supports_family(family: Family) -> Verdict:
+    """Whether the family's options go together."""
+    op = family.op
+    if op is Op.GEMM_RELU2_24 and family.activation is not Activation.RELU2:
+        return Verdict(False, "gemm_relu2_24 always applies squared ReLU; its activation must be relu2")
+    if op is Op.SPGEMM and family.activation is not Activation.NONE:
+        return Verdict(False, "spgemm has no activation; it is the second GEMM of the layer")
+    if family.count_nonzeros and op is not Op.GEMM_RELU2_24:
+        return Verdict(False, f"only gemm_relu2_24 counts non-zeros, not {op.value}")
+    if family.residual and op is not Op.SPGEMM:
+        return Verdict(False, f"only spgemm adds a residual, not {op.value}")
+    if family.bias and not op.multiplies:
+        return Verdict(False, f"{op.value} takes no bias")
+    return _supports_types(family)
+
+
+_RESULTS: dict[tuple[Op, DType], tuple[DType | None, ...]] = {
+    **{(op, dtype): (None,) for op in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24) for dtype in WIDE_TYPES},
+    (Op.GEMM, DType.E4M3): WIDE_TYPES,
+    (Op.GEMM_RELU2_24, DType.E4M3): (DType.BF16, DType.E4M3),
+    (Op.SPGEMM, DType.E4M3): WIDE_TYPES,
+    **{(Op.QUANTIZE_ROWS, dtype): (DType.E4M3,) for dtype in WIDE_TYPES},
+    (Op.SQUARE_ROWS, DType.BF16): (DType.E4M3,),
+}
+"""Types of the result for a type of A; None is that type."""
+
+
+def _supports_types(family: Family) -> Verdict:
+    op, dtype = family.op, family.dtype
+    results = _RESULTS.get((op, dtype))
+    if results is None:
+        return Verdict(False, f"{op.value} does not take {dtype.value}")
+    if family.out not in results:
+        given = family.out.value if family.out else "of its own type"
+        wanted = " or ".join(r.value if r else "of its own type" for r in results)
+        return Verdict(False, f"the result of {op.value} on {dtype.value} is {wanted}, not {given}")
+    if not family.scaled and (family.weight or family.promote):
+        return Verdict(False, f"{op.value} on {dtype.value} has no other type of weight and no promoted sums")
+    if family.weight not in (None, DType.E5M2):
+        return Verdict(False, f"a weight beside {dtype.value} is {dtype.value} or e5m2, not {family.weight}")
+    if family.scaled and family.count_nonzeros:
+        return Verdict(False, "the 8-bit gemm_relu2_24 does not count non-zeros")
+    if op in (Op.QUANTIZE_ROWS, Op.SQUARE_ROWS) and family.activation is not Activation.NONE:
+        return Verdict(False, f"{op.value} has no activation")
+    return Verdict(True)
