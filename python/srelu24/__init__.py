@@ -19,7 +19,7 @@ from srelu24_gen import __version__
 if TYPE_CHECKING:
     from srelu24.explanation import Explanation as Explanation
     from srelu24.explanation import explain as explain
-    from srelu24.ops import FallbackWarning as FallbackWarning
+    from srelu24.fallback import FallbackWarning as FallbackWarning
     from srelu24.ops import ffn as ffn
     from srelu24.ops import gemm_relu2_24 as gemm_relu2_24
     from srelu24.ops import gemm_relu2_24_count as gemm_relu2_24_count
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from srelu24.ops import matmul as matmul
     from srelu24.ops import sparsify24 as sparsify24
     from srelu24.sparse24 import Sparse24 as Sparse24
+    from srelu24.training.recipe import Recipe as Recipe
 
 _HOME = {
     "Explanation": "explanation",
-    "FallbackWarning": "ops",
+    "FallbackWarning": "fallback",
+    "Recipe": "training.recipe",
     "Sparse24": "sparse24",
     "explain": "explanation",
     "ffn": "ops",

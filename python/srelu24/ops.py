@@ -7,8 +7,6 @@ runs as dense PyTorch with one warning per reason; :func:`srelu24.explain` says 
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,9 +14,13 @@ from torch import Tensor
 
 from srelu24 import reference
 from srelu24.dispatch import launcher
+from srelu24.fallback import FallbackWarning as FallbackWarning
+from srelu24.fallback import warn_dense as _warn
 from srelu24.launch import DTYPES, Operands
 from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_vector, kernel_reason
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24.training import ops as training_ops
+from srelu24.training.recipe import LayerState
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
 
@@ -31,24 +33,28 @@ _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
 
 
-class FallbackWarning(UserWarning):
-    """A call ran as dense PyTorch; the message says why."""
-
-
 # ---------------------------------------------------------------------------------------------- public functions
 
 
-def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None) -> Tensor:
+def ffn(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    recipe: LayerState | None = None,
+) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
     ``prune24(relu(x w1^T + b1)^2) w2^T + b2``, arXiv 2503.16672 section 3, numerics in docs/numerics.md.
-    Without a supported GPU, dtype or size, and while gradients are recorded, it runs dense and unpruned, with one
-    warning.
+    Without a supported GPU, dtype or size, and while gradients are recorded without a recipe, it runs dense and
+    unpruned, with one warning.
 
     Args:
         x: [..., D], bf16 or fp16. Row stride a multiple of 16 bytes, last dimension contiguous.
         w1: [F, D]. w2: [D, F]. D and F multiples of 8.
         b1: [F]. b2: [D].
+        recipe: train sparsely: this layer's state, of :meth:`srelu24.Recipe.layer` (docs/training.md); any float type.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -57,6 +63,8 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor 
         Unsupported: ranks, sizes, types or devices do not fit together.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
+    if recipe is not None:
+        return training_ops.ffn(x, w1, w2, b1, b2, recipe)
     check_ffn(x, w1, w2, b1, b2)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -65,7 +73,7 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor 
         or (b1 is not None and b1.requires_grad)
         or (b2 is not None and b2.requires_grad)
     ):
-        _warn("gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()")
+        _warn("gradients are recorded, and training sparsely needs a recipe; or wrap inference in torch.no_grad()")
         return _dense_ffn(x, w1, w2, b1, b2)
     if x.dim() == 2:
         return torch.ops.srelu24.ffn(x, w1, w2, b1, b2)  # type: ignore[no-any-return]
@@ -324,9 +332,3 @@ def _require_kernel(*tensors: Tensor | None) -> None:
     reason = kernel_reason(*tensors)
     if reason is not None:
         raise Unsupported(f"A packed result needs the sparse kernels: {reason}.")
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    """Once per process and reason."""
-    warnings.warn(f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.", FallbackWarning, stacklevel=3)
