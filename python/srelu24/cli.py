@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from srelu24 import cli_db, views
+from srelu24 import cli_db, cli_training, views
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Model, Shape
@@ -43,6 +43,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pre
 bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
 app.add_typer(cli_db.app, name="db")
 app.add_typer(bench_app, name="bench")
+bench_app.command("training")(cli_training.bench_training)
 
 
 def _shape(text: str | Shape) -> Shape:

@@ -48,11 +48,15 @@ class Result:
 def load_results(results_dir: Path) -> list[Result]:
     """All rows of all ``*.json`` under a folder, in the order of tables; of one case and op only the newest.
 
+    Those named ``training_*`` hold training runs and have tables of their own (:mod:`srelu24.ablation.report`).
+
     Raises:
         RecordError: a file is no result file.
     """
     newest: dict[tuple[object, ...], Result] = {}
     for path in sorted(results_dir.rglob("*.json")):
+        if path.name.startswith("training_"):
+            continue
         file = BenchFile.load(path)
         for row in file.rows:
             result = Result(row, file)

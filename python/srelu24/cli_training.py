@@ -1,0 +1,57 @@
+"""``srelu24 bench training``: the ablation of the training method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from srelu24 import views
+
+
+def bench_training(
+    json: Annotated[Path, typer.Option("--json", metavar="FILE", help="The result file; what it holds is kept.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every run.")] = 2000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = 3,
+    variant: Annotated[
+        list[str] | None, typer.Option("--variant", help="Only this one, such as recipe; may be repeated.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Start no run that would end later than this.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A model of seconds, to try the command on a CPU.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the result here, as SVG.")] = None,
+    page: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Fill this page's tables.")] = None,
+) -> None:
+    """What each part of the training method is worth, on a small transformer; goes on where it was stopped."""
+    import torch
+
+    from srelu24 import report as documents
+    from srelu24.ablation import report, runs
+    from srelu24.ablation.results import Setup
+    from srelu24.ablation.variants import Variant
+
+    known = [v.value for v in Variant]
+    for name in variant or []:
+        if name not in known:
+            raise typer.BadParameter(f"there is no variant {name!r}; there are {', '.join(known)}")
+    small = {"layers": 2, "width": 32, "hidden": 128, "heads": 2, "context": 32, "batch": 4, "validation_batches": 2}
+    setup = Setup(
+        steps=steps,
+        warmup_steps=steps // 10,
+        refresh=max(1, steps // 40),
+        **(small if tiny else {}),
+    )
+    file = runs.ablate(
+        setup,
+        [Variant(name) for name in variant or known],
+        range(seeds),
+        path=json,
+        device="cuda" if torch.cuda.is_available() and not tiny else "cpu",
+        seconds=seconds,
+        on_event=views.note,
+    )
+    if plot is not None:
+        report.plot(file, plot)
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(documents.filled(text, report.tables(file), page.name), encoding="utf-8")
