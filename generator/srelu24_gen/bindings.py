@@ -11,6 +11,10 @@ BOOKKEEPING_BYTES = 1024
 """Shared memory besides the ring: barriers, works to come, the rounding of the whole to the swizzle's alignment."""
 PRODUCER_LAG = 2
 """Stages a producer thread leaves empty: what it refills was read so many steps ago."""
+SPARSE_OPS = (Op.SPGEMM, Op.SPGEMM_TOKENS)
+"""Kernels whose A is packed."""
+PACKING_OPS = (Op.GEMM_RELU2_24, Op.GEMM_DRELU2_24)
+"""GEMMs whose output is packed."""
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
 
@@ -40,7 +44,7 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
     producer = config.producer is Producer.WARPGROUP
     threads = WARPGROUP_THREADS * (consumers + producer)
     k_bytes = config.tile_k * dtype.bytes
-    bytes_a = config.tile_m * k_bytes // (2 if op is Op.SPGEMM else 1)
+    bytes_a = config.tile_m * k_bytes // (2 if op in SPARSE_OPS else 1)
     bytes_b = config.tile_n * k_bytes
     # The launch gives every thread an equal share, in steps of 8; setmaxnreg moves the producer's to the consumers.
     share = min(255, 65536 // threads // 8 * 8)
@@ -60,7 +64,7 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
 
 def load_block(op: Op) -> int:
     """Rows of B that the kernel's load order permutes together (``LoadOrder`` in ``tile_load.cuh``)."""
-    return 64 if op is Op.GEMM_RELU2_24 else 32
+    return 64 if op in (*PACKING_OPS, Op.SPGEMM_TOKENS) else 32
 
 
 def loads_ragged_n(config: KernelConfig) -> bool:
@@ -87,7 +91,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
     }
     if family.op is Op.SPARSIFY24:
         return names
-    sparse, prune = family.op is Op.SPGEMM, family.op is Op.GEMM_RELU2_24
+    sparse, prune = family.op in SPARSE_OPS, family.op in PACKING_OPS
     size = footprint(family.op, family.dtype, config)
     types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.dtype]}"
     return names | {
@@ -110,10 +114,15 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "shared_bytes": size.shared_bytes,
         "ragged_n": _cpp(loads_ragged_n(config)),
         "load_order": "kOwn16" if prune else "kOwn8",
-        "prune": _cpp(prune),
+        "prune": _cpp(family.op is Op.GEMM_RELU2_24),
         "bias": _cpp(family.bias),
         "residual": _cpp(family.residual),
         "count_nonzeros": _cpp(family.count_nonzeros),
+        "output": "float" if family.fp32 else f"cutlass::{_ELEMENT[family.dtype]}",
+        "major": "MN" if family.op is Op.SPGEMM_TOKENS else "K",
+        "hidden_gradient": _cpp(family.op is Op.GEMM_DRELU2_24),
+        "along_tokens": _cpp(family.op is Op.SPGEMM_TOKENS),
+        **{name: _cpp(getattr(family, name)) for name in ("tokens", "permuted", "accumulate", "transposed")},
     }
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
-from srelu24_gen.bindings import E_VECTOR_COLUMNS, footprint, load_block, loads_ragged_n
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, PACKING_OPS, footprint, load_block, loads_ragged_n
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
@@ -51,7 +51,28 @@ def supports_problem(problem: Problem, target: GpuTarget) -> Verdict:
     for name, extent in (("N", problem.n), ("K", problem.k)):
         if extent % 8:
             return Verdict(False, f"{name} = {extent} is not a multiple of 8; pad the layer's width")
+    if trains(family):
+        verdict = _supports_training_sizes(problem)
+        if not verdict.ok:
+            return verdict
     return supports_family(family)
+
+
+def trains(family: Family) -> bool:
+    """Whether it is a kernel of a training step."""
+    return family.op in (Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS) or family.tokens or family.permuted
+
+
+def _supports_training_sizes(problem: Problem) -> Verdict:
+    """Groups along tokens are whole blocks of 16, and what lies along a swizzled row is whole rows of 64."""
+    weights = problem.family.op is Op.SPGEMM_TOKENS
+    tokens, widths = (problem.k, (problem.m, problem.n)) if weights else (problem.m, (problem.n, problem.k))
+    if tokens % 16:
+        return Verdict(False, f"{tokens} tokens are not a multiple of 16; pad the batch")
+    for width in widths:
+        if width % 64:
+            return Verdict(False, f"a width of {width} is not a multiple of 64; pad the layer's width")
+    return Verdict(True)
 
 
 def supports_family(family: Family) -> Verdict:
@@ -65,8 +86,25 @@ def supports_family(family: Family) -> Verdict:
         return Verdict(False, f"only gemm_relu2_24 counts non-zeros, not {op.value}")
     if family.residual and op is not Op.SPGEMM:
         return Verdict(False, f"only spgemm adds a residual, not {op.value}")
-    if family.bias and op is Op.SPARSIFY24:
-        return Verdict(False, "sparsify24 takes no bias")
+    if family.bias and op in (Op.SPARSIFY24, Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS):
+        return Verdict(False, f"{op.value} takes no bias")
+    return _supports_training_options(family)
+
+
+def _supports_training_options(family: Family) -> Verdict:
+    op = family.op
+    if op is Op.GEMM_DRELU2_24 and not family.tokens:
+        return Verdict(False, "gemm_drelu2_24 always packs along tokens")
+    if op in (Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS) and family.activation is not Activation.NONE:
+        return Verdict(False, f"{op.value} has no activation")
+    if family.tokens and op not in PACKING_OPS:
+        return Verdict(False, f"only GEMMs with a packed output pack along tokens, not {op.value}")
+    if family.permuted and (op in (Op.SPARSIFY24, Op.SPGEMM_TOKENS) or family.residual):
+        return Verdict(False, f"{op.value}{' with a residual' * family.residual} has no rows to permute")
+    if op is not Op.SPGEMM_TOKENS:
+        for name in ("fp32", "accumulate", "transposed"):
+            if getattr(family, name):
+                return Verdict(False, f"only spgemm_tokens has an output that is {name}, not {op.value}")
     return Verdict(True)
 
 
@@ -90,8 +128,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(False, f"tile_m = {c.tile_m} is not one of {_TILES_M}: a consumer warpgroup owns 64 rows")
     if c.tile_n not in _TILES_N:
         return Verdict(False, f"tile_n = {c.tile_n} is not one of {_TILES_N}, the MMA widths the templates bind")
-    if op is Op.GEMM_RELU2_24 and c.tile_n != E_VECTOR_COLUMNS:
-        return Verdict(False, f"gemm_relu2_24 needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
+    if op in PACKING_OPS and c.tile_n != E_VECTOR_COLUMNS:
+        return Verdict(False, f"{op.value} needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
     if c.tile_k != 64:
         return Verdict(False, f"tile_k = {c.tile_k} is not 64, the 128-byte swizzle span of 16-bit B")
     if c.cluster_m not in (1, 2):
@@ -110,6 +148,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(
             False, f"stream_k is for tiles of {_LEAST_SPLIT_M} rows or more: {c.tile_m} leave little to split"
         )
+    if c.stream_k and c.tile_m == max(_TILES_M) and (family.transposed or family.accumulate):
+        return Verdict(False, f"a {c.tile_m}-row tile has no registers left for stream_k and such a store")
     if family.residual and c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
     least = 2 if c.producer is Producer.WARPGROUP else 3

@@ -28,6 +28,11 @@ class Op(StrEnum):
     """Packed 2:4 A times dense B^T. N = D, K = F."""
     SPARSIFY24 = "sparsify24"
     """Dense [M, N] to packed 2:4 along N, no matrix product (K is 0)."""
+    GEMM_DRELU2_24 = "gemm_drelu2_24"
+    """Dense A B^T, then 2 (A B^T) sqrt(S) where a packed S [M, N] keeps values; packed as S is and along tokens.
+    M tokens, N = F, K = D."""
+    SPGEMM_TOKENS = "spgemm_tokens"
+    """A^T B over tokens: A [K, M] packed 2:4 along K, B [K, N], output [M, N]. K tokens, M = F, N = D."""
 
 
 class DType(StrEnum):
@@ -67,6 +72,16 @@ class Family:
     bias: bool = False
     residual: bool = False
     count_nonzeros: bool = False
+    tokens: bool = False
+    """The output is packed along tokens as well (docs/training.md)."""
+    permuted: bool = False
+    """Rows of a dense A or of a dense output are tokens in the order of their groups (docs/training.md)."""
+    fp32: bool = False
+    """The output is fp32."""
+    accumulate: bool = False
+    """The product is added to the output."""
+    transposed: bool = False
+    """The output is stored as [N, M]."""
 
     @property
     def name(self) -> str:
@@ -77,6 +92,7 @@ class Family:
         parts += [n for n in ("bias", "residual") if getattr(self, n)]
         if self.count_nonzeros:
             parts.append("count")
+        parts += [n for n in ("tokens", "permuted", "fp32", "accumulate", "transposed") if getattr(self, n)]
         return "_".join(parts)
 
 

@@ -6,19 +6,18 @@ The layouts here mirror ``templates/include/srelu24/sm90/params.cuh`` (the param
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from cuda.bindings import driver
 from torch import Tensor
 
-from srelu24.loader import ArgumentBlock, LoadedKernel, check, load
+from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import Sparse24
-from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
+from srelu24.tensor_map import tensor_map
+from srelu24_gen.bindings import PACKING_OPS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
@@ -26,10 +25,6 @@ from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
 TORCH_DTYPE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
 DTYPES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
 """Storage types of the kernels, by torch's name."""
-_TMA_DTYPE = {
-    DType.BF16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    DType.FP16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-}
 _CACHED_BLOCKS = 4096
 """Parameter blocks kept per kernel; torch's allocator reuses addresses, so few are needed."""
 
@@ -88,7 +83,7 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     return (SparsifyLauncher if spec.family.op is Op.SPARSIFY24 else GemmLauncher)(spec, device)
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     """Everything a GEMM's parameter block depends on: addresses, sizes, and row strides in elements."""
 
     a: int
@@ -108,6 +103,8 @@ class _Arguments(NamedTuple):
     b_stride: int
     out_stride: int
     residual_stride: int
+    tokens: tuple[int, ...] = (0,) * 8
+    """TokenParams of ``params.cuh``; zeros for kernels of the forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +179,7 @@ def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
 
     if torch.cuda.is_current_stream_capturing():
         return new()
-    key = (device.index, _stream(device.index))
+    key = (device.index, stream(device.index))
     found = _workspaces.get(key)
     if found is None or found.flags.numel() < flags or found.partials.numel() < floats:
         found = _workspaces[key] = new()
@@ -199,7 +196,7 @@ class GemmLauncher:
             build(spec), device, threads=self.size.threads, shared_bytes=self.size.shared_bytes
         )
         self.sm_count = torch.cuda.get_device_properties(device).multi_processor_count
-        self._blocks: dict[tuple[int, ...], tuple[ArgumentBlock, int]] = {}
+        self._blocks: dict[tuple[Any, ...], tuple[ArgumentBlock, int]] = {}
 
     def __call__(self, o: Operands) -> None:
         a = o.a.values if isinstance(o.a, Sparse24) else o.a
@@ -207,7 +204,7 @@ class GemmLauncher:
         assert o.b is not None
         m, (n, k) = a.shape[0], o.b.shape
         space = self._workspace(m, n, k, out.device) if self.spec.config.stream_k else None
-        key = (  # the fields of _Arguments, as the plain tuple that hashes fastest
+        key = (  # the fields of Arguments, as the plain tuple that hashes fastest
             a.data_ptr(),
             o.b.data_ptr(),
             out.data_ptr(),
@@ -221,19 +218,23 @@ class GemmLauncher:
             m,
             n,
             k,
-            _row_stride(a),
+            row_stride(a),
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
         )
+        block, grid = self._encoded(key)
+        self.kernel.launch(grid, block.address, stream(self.kernel.device))
+
+    def _encoded(self, key: tuple[Any, ...]) -> tuple[ArgumentBlock, int]:
+        """The parameter block of these arguments, and the grid."""
         found = self._blocks.get(key)
         if found is None:
-            found = self._encode(_Arguments(*key))
+            found = self._encode(Arguments(*key))
             if len(self._blocks) >= _CACHED_BLOCKS:
                 self._blocks.clear()
             self._blocks[key] = found
-        block, grid = found
-        self.kernel.launch(grid, block.address, _stream(self.kernel.device))
+        return found
 
     def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
         """Room for the partial sums of stream-K: one slot a consumer warpgroup; None where no tile is split."""
@@ -244,24 +245,14 @@ class GemmLauncher:
         slots = plan.clusters * c.cluster_m * self.size.consumers
         return workspace(slots, slots * c.tile_n // 2 * WARPGROUP_THREADS, device)
 
-    def _encode(self, x: _Arguments) -> tuple[ArgumentBlock, int]:
+    def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
         """GemmParams of ``params.cuh``, and the grid."""
-        family, c = self.spec.family, self.spec.config
-        sparse = family.op is Op.SPGEMM
-        map_a = _tensor_map(
-            family.dtype,
-            x.a,
-            dims=(x.k // 2 if sparse else x.k, x.m),
-            strides=(x.a_stride,),
-            box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
-            swizzle_bytes=64 if sparse else 128,
-        )
+        c = self.spec.config
         plan = plan_work(c, x.m, x.n, x.k, self.sm_count)
         pointers = (x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)
         content = b"".join(
             (
-                map_a,
-                *self._maps_b(x.b, x.n, x.k, x.b_stride),
+                *self._maps(x),
                 struct.pack("<6Q2q4i", *pointers, x.out_stride, x.residual_stride, x.m, x.n, x.k, plan.k_blocks),
                 struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
                 _fast_divmod(plan.group * plan.tiles_n),
@@ -270,19 +261,33 @@ class GemmLauncher:
                 struct.pack("<4x3i", plan.first_tile, plan.units, plan.extra),
                 _fast_divmod(plan.tile_units),
                 struct.pack("<2Q", x.partials, x.flags),
+                struct.pack("<4Q2q2i", *x.tokens),
             )
         )
         return ArgumentBlock(content), plan.clusters * c.cluster_m
 
+    def _maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
+        """a, b_share, b_rows[0], b_rows[1]."""
+        c, sparse = self.spec.config, self.spec.family.op is Op.SPGEMM
+        a = tensor_map(
+            self.spec.family.dtype,
+            x.a,
+            dims=(x.k // 2 if sparse else x.k, x.m),
+            strides=(x.a_stride,),
+            box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
+            swizzle_bytes=64 if sparse else 128,
+        )
+        return a, *self._maps_b(x.b, x.n, x.k, x.b_stride)
+
     def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
         """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
         c, dtype = self.spec.config, self.spec.family.dtype
-        run = 16 if self.spec.family.op is Op.GEMM_RELU2_24 else 8
+        run = 16 if self.spec.family.op in PACKING_OPS else 8
         block = 4 * run
 
         def whole_blocks() -> bytes:
             # Without a whole block nothing inside is read through this map, but it must be encodable.
-            return _tensor_map(
+            return tensor_map(
                 dtype,
                 b,
                 dims=(k, 2, 4, run // 2, max(1, n // block)),
@@ -292,7 +297,7 @@ class GemmLauncher:
             )
 
         def rows_from(first: int) -> bytes:
-            return _tensor_map(
+            return tensor_map(
                 dtype,
                 b + first * stride * dtype.bytes,
                 dims=(k, 2, -(-(n - first) // run), 4),
@@ -334,15 +339,15 @@ class SparsifyLauncher:
             )
         )
         grid = metadata.shape[0] * metadata.shape[1]
-        self.kernel.launch(grid, block.address, _stream(self.kernel.device))
+        self.kernel.launch(grid, block.address, stream(self.kernel.device))
 
 
-def _stream(device: int) -> int:
+def stream(device: int) -> int:
     """The current stream's handle; torch's public way builds an object first, for 3 us."""
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def _row_stride(matrix: Tensor) -> int:
+def row_stride(matrix: Tensor) -> int:
     """Elements between rows. Of a single row torch keeps any stride, and the TMA wants a multiple of 16 bytes."""
     return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
 
@@ -356,44 +361,3 @@ def _fast_divmod(divisor: int) -> bytes:
 
 
 Launcher = GemmLauncher | SparsifyLauncher
-
-_SWIZZLE = {
-    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-}
-
-
-def _tensor_map(
-    dtype: DType,
-    address: int,
-    *,
-    dims: tuple[int, ...],
-    strides: tuple[int, ...],
-    box: tuple[int, ...],
-    swizzle_bytes: int,
-) -> bytes:
-    """A CUtensorMap's 128 bytes. Dims and strides in elements, innermost first (its stride is 1).
-
-    Elements outside read as zero.
-
-    Raises:
-        LaunchError: the driver refused the description.
-    """
-    rank = len(dims)
-    encoded = check(
-        driver.cuTensorMapEncodeTiled(
-            _TMA_DTYPE[dtype],
-            rank,
-            address,
-            [driver.cuuint64_t(d) for d in dims],
-            [driver.cuuint64_t(s * dtype.bytes) for s in strides],
-            [driver.cuuint32_t(x) for x in box],
-            [driver.cuuint32_t(1)] * rank,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            _SWIZZLE[swizzle_bytes],
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        ),
-        f"describing a tensor of {dims} elements with row strides {strides} to the TMA",
-    )
-    return ctypes.string_at(int(encoded.getPtr()), 128)

@@ -158,7 +158,7 @@ def test_b_lands_in_the_order_of_its_load(op: Op, cluster_m: int, n: int, monkey
         rows = tuple(s // stride for s in strides)
         return Box(address // 2 // stride, dims[1:], rows, box[1:])
 
-    monkeypatch.setattr(launch, "_tensor_map", record)
+    monkeypatch.setattr(launch, "tensor_map", record)
     launcher = GemmLauncher.__new__(GemmLauncher)
     activation = Activation.RELU2 if op is Op.GEMM_RELU2_24 else Activation.NONE
     launcher.spec = KernelSpec(Family(op, DType.BF16, activation), KernelConfig(cluster_m=cluster_m))
@@ -196,6 +196,6 @@ def test_b_lands_in_the_order_of_its_load(op: Op, cluster_m: int, n: int, monkey
 
 def test_the_row_stride_of_a_single_row_is_made_up() -> None:
     wide = torch.zeros(4, 100)
-    assert launch._row_stride(wide[:, :20]) == 100
-    assert launch._row_stride(wide[:1, :20]) == 24  # torch may say anything; the TMA needs a multiple of 16 bytes
-    assert launch._row_stride(wide[:1, :4]) == 8
+    assert launch.row_stride(wide[:, :20]) == 100
+    assert launch.row_stride(wide[:1, :20]) == 24  # torch may say anything; the TMA needs a multiple of 16 bytes
+    assert launch.row_stride(wide[:1, :4]) == 8

@@ -4,29 +4,12 @@
 // 4j + 2h + b is row half h, column 8j + 2t + b. LoadOrder (tile_load.cuh) says which output column that is.
 #pragma once
 
-#include <cutlass/arch/memory.h>
-
 #include <srelu24/prune24.cuh>
+#include <srelu24/sm90/block.cuh>
+#include <srelu24/sm90/epilogue_training.cuh>
 #include <srelu24/sm90/tile_load.cuh>
 
 namespace srelu24 {
-
-/// Where this thread's part of a warpgroup's 64 x kTileN block lies in the output.
-struct BlockPosition {
-  int row;     // first of this thread's two rows (the other is +8)
-  int column;  // first column of the tile
-  int block;   // row / 64 of the warpgroup's block
-  int thread;  // in the warpgroup
-};
-
-__device__ __forceinline__ BlockPosition block_position(int first_row, int first_column) {
-  int const thread = threadIdx.x % 128;
-  return {first_row + thread / 32 * 16 + thread % 32 / 4, first_column, first_row / 64, thread};
-}
-
-__device__ __forceinline__ void store16(void* p, uint4 const& value, bool guard) {
-  cutlass::arch::global_store<uint4, sizeof(uint4)>(value, p, guard);
-}
 
 /// Eight neighbouring elements, 16-byte aligned, as floats.
 template <class Element>
@@ -104,7 +87,8 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Ge
         float const low = acc[16 * i + 4 * c + 2 * h], high = acc[16 * i + 4 * c + 2 * h + 1];
         y[c] = Config::kRelu2 ? P::square(P::round_relu(low, high)) : P::round(low, high);
       }
-      store16(out + row * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
+      int64_t const place = Config::kPermuted ? p.tokens.token_of(row) : row;
+      store16(out + place * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
     }
   }
 }
@@ -157,6 +141,10 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], G
     auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
     store16(out, low, feature < p.n && at.row < p.m);
     store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);
+    if constexpr (Config::kTokens) {
+      drop_and_square<Element>(value, words[q]);
+      store_along_tokens<Config>(value, p, at, at.column + 64 * q);
+    }
   }
   int64_t const vectors = (p.n + 255) / 256;
   p.out_metadata[(at.block * vectors + at.column / 256) * 128 + at.thread] =

@@ -13,6 +13,7 @@
 #include <srelu24/sm90/mainloop.cuh>
 #include <srelu24/sm90/stream_k.cuh>
 #include <srelu24/sm90/tile_load.cuh>
+#include <srelu24/sm90/tile_load_tokens.cuh>
 
 namespace srelu24 {
 
@@ -57,7 +58,11 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
     }
     if (whole && pieces.now.row < p.m) {
       BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
-      if constexpr (Config::kPrune) {
+      if constexpr (Config::kHiddenGradient) {
+        store_hidden_gradient<Config>(accumulators, p, at);
+      } else if constexpr (Config::kAlongTokens) {
+        store_weight_gradient<Config>(accumulators, p, at);
+      } else if constexpr (Config::kPrune) {
         store_pruned<Config>(accumulators, p, at);
       } else {
         store_dense<Config>(accumulators, p, at);
