@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+
 import pytest
 import torch
 from torch import Tensor

@@ -106,7 +106,7 @@ def backward(
     dy1 = dx = dw1 = dw2 = db1 = None
     if needed.x or needed.w1 or needed.b1:
         wide = torch.promote_types(x.dtype, torch.float32)
-        ds = _product(g, w2, accumulate).to(wide)
+        ds = _product(g, w2, accumulate).to(x.dtype).to(wide)
         dy1 = (2 * ds * hidden.to(wide).sqrt()).to(x.dtype)
         # Zero, not 0 * ds, where S is zero: ds may be Inf or NaN there.
         dy1 = torch.where(hidden != 0, dy1, 0.0)
