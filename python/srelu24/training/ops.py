@@ -267,8 +267,8 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 def _say_what_runs(device: str) -> None:
     if device != "cpu":
         warnings.warn(
-            "srelu24 trains with its reference in plain PyTorch, which is slower than dense; its training kernels are not "
-            "used yet.",
+            "srelu24 trains with its reference in plain PyTorch, which is slower than dense; its training kernels are "
+            "not used yet.",
             FallbackWarning,
             stacklevel=2,
         )
