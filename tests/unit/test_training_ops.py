@@ -303,7 +303,7 @@ def test_operators_pass_torch_s_own_check() -> None:
             o_.ffn_train_into.default, (*saved, needed, *buffers), test_utils=("test_schema", "test_faketensor")
         )
     torch.library.opcheck(o_.ffn_recipe.default, (o.x, *o.weights, flag), test_utils=checks[::2])
-    torch.library.opcheck(o_.hidden_kept.default, (hidden, flag, features, 1), test_utils=checks[::2])
+    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1), test_utils=checks[::2])
 
 
 @pytest.mark.parametrize("buffers", [False, True])

@@ -24,20 +24,26 @@ from srelu24_gen.spec import Activation, Family, KernelSpec, Op, Problem
 
 
 def pruned_hidden(
-    x: Tensor, w1: Tensor, b1: Tensor | None, token_stride: int | None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    token_stride: int | None,
+    out: tuple[Sparse24, TokenSparse24] | None = None,
 ) -> tuple[Sparse24, TokenSparse24, Tensor]:
     """GEMM1: S packed along features and along tokens, and the non-zeros of every feature before pruning, int32 [F].
 
     Args:
         x: [M, D]. w1: [F, D]. b1: [F].
+        out: room for both forms of S; new where None.
 
     Raises:
         Unsupported: no kernel takes these sizes or this stride.
         CompileError, LaunchError: the kernel could not be built or launched.
     """
     m, f = x.shape[0], w1.shape[0]
-    s = Sparse24.empty(m, f, x.dtype, x.device)
-    along_tokens = TokenSparse24.empty(m, f, x.dtype, x.device)
+    if out is None:
+        out = Sparse24.empty(m, f, x.dtype, x.device), TokenSparse24.empty(m, f, x.dtype, x.device)
+    s, along_tokens = out
     counts = torch.zeros(f, dtype=torch.int32, device=x.device)
     family = Family(
         Op.GEMM_RELU2_24,

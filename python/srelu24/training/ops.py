@@ -6,8 +6,8 @@
     ffn_recipe           forward where no gradient is recorded
     hidden_kept          what pruning keeps, for the metrics
 
-The step that they take is :mod:`srelu24.training.reference`, on CPU and GPU alike. ``sparse`` is a bool [] on the host,
-read when an op runs, so that the end of the warm-up changes no code.
+A sparse step runs on the kernels where they take it (:mod:`srelu24.training.step`); everything else is the reference
+in plain PyTorch. ``sparse`` is a bool [] on the host, read when an op runs, so the end of the warm-up changes no code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from srelu24.fallback import FallbackWarning
 from srelu24.operands import check_ffn
-from srelu24.training import reference
+from srelu24.training import reference, step
 from srelu24.training.recipe import LayerState
 from srelu24.training.reference import Gradients, Needed, Pruning
 from srelu24_gen.errors import Unsupported
@@ -36,7 +36,7 @@ _library.define(
 _library.define(f"ffn_train_backward({_SAVED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"ffn_train_into({_SAVED}, Tensor(a!) w1_grad, Tensor(b!) w2_grad) -> (Tensor, Tensor, Tensor)")
 _library.define(f"ffn_recipe({_FFN}, Tensor sparse) -> Tensor")
-_library.define(f"hidden_kept(Tensor hidden, {_STEP}) -> Tensor")
+_library.define(f"hidden_kept(Tensor hidden, Tensor x, int f, {_STEP}) -> Tensor")
 
 _DOUBLE_BACKWARD = (
     "srelu24.ffn was differentiated twice, and it has no second derivative; leave create_graph off, "
@@ -64,7 +64,9 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
         y, hidden, counts = torch.ops.srelu24.ffn_train(rows, w1, w2, b1, b2, *pruning, layer.w1_grad, layer.w2_grad)
         layer.count(counts, rows.shape[0])
         if layer.recipe.metrics is not None:
-            layer.observe(counts, torch.ops.srelu24.hidden_kept(hidden.detach(), *pruning), rows.shape[0])
+            layer.observe(
+                counts, torch.ops.srelu24.hidden_kept(hidden.detach(), rows.detach(), f, *pruning), rows.shape[0]
+            )
     else:
         y = torch.ops.srelu24.ffn_recipe(rows, w1, w2, b1, b2, flag)
     return y.view(x.shape)  # type: ignore[no-any-return]
@@ -85,12 +87,20 @@ def _ffn_train(
     w1_grad: Tensor | None,
     w2_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _say_what_runs(x.device.type)
+    pruning = _pruning(sparse, dense_features, token_stride)
+    reason = step.reason_against(x, w1.shape[0], token_stride)
+    if pruning is not None and reason is None:
+        done = step.forward(x, w1, w2, b1, b2, pruning)
+        return done.y, done.hidden, done.counts
+    if pruning is not None and x.is_cuda:
+        _warn(str(reason))
     with _exact(x):
-        step = reference.forward(
-            x, w1, w2, b1, b2, pruning=_pruning(sparse, dense_features, token_stride), accumulate=_accumulate(x)
-        )
-    return step.y, step.hidden, step.counts
+        done = reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
+    if reason is not None:
+        return done.y, done.hidden, done.counts
+    hidden = x.new_empty(step.hidden_size(x.shape[0], w1.shape[0]))  # one size for all steps
+    step.dense_part(hidden, *done.hidden.shape).copy_(done.hidden)
+    return done.y, hidden, done.counts
 
 
 def _gradients(
@@ -103,18 +113,22 @@ def _gradients(
     dense_features: Tensor,
     token_stride: int | None,
     needed: list[bool],
+    w1_grad: Tensor | None = None,
+    w2_grad: Tensor | None = None,
 ) -> Gradients:
+    """Those of the weights are already in their buffers, where there are any."""
+    pruning, wanted = _pruning(sparse, dense_features, token_stride), Needed(*needed)
+    m, f = x.shape[0], w1.shape[0]
+    if step.reason_against(x, f, token_stride) is None:
+        if pruning is not None:
+            return step.backward(g, x, w1, w2, hidden, pruning=pruning, needed=wanted, w1_grad=w1_grad, w2_grad=w2_grad)
+        hidden = step.dense_part(hidden, m, f)
     with _exact(x):
-        return reference.backward(
-            g,
-            x,
-            w1,
-            w2,
-            hidden,
-            pruning=_pruning(sparse, dense_features, token_stride),
-            needed=Needed(*needed),
-            accumulate=_accumulate(x),
-        )
+        d = reference.backward(g, x, w1, w2, hidden, pruning=pruning, needed=wanted, accumulate=_accumulate(x))
+    for buffer, gradient in ((w1_grad, d.w1), (w2_grad, d.w2)):
+        if buffer is not None and gradient is not None:
+            buffer += gradient
+    return d
 
 
 def _ffn_train_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -123,11 +137,7 @@ def _ffn_train_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _ffn_train_into(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *saved, w1_grad, w2_grad = rest
-    d = _gradients(g, x, *saved)
-    for buffer, gradient in ((w1_grad, d.w1), (w2_grad, d.w2)):
-        if gradient is not None:
-            buffer += gradient
+    d = _gradients(g, x, *rest)
     return _stored(d.x, x), _stored(d.b1, x), _stored(d.b2, x)
 
 
@@ -137,12 +147,18 @@ def _ffn_recipe(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor
         return reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x)).y
 
 
-def _hidden_kept(hidden: Tensor, sparse: Tensor, dense_features: Tensor, token_stride: int | None) -> Tensor:
+def _hidden_kept(
+    hidden: Tensor, x: Tensor, f: int, sparse: Tensor, dense_features: Tensor, token_stride: int | None
+) -> Tensor:
     """int64 [2]: non-zeros of S, and of S pruned along tokens; during the warm-up those that pruning would leave."""
     pruning = Pruning(dense_features, token_stride)
+    if step.reason_against(x, f, token_stride) is None:
+        if sparse.item():
+            return torch.stack(step.kept(hidden, x.shape[0], f, pruning))
+        hidden = step.dense_part(hidden, x.shape[0], f)
     s = hidden if sparse.item() else torch.where(reference.kept_along_features(hidden), hidden, 0.0)
     both = torch.where(reference.kept_along_tokens(s, pruning), s, 0.0)
-    return torch.stack([(kept != 0).sum() for kept in (s, both)])
+    return torch.stack([(left != 0).sum() for left in (s, both)])
 
 
 def _pruning(sparse: Tensor, dense_features: Tensor, token_stride: int | None) -> Pruning | None:
@@ -201,9 +217,21 @@ def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
 # ------------------------------------------------------------------------------------------------------- fake kernels
 
 
-def _ffn_train_fake(x: Tensor, w1: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _ffn_train_fake(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Any,
+    b2: Any,
+    sparse: Tensor,
+    dense: Tensor,
+    token_stride: int | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     m, f = x.shape[0], w1.shape[0]
-    return x.new_empty(x.shape), x.new_empty(m, f), x.new_empty(f, dtype=torch.int32)
+    packs = step.reason_against(x, f, token_stride) is None
+    hidden = x.new_empty(step.hidden_size(m, f)) if packs else x.new_empty(m, f)
+    return x.new_empty(x.shape), hidden, x.new_empty(f, dtype=torch.int32)
 
 
 def _fakes(needed: list[bool], *shapes: tuple[int, ...], like: Tensor) -> tuple[Tensor, ...]:
@@ -264,11 +292,10 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _say_what_runs(device: str) -> None:
-    if device != "cpu":
-        warnings.warn(
-            "srelu24 trains with its reference in plain PyTorch, which is slower than dense; its training kernels are "
-            "not used yet.",
-            FallbackWarning,
-            stacklevel=2,
-        )
+def _warn(reason: str) -> None:
+    """Once per process and reason."""
+    warnings.warn(
+        f"srelu24 trains with its reference in plain PyTorch, slower than dense: {reason}.",
+        FallbackWarning,
+        stacklevel=2,
+    )

@@ -41,23 +41,33 @@ def check_stride(stride: int | None) -> None:
 
 
 @functools.lru_cache(maxsize=256)
+def row_order(m: int, stride: int | None, device: torch.device) -> Tensor:
+    """The token of every row: int64 [padded(m)], a permutation. Tokens from ``m`` on do not exist.
+
+    With stride L, row 16 j + i of a band of 16 L rows is the band's token L i + j; what is left over after the whole
+    bands keeps its order. Arguments as in :func:`token_order`.
+    """
+    tokens = torch.arange(padded(m), device=device)
+    if stride == NEIGHBOURS:
+        return tokens
+    stride = widest_stride(m) if stride is None else stride
+    whole = len(tokens) - len(tokens) % (BLOCK * stride)
+    bands = tokens[:whole].view(-1, BLOCK, stride).transpose(1, 2).reshape(-1)
+    return torch.cat((bands, tokens[whole:]))
+
+
+@functools.lru_cache(maxsize=256)
 def token_order(m: int, stride: int | None, device: torch.device) -> Tensor:
     """The token at every position: int64 [padded(m)], a permutation. Tokens from ``m`` on do not exist.
 
-    Rows come first: with stride L, row 16 j + i of a band of 16 L rows is the band's token L i + j; what is left over
-    after the whole bands keeps its order. Then, in each block of 16 rows, position p is row p // 2 + 8 (p % 2), so a
-    group holds rows 2i, 2i + 8, 2i + 1, 2i + 9: in the accumulators of a wgmma these meet in two neighbouring threads.
+    In each block of 16 rows, position p is row p // 2 + 8 (p % 2), so a group holds rows 2i, 2i + 8, 2i + 1, 2i + 9: in
+    the accumulators of a wgmma these meet in two neighbouring threads.
 
     Args:
         m: tokens.
         stride: L; None is the widest, NATURAL takes rows as they are, NEIGHBOURS takes positions as they are.
     """
-    rows = padded(m)
-    tokens = torch.arange(rows, device=device)
+    tokens = row_order(m, stride, device)
     if stride == NEIGHBOURS:
         return tokens
-    stride = widest_stride(m) if stride is None else stride
-    whole = rows - rows % (BLOCK * stride)
-    bands = tokens[:whole].view(-1, BLOCK, stride).transpose(1, 2).reshape(-1)
-    tokens = torch.cat((bands, tokens[whole:]))
     return tokens.view(-1, 2, BLOCK // 2).transpose(1, 2).reshape(-1)

@@ -12,6 +12,22 @@ from srelu24.training.order import padded
 from srelu24_gen.errors import Unsupported
 
 
+def columns(s: Sparse24, features: Tensor) -> Tensor:
+    """Some columns of a packed matrix: S [M, F], features int64 [n] -> [M, n]. Only what they need is unpacked."""
+    m, (blocks, vectors) = s.shape[0], s.metadata.shape[:2]
+    first_of_pair = features // 4 * 2
+    kept0, kept1 = s.values[:, first_of_pair], s.values[:, first_of_pair + 1]
+    # E in fragment order: row 64 i + 16 w + 8 h + g, column 256 j + 64 q + 16 t + 4 nibble + position.
+    halves = s.metadata.view(torch.int16).view(blocks, vectors, 4, 8, 4, 4, 2).permute(0, 2, 6, 3, 1, 4, 5)
+    vector, word, thread = features // 256, features % 256 // 64, features % 64 // 16
+    nibbles = (
+        halves[:, :, :, :, vector, thread, word].reshape(blocks * 64, len(features))[:m].int() >> features % 16 // 4 * 4
+    )
+    place = features % 4
+    zero = kept0.new_zeros(())
+    return torch.where((nibbles & 3) == place, kept0, torch.where((nibbles >> 2 & 3) == place, kept1, zero))
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenSparse24:
     """A matrix [M, F] of which every group of four tokens keeps two values per feature.
