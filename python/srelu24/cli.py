@@ -44,6 +44,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers
 app.add_typer(cli_db.app, name="db")
 app.add_typer(bench_app, name="bench")
 bench_app.command("training")(cli_training.bench_training)
+bench_app.command("step")(cli_training.bench_step)
 
 
 def _shape(text: str | Shape) -> Shape:

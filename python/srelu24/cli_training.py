@@ -1,4 +1,4 @@
-"""``srelu24 bench training``: the ablation of the training method."""
+"""``srelu24 bench step`` and ``bench training``: the speed of a training step, and what parts of it are worth."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from srelu24 import views
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType
 
 
 def bench_training(
@@ -55,3 +58,31 @@ def bench_training(
     if page is not None:
         text = page.read_text(encoding="utf-8")
         page.write_text(documents.filled(text, report.tables(file), page.name), encoding="utf-8")
+
+
+def bench_step(
+    shape: Annotated[list[str], typer.Option("--shape", metavar="MxDxF", help="May be repeated.")],
+    dtype: Annotated[DType, typer.Option("--dtype")] = DType.BF16,
+    density: Annotated[
+        list[float], typer.Option("--density", min=0, max=1, help="Share of non-zeros; may be repeated.")
+    ] = [0.1],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=1, help="Of timing, per shape and density.")] = 15.0,
+    split: Annotated[bool, typer.Option(help="The split weight gradient at 8192^3 as well.")] = True,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result file here.")] = None,
+) -> None:
+    """Forward and backward of the FFN against dense PyTorch, the kernels of the step alone, and what is overhead."""
+    from srelu24 import bench_step as bench
+
+    try:
+        shapes = [Shape.parse(text) for text in shape]
+    except Unsupported as error:
+        raise typer.BadParameter(str(error)) from error
+    bench.bench_step(
+        [(each.m, each.d, each.f) for each in shapes],
+        dtype,
+        density,
+        seconds_per_shape=seconds,
+        split=split,
+        json_path=json,
+        on_event=views.note,
+    )

@@ -67,7 +67,9 @@ def load_results(results_dir: Path) -> list[Result]:
 
 
 def tables(results_dir: Path) -> dict[str, str]:
-    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``. Empty where nothing was measured.
+    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``; of training ``step``, ``step_parts``, ``split``.
+
+    Empty where nothing was measured.
 
     Raises:
         RecordError: a file is no result file.
@@ -78,6 +80,9 @@ def tables(results_dir: Path) -> dict[str, str]:
         "gemm": _gemm_table,
         "memory": _memory_table,
         "overhead": _overhead_table,
+        "step": _step_table,
+        "step_parts": _step_parts_table,
+        "split": _split_table,
     }
     return {name: make(results) for name, make in makers.items()}
 
@@ -228,6 +233,44 @@ def _overhead_table(results: list[Result]) -> str:
         return [_number(by_name.get(name), ".0f") for name in ("srelu24", "eager")]
 
     return _tables(newest.values(), ["srelu24.ffn, host us per call", "eager PyTorch, host us per call"], cells)
+
+
+def _step_table(results: list[Result]) -> str:
+    head = ["dtype", "MxDxF", "density", "ms", "TFLOP/s", "J", "over torch.compile", "over eager", "saved, of eager's"]
+
+    def cells(result: Result) -> list[str]:
+        row, ours, eager = result.row, result.row.candidates["srelu24"], result.row.candidates.get("eager")
+        saved = [c.saved_bytes for c in (ours, eager) if c is not None and isinstance(c.saved_bytes, int)]
+        return [
+            *_case_cells(row),
+            _number(ours.ms, ".3f"),
+            _number(ours.tflops, ".0f"),
+            _number(ours.joules, ".2f"),
+            _number(row.speedup.get("torch_compile"), ".2f", "x"),
+            _number(row.speedup.get("eager"), ".2f", "x"),
+            _number(saved[0] / saved[1] if len(saved) == 2 and saved[1] else None, ".2f", "x"),
+        ]
+
+    return _tables(_of_op(results, "ffn_step"), head, cells)
+
+
+def _step_parts_table(results: list[Result]) -> str:
+    def cells(result: Result) -> list[str]:
+        row, ours = result.row, result.row.candidates["srelu24"]
+        speed = _number(row.speedup.get("cublas"), ".2f", "x")
+        name = row.op.removeprefix("step_").replace("_", " ")
+        return [name, *_case_cells(row), _number(ours.ms, ".3f"), _number(ours.tflops, ".0f"), speed]
+
+    parts = [result for result in results if result.row.op.startswith("step_")]
+    return _tables(parts, ["part", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "over cuBLAS"], cells)
+
+
+def _split_table(results: list[Result]) -> str:
+    def cells(result: Result) -> list[str]:
+        row, ours = result.row, result.row.candidates["srelu24"]
+        return [row.dtype, row.shape, f"{row.density:.0%}", _number(ours.ms, ".3f"), _number(ours.tflops, ".0f")]
+
+    return _tables(_of_op(results, "split_gemm"), ["dtype", "MxDxF", "sparse share", "ms", "TFLOP/s"], cells)
 
 
 def _of_op(results: Iterable[Result], op: str) -> list[Result]:

@@ -32,6 +32,8 @@ class Candidate(Struct, kw_only=True):
     """GB/s, every input read once and every output written once; for what only moves bytes."""
     utilisation: float | UnsetType = UNSET
     """Share of the tensor cores' rate at the clock it was measured at; for a GEMM alone."""
+    saved_bytes: int | UnsetType = UNSET
+    """What a forward pass keeps for its backward pass besides its inputs."""
     throttled: bool | UnsetType = UNSET
     """True where heat or a power brake slowed the GPU: measure again."""
     note: str | UnsetType = UNSET

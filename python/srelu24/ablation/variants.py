@@ -23,6 +23,8 @@ class Variant(StrEnum):
 
     DENSE = "dense"
     RECIPE = "recipe"
+    REFERENCE = "recipe, reference"
+    """The same on the reference in plain PyTorch, to hold the kernels against."""
     NO_WARMUP = "no warm-up"
     NAIVE_BACKWARD = "naive backward"
     """No dense features: all of them are pruned along tokens."""
@@ -63,8 +65,8 @@ def attach(variant: Variant, model: Transformer, *, warmup_steps: int, refresh: 
 
 
 def _step(variant: Variant, layer: LayerState) -> FFNStep:
-    if variant is Variant.NO_MASK_REUSE:
-        return lambda x, w1, w2: _unmasked(x, w1, w2, layer)
+    if variant in (Variant.REFERENCE, Variant.NO_MASK_REUSE):
+        return lambda x, w1, w2: _on_reference(x, w1, w2, layer, variant is Variant.REFERENCE)
     return lambda x, w1, w2: srelu24.ffn(x, w1, w2, recipe=layer)
 
 
@@ -72,21 +74,22 @@ def _dense(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return linear(linear(x, w1).relu().square(), w2)
 
 
-def _unmasked(x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState) -> Tensor:
+def _on_reference(x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState, reuse_masks: bool) -> Tensor:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x, w1, w2 = (t.to(torch.get_autocast_dtype(kind)) for t in (x, w1, w2))
-    y: Tensor = _UnmaskedStep.apply(x.flatten(0, -2), w1, w2, layer)  # type: ignore[no-untyped-call]
+    y: Tensor = _ReferenceStep.apply(x.flatten(0, -2), w1, w2, layer, reuse_masks)  # type: ignore[no-untyped-call]
     return y.view(x.shape)
 
 
-class _UnmaskedStep(torch.autograd.Function):
-    """The sparse step without mask reuse, which is not the method and so no option of a recipe."""
+class _ReferenceStep(torch.autograd.Function):
+    """The step on the reference wherever it runs, and without mask reuse, which is not the method and no option of a
+    recipe."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState, reuse_masks: bool) -> Tensor:
         recipe = layer.recipe
-        ctx.pruning = Pruning(layer.dense_features, recipe.token_stride, reuse_masks=False) if recipe.sparse else None
+        ctx.pruning = Pruning(layer.dense_features.clone(), recipe.token_stride, reuse_masks) if recipe.sparse else None
         with torch.autocast(x.device.type, enabled=False):
             step = reference.forward(x, w1, w2, pruning=ctx.pruning, accumulate=None)
         layer.count(step.counts, x.shape[0])
@@ -97,4 +100,4 @@ class _UnmaskedStep(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (g,) = gradients
         d = reference.backward(g.contiguous(), *ctx.saved_tensors, pruning=ctx.pruning, accumulate=None)
-        return d.x, d.w1, d.w2, None
+        return d.x, d.w1, d.w2, None, None
