@@ -17,7 +17,7 @@ BENCH_SHAPES ?= 16384x4096x16384 16384x6144x24576 16384x8192x28672 4096x8192x819
 CUDA_SOURCES := $(shell find templates/include -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-install check format bench clean
+.PHONY: help setup run test test-gpu test-install check format bench docs docs-page clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,13 @@ format: $(READY) ## rewrite Python and CUDA sources in the project's format
 bench: $(READY) ## measure on this GPU, write result files, refresh the README's tables
 	$(BIN)/srelu24 bench ffn $(BENCH_SHAPES:%=--shape %) --results $(RESULTS) $(ARGS)
 	$(BIN)/srelu24 bench report --results $(RESULTS)
+
+docs: $(READY) ## build the documentation site into dist/site; strict, and no network but for installing the builder
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+
+docs-page: $(READY) ## write docs/compatibility.md from the tests
+	$(BIN)/python tests/compatibility/page.py
 
 clean: ## remove build outputs and tool caches; the virtual environment stays
 	find build -mindepth 1 -maxdepth 1 ! -name README.md ! -name .gitignore -exec rm -rf {} +

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srelu24_gen.spec import Activation, DType, KernelConfig, KernelSpec, Op, Producer
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
 
 WARPGROUP_THREADS = 128
 BOOKKEEPING_BYTES = 1024
@@ -18,8 +18,18 @@ PACKING_OPS = (Op.GEMM_RELU2_24, Op.GEMM_DRELU2_24)
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
 
-_ELEMENT = {DType.BF16: "bfloat16_t", DType.FP16: "half_t"}
-_MMA_TYPE = {DType.BF16: "BF16", DType.FP16: "F16"}
+K_BLOCK_BYTES = 128
+"""Of a row of B in a k-block: the span of the swizzle."""
+PROMOTED_BLOCKS = 4
+"""k-blocks of 8-bit products, 512 of K, between two sums in fp32 (``Family.promote``)."""
+
+_ELEMENT = {
+    DType.BF16: "bfloat16_t",
+    DType.FP16: "half_t",
+    DType.E4M3: "float_e4m3_t",
+    DType.E5M2: "float_e5m2_t",
+}
+_MMA_TYPE = {DType.BF16: "BF16", DType.FP16: "F16", DType.E4M3: "E4M3", DType.E5M2: "E5M2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +49,7 @@ class Footprint:
 
 
 def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
-    """Threads, registers and shared memory of a GEMM kernel (any op but sparsify24)."""
+    """Threads, registers and shared memory of a GEMM kernel."""
     consumers = config.tile_m // 64
     producer = config.producer is Producer.WARPGROUP
     threads = WARPGROUP_THREADS * (consumers + producer)
@@ -77,7 +87,7 @@ def loads_ragged_n(config: KernelConfig) -> bool:
 
 def template_for(spec: KernelSpec) -> str:
     """Path of the template below ``templates/``."""
-    family = "sparsify24" if spec.family.op is Op.SPARSIFY24 else "gemm"
+    family = "gemm" if spec.family.op.multiplies else spec.family.op.value
     return f"{spec.arch.removesuffix('a').replace('_', '')}/{family}.cu.jinja"
 
 
@@ -89,11 +99,10 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "element": _ELEMENT[family.dtype],
         "relu2": _cpp(family.activation is Activation.RELU2),
     }
-    if family.op is Op.SPARSIFY24:
+    if not family.op.multiplies:
         return names
     sparse, prune = family.op in SPARSE_OPS, family.op in PACKING_OPS
     size = footprint(family.op, family.dtype, config)
-    types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.dtype]}"
     return names | {
         "tile_m": config.tile_m,
         "tile_n": config.tile_n,
@@ -107,8 +116,11 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "producer_lag": PRODUCER_LAG,
         "producer_registers": size.producer_registers,
         "consumer_registers": size.consumer_registers,
+        "output": "float" if family.out is DType.FP32 else f"cutlass::{_ELEMENT[family.out or family.dtype]}",
+        "scaled": _cpp(family.scaled),
+        "promoted_blocks": PROMOTED_BLOCKS if family.promote else 0,
         "sparse": _cpp(sparse),
-        "mma": f"GMMA_64x{config.tile_n}x32_{types}_SS" if sparse else f"MMA_64x{config.tile_n}x16_{types}_SS",
+        "mma": _mma(family, config.tile_n),
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,
         "shared_bytes": size.shared_bytes,
@@ -118,12 +130,23 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "bias": _cpp(family.bias),
         "residual": _cpp(family.residual),
         "count_nonzeros": _cpp(family.count_nonzeros),
-        "output": "float" if family.fp32 else f"cutlass::{_ELEMENT[family.dtype]}",
         "major": "MN" if family.op is Op.SPGEMM_TOKENS else "K",
         "hidden_gradient": _cpp(family.op is Op.GEMM_DRELU2_24),
         "along_tokens": _cpp(family.op is Op.SPGEMM_TOKENS),
         **{name: _cpp(getattr(family, name)) for name in ("tokens", "permuted", "accumulate", "transposed")},
     }
+
+
+def _mma(family: Family, n: int) -> str:
+    """The CUTLASS atom below ``cute::SM90::GMMA``: an instruction takes 32 bytes of K, of packed A too."""
+    k = 32 // family.dtype.bytes
+    types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.weight or family.dtype]}"
+    order = "_TN" if family.scaled else ""  # 8-bit operands are K-major, and their atoms say so by name
+    return (
+        f"SPARSE::GMMA_64x{n}x{2 * k}_{types}_SS{order}"
+        if family.op in SPARSE_OPS
+        else f"MMA_64x{n}x{k}_{types}_SS{order}"
+    )
 
 
 def _cpp(value: bool) -> str:

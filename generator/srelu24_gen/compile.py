@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from srelu24_gen.errors import CompileError, Srelu24Error
+from srelu24_gen.errors import CompileError, Srelu24Error, ToolchainError
 from srelu24_gen.nvrtc import Answer
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.render import RenderedKernel, render
@@ -42,6 +42,7 @@ ENTRY = "srelu24_kernel"
 """Symbol of the kernel in every binary."""
 ABI = 2
 """Raise it when the launcher passes parameters in another way: older binaries are then built anew."""
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](srelu24/[^>"]+)[>"]', re.MULTILINE)
 FLAGS = ("-std=c++20", "-default-device", "--ptxas-options=-v", "--no-cache")
 
 
@@ -89,7 +90,8 @@ def build_rendered(
         CompileError: NVRTC rejected it; source and log are kept in the folder that the error names.
         ToolchainError, CacheError: as their names say.
     """
-    store, toolchain = store or BuildStore(), toolchain or Toolchain.find()
+    store = store or BuildStore()
+    toolchain = toolchain or _toolchain(store)
     key = _key(rendered, toolchain)
     if hit := _cached(rendered, key, store):
         return hit
@@ -132,7 +134,8 @@ def build_many(
     Raises:
         ToolchainError, CacheError: nothing can be built at all.
     """
-    store, toolchain = store or BuildStore(), toolchain or Toolchain.find()
+    store = store or BuildStore()
+    toolchain = toolchain or _toolchain(store)
     specs = list(specs)
     outcomes: dict[KernelSpec, Outcome] = {}
     wanted: dict[KernelSpec, list[KernelSpec]] = {}
@@ -174,6 +177,8 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
         ToolchainError: NVRTC or headers are missing.
     """
     toolchain = toolchain or Toolchain.find()
+    if not toolchain.include_dirs:
+        raise ToolchainError(f"{name} is in no bundle that was loaded, and nothing here can compile it; pack it too")
     # The compiler finds what this process finds, however sys.path came about.
     paths = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), *sys.path]))
     try:
@@ -202,6 +207,16 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
     return Compiled(cubin, answer["log"], answer["seconds"])
 
 
+def _toolchain(store: BuildStore) -> Toolchain:
+    """The compiler; without one, that of the bundle that was loaded, whose kernels are in the store under its keys."""
+    try:
+        return Toolchain.find()
+    except ToolchainError:
+        if (packed := store.packed_with()) is None:
+            raise
+        return Toolchain(*packed, include_dirs=())
+
+
 def _options(arch: str, toolchain: Toolchain) -> list[str]:
     folders = (templates_dir() / "include", *toolchain.include_dirs)
     return [f"--gpu-architecture={arch}", *FLAGS, *(f"--include-path={folder}" for folder in folders)]
@@ -221,7 +236,7 @@ def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
     parts = {
         "abi": ABI,
         "source": rendered.source,
-        "headers": _headers_digest(templates_dir() / "include"),
+        "headers": _headers_digest(templates_dir() / "include", rendered.source),
         "flags": [rendered.spec.arch, *FLAGS],
         "nvrtc": toolchain.nvrtc_version,
         "cutlass": toolchain.cutlass_version,
@@ -229,19 +244,30 @@ def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _headers_digest(folder: Path) -> str:
-    """SHA-256 of every file below ``folder``; a file is read again only when its time or size has changed."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+def _headers_digest(folder: Path, source: str) -> str:
+    """SHA-256 of every header of ours that ``source`` includes, directly or through others; of no other, so that a new
+    kernel's header leaves the binaries and tuning records of the rest valid."""
+    found: dict[str, bytes] = {}
+    wanted = list(_INCLUDE.findall(source))
+    while wanted:
+        name = wanted.pop()
+        path = folder / name
+        if name in found or not path.is_file():  # of a missing one the compiler has more to say
+            continue
         info = path.stat()
-        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-        digest.update(_file_digest(path, info.st_mtime_ns, info.st_size))
+        found[name], includes = _read_header(path, info.st_mtime_ns, info.st_size)
+        wanted += includes
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        digest.update(name.encode() + b"\0" + found[name])
     return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
-def _file_digest(path: Path, _mtime_ns: int, _size: int) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+def _read_header(path: Path, _mtime_ns: int, _size: int) -> tuple[bytes, tuple[str, ...]]:
+    """Digest and includes of ours; a file is read again only when its time or size has changed."""
+    content = path.read_bytes()
+    return hashlib.sha256(content).digest(), tuple(_INCLUDE.findall(content.decode(errors="replace")))
 
 
 def _cached(rendered: RenderedKernel, key: str, store: BuildStore) -> BuiltKernel | None:
@@ -269,7 +295,7 @@ def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain:
         entry=ENTRY,
         arch=spec.arch,
         template=rendered.template,
-        family={k: v if isinstance(v, bool) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
+        family={k: v if isinstance(v, bool | None) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
         config=spec.config.compiled().to_dict(),
         registers=int(used[1]),
         stack_bytes=int(stack[1]),

@@ -46,5 +46,9 @@ class RecordError(Srelu24Error):
     """A tuning record or database file is damaged, foreign or of an unknown schema."""
 
 
+class BundleError(Srelu24Error):
+    """A bundle is damaged, foreign, of another version, or cannot be written."""
+
+
 class LaunchError(Srelu24Error):
     """The CUDA driver is missing or refused to load or launch a kernel."""

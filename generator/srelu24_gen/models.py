@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 TOKENS: tuple[int, ...] = (512, 2048, 4096, 8192, 16384, 32768)
 """The standard token counts."""
+LARGEST = (8192, 32768)
+"""D and F up to which ``--all-models`` goes: what one GPU holds next to the rest of such a model."""
 
 
 class Shape(NamedTuple):
@@ -34,6 +37,27 @@ class Shape(NamedTuple):
                 f"shape {text!r} is not MxDxF (tokens, model width, hidden width), such as 16384x4096x16384"
             )
         return cls(*map(int, match.groups()))
+
+    def gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
+        """The two GEMMs of the sparse FFN: X W1^T with pruning (N = F, K = D), then S W2^T (N = D, K = F).
+
+        In e4m3 S is e4m3 too, and the result bf16.
+        """
+        s, y = (DType.E4M3, DType.BF16) if dtype is DType.E4M3 else (None, None)
+        first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1, out=s)
+        second = Family(Op.SPGEMM, dtype, bias=b2, out=y)
+        return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
+
+    def dense_gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
+        """The two GEMMs of the dense FFN, squared ReLU in the first one's epilogue."""
+        first, second = Family(Op.GEMM, dtype, Activation.RELU2, b1), Family(Op.GEMM, dtype, bias=b2)
+        return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
+
+    @classmethod
+    def of(cls, problem: Problem) -> Self:
+        """The FFN that one of these GEMMs is part of."""
+        first = problem.family.activation is Activation.RELU2
+        return cls(problem.m, problem.k, problem.n) if first else cls(problem.m, problem.n, problem.k)
 
     def __str__(self) -> str:
         return f"{self.m}x{self.d}x{self.f}"
@@ -92,6 +116,11 @@ def model(key: str) -> Model:
         hint = f"the nearest are {', '.join(near)}" if near else f"known are {', '.join(MODELS)}"
         raise Unsupported(f"there is no model {key!r}; {hint}")
     return found
+
+
+def all_models() -> list[Model]:
+    """The models whose FFN is at most :data:`LARGEST`."""
+    return [m for m in MODELS.values() if m.d_model <= LARGEST[0] and m.d_ff <= LARGEST[1]]
 
 
 def shapes(model: Model, tokens: Sequence[int] = TOKENS) -> list[Shape]:

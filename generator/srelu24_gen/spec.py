@@ -28,11 +28,20 @@ class Op(StrEnum):
     """Packed 2:4 A times dense B^T. N = D, K = F."""
     SPARSIFY24 = "sparsify24"
     """Dense [M, N] to packed 2:4 along N, no matrix product (K is 0)."""
+    QUANTIZE_ROWS = "quantize_rows"
+    """16-bit [M, N] to e4m3 with a scale for each row (K is 0)."""
     GEMM_DRELU2_24 = "gemm_drelu2_24"
     """Dense A B^T, then 2 (A B^T) sqrt(S) where a packed S [M, N] keeps values; packed as S is and along tokens.
     M tokens, N = F, K = D."""
     SPGEMM_TOKENS = "spgemm_tokens"
     """A^T B over tokens: A [K, M] packed 2:4 along K, B [K, N], output [M, N]. K tokens, M = F, N = D."""
+    SQUARE_ROWS = "square_rows"
+    """The kept bf16 values of a packed [M, N], squared, to e4m3 with a scale for each row (K is 0)."""
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a GEMM; the others only move bytes, and have one configuration."""
+        return self not in (Op.SPARSIFY24, Op.QUANTIZE_ROWS, Op.SQUARE_ROWS)
 
 
 class DType(StrEnum):
@@ -40,10 +49,19 @@ class DType(StrEnum):
 
     BF16 = "bf16"
     FP16 = "fp16"
+    E4M3 = "e4m3"
+    E5M2 = "e5m2"
+    """For weights, beside e4m3 activations."""
+    FP32 = "fp32"
+    """For weight gradients that are accumulated."""
 
     @property
     def bytes(self) -> int:
-        return 2
+        return {DType.E4M3: 1, DType.E5M2: 1, DType.FP32: 4}.get(self, 2)
+
+
+WIDE_TYPES = (DType.BF16, DType.FP16)
+"""Types that need no scales."""
 
 
 class Activation(StrEnum):
@@ -64,7 +82,10 @@ class Producer(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """All that a compiled kernel depends on besides its configuration."""
+    """All that a compiled kernel depends on besides its configuration.
+
+    8-bit operands have scales (docs/fp8.md), and the result another type: in ``out``.
+    """
 
     op: Op
     dtype: DType
@@ -72,27 +93,39 @@ class Family:
     bias: bool = False
     residual: bool = False
     count_nonzeros: bool = False
+    out: DType | None = None
+    """Type of the result; None where it is ``dtype``."""
+    weight: DType | None = None
+    """Type of B; None where it is ``dtype``."""
+    promote: bool = False
+    """Whether 8-bit products are summed in fp32 registers of their own every few k-blocks (``PROMOTED_BLOCKS``)."""
     tokens: bool = False
     """The output is packed along tokens as well (docs/training.md)."""
     permuted: bool = False
     """Rows of a dense A or of a dense output are tokens in the order of their groups (docs/training.md)."""
-    fp32: bool = False
-    """The output is fp32."""
     accumulate: bool = False
     """The product is added to the output."""
     transposed: bool = False
     """The output is stored as [N, M]."""
 
     @property
+    def scaled(self) -> bool:
+        """Whether it is a GEMM of 8-bit operands."""
+        return self.op.multiplies and self.dtype is DType.E4M3
+
+    @property
     def name(self) -> str:
-        """For example ``gemm_relu2_24_bf16_bias``; unique per family."""
+        """For example ``gemm_relu2_24_bf16_bias`` or ``spgemm_e4m3_to_bf16``; unique per family."""
         parts = [self.op.value, self.dtype.value]
+        parts += [self.weight.value] if self.weight else []
+        parts += ["to", self.out.value] if self.out else []
+        parts += ["promoted"] if self.promote else []
         if self.activation is not Activation.NONE and self.op is not Op.GEMM_RELU2_24:
             parts.append(self.activation.value)
         parts += [n for n in ("bias", "residual") if getattr(self, n)]
         if self.count_nonzeros:
             parts.append("count")
-        parts += [n for n in ("tokens", "permuted", "fp32", "accumulate", "transposed") if getattr(self, n)]
+        parts += [n for n in ("tokens", "permuted", "accumulate", "transposed") if getattr(self, n)]
         return "_".join(parts)
 
 
@@ -119,7 +152,7 @@ class KernelConfig:
     """What is searched and stored. Fields marked ``runtime`` cost no rebuild.
 
     Units: tiles in elements, stages in k-blocks, raster_group in tiles of the cluster's height.
-    For ``sparsify24`` every field is unused and the default is the only member.
+    For kernels that are no GEMM every field is unused and the default is the only member.
     """
 
     tile_m: int = 128
@@ -137,6 +170,14 @@ class KernelConfig:
     """Whether tiles that do not fill a whole wave are split along K over all clusters."""
     raster_group: int = field(default=8, metadata={"runtime": True})
     """Cluster tiles walked along M before moving on along N."""
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row's bits do not depend on the rows beside it (docs/numerics.md, "Run to run").
+
+        All such configurations give the same bits: none splits K, and all use the MMA of 256 columns.
+        """
+        return not self.stream_k and self.tile_n == 256
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field by name."""
@@ -187,7 +228,7 @@ class KernelSpec:
     @property
     def name(self) -> str:
         """Readable and unique per binary, usable as a file name."""
-        if self.family.op is Op.SPARSIFY24:
+        if not self.family.op.multiplies:
             return f"{self.family.name}_{self.arch}"
         c = self.config
         return (

@@ -28,6 +28,7 @@ from srelu24_gen.paths import cache_dir
 LOCK_SECONDS = 60.0
 """A build takes a few seconds; who waits longer than this for another's build goes on without the lock."""
 _OURS = re.compile(r".+-[0-9a-f]{16}(\.failed)?|\.tmp-\d+-[0-9a-f]{8}")
+_TOOLCHAIN = "bundle.json"
 _warned: set[Path] = set()
 
 
@@ -41,7 +42,7 @@ class KernelMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Symbol of the kernel."""
     arch: str
     template: str
-    family: dict[str, str | bool]
+    family: dict[str, str | bool | None]
     config: dict[str, str | int | bool]
     """Fields of the KernelConfig, runtime fields at their defaults."""
     registers: int
@@ -104,6 +105,29 @@ class BuildStore:
         target = self.entry(key, name).with_name(f"{self.entry(key, name).name}.failed")
         return target if self._place(files, target, keep=lambda: False) else None
 
+    def keep_toolchain(self, nvrtc_version: str, cutlass_version: str) -> None:
+        """Remember with which versions the kernels of a bundle were made: their keys depend on them."""
+        path = self.folder / _TOOLCHAIN
+        try:
+            self._make_folder()
+            temporary = self._temporary()
+            _write_synced(temporary, msgspec.json.encode([nvrtc_version, cutlass_version]))
+            os.replace(temporary, path)
+        except OSError as error:
+            self.report_unwritable(error)
+
+    def packed_with(self) -> tuple[str, str] | None:
+        """NVRTC and CUTLASS version of the last bundle that was loaded, or None.
+
+        Raises:
+            CacheError: others may write to the folder.
+        """
+        self._require_private()
+        try:
+            return msgspec.json.decode((self.folder / _TOOLCHAIN).read_bytes(), type=tuple[str, str])
+        except (OSError, msgspec.DecodeError):
+            return None
+
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """Held while a kernel is built, so that processes build it once; without it builds are only wasteful."""
@@ -139,6 +163,8 @@ class BuildStore:
             kernels += (path / "kernel.cubin").is_file()
             shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.folder / ".locks", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / _TOOLCHAIN).unlink()
         return kernels
 
     def report_unwritable(self, cause: object) -> None:

@@ -37,16 +37,20 @@ class GpuTarget:
     l2_bytes: int = 50 * MIB
     dense_flops_per_clock: int = 4096
     """Of one multiprocessor's tensor cores on 16-bit operands; with a 2:4 operand twice as many, dense-equivalent."""
+    dram_gbps: int = 3350
+    """Peak memory bandwidth, GB/s (NVIDIA data sheets)."""
+    watts: int = 700
+    """Power limit as sold; only the cost model reads it."""
 
 
 TARGETS: dict[str, GpuTarget] = {
     target.key: target
     for target in (
         GpuTarget("h100", "NVIDIA H100 80GB HBM3"),
-        GpuTarget("h100-pcie", "NVIDIA H100 PCIe", sm_count=114),
-        GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB),
-        GpuTarget("h200", "NVIDIA H200", l2_bytes=60 * MIB),
-        GpuTarget("gh200", "NVIDIA GH200 480GB", l2_bytes=60 * MIB),
+        GpuTarget("h100-pcie", "NVIDIA H100 PCIe", sm_count=114, dram_gbps=2000, watts=350),
+        GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB, dram_gbps=3900, watts=400),
+        GpuTarget("h200", "NVIDIA H200", l2_bytes=60 * MIB, dram_gbps=4800),
+        GpuTarget("gh200", "NVIDIA GH200 480GB", l2_bytes=60 * MIB, dram_gbps=4000, watts=900),
     )
 }
 

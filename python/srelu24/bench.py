@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from msgspec import UNSET, UnsetType
 
-from srelu24 import measure, ops, peers
+from srelu24 import measure, ops, peers, peers_fp8
 from srelu24.measure import Captured, Interrupted, Progress, Timing
 from srelu24.peers import Case, Output, Peer, relative_error
+from srelu24.peers_fp8 import Fp8Case
 from srelu24.results import BenchFile, Candidate, Row
 from srelu24.workload import make_ffn, poison
 from srelu24_gen.errors import Srelu24Error, Unsupported
@@ -89,6 +90,39 @@ def bench_gemm(
     return bench.run(shapes, densities, seconds_per_shape, {"gemm": 0.8, "memory": 0.2}, zeros=zeros)
 
 
+def bench_sweep(
+    shapes: Sequence[Shape],
+    dtype: DType,
+    densities: Sequence[float] = (0.1,),
+    *,
+    seconds_per_shape: float = 2.0,
+    json_path: Path | None = None,
+    on_event: OnEvent | None = None,
+    device: torch.device | str = "cuda",
+) -> BenchFile:
+    """What ``ffn(mode="auto")`` chooses, against the sparse pair, every dense way and torch.compile: over numbers of
+    tokens it shows the crossover. Arguments and errors as in :func:`bench_ffn`."""
+    _check_arguments(shapes, densities, seconds_per_shape)
+    bench = _Bench(dtype, torch.device(device), json_path, on_event)
+    return bench.run(shapes, densities, seconds_per_shape, {"sweep": 1.0})
+
+
+def bench_fp8(
+    shapes: Sequence[Shape],
+    densities: Sequence[float] = (0.1, 0.5),
+    *,
+    seconds_per_shape: float = 20.0,
+    json_path: Path | None = None,
+    on_event: OnEvent | None = None,
+    device: torch.device | str = "cuda",
+) -> BenchFile:
+    """The 8-bit recipes, and their kernels alone, against ``torch._scaled_mm`` with row-wise scales, compiled, and
+    cuSPARSELt. X is bf16. Arguments and errors as in :func:`bench_ffn`."""
+    _check_arguments(shapes, densities, seconds_per_shape)
+    bench = _Bench(DType.BF16, torch.device(device), json_path, on_event, Fp8Case)
+    return bench.run(shapes, densities, seconds_per_shape, {"fp8_gemm": 0.3, "fp8_memory": 0.1, "fp8_ffn": 0.6})
+
+
 @dataclass(slots=True)
 class _Group:
     """The candidates of one interleaved run."""
@@ -120,8 +154,16 @@ class _Group:
 class _Bench:
     """One run: its file, its device and how far it is."""
 
-    def __init__(self, dtype: DType, device: torch.device, json_path: Path | None, on_event: OnEvent | None) -> None:
+    def __init__(
+        self,
+        dtype: DType,
+        device: torch.device,
+        json_path: Path | None,
+        on_event: OnEvent | None,
+        case: type[Case] = Case,
+    ) -> None:
         _require_gpu(device)
+        self._case = case
         self.file = BenchFile(env=measure.environment(device), rows=[])
         self._dtype, self._device, self._path, self._on_event = dtype, device, json_path, on_event
         self._fraction = 0.0
@@ -143,10 +185,10 @@ class _Bench:
             self._fraction = number / cases
             data = "zeros" if zero else f"density {density:g}"
             self._event("case", f"{_shape_name(shape)} {self._dtype}, {data}: data and references")
-            case = Case.make(shape, self._dtype, density, self._device, zeros=zero)
+            case = self._case.make(shape, self._dtype, density, self._device, zeros=zero)
             groups: dict[str, _Group] = {}
             for part, share in parts.items():
-                if zero and part == "memory":
+                if zero and part.endswith("memory"):
                     continue
                 groups[part] = self._measure(part, case, seconds * share, share / cases)
                 rows = _ROWS[part](case, groups)
@@ -163,7 +205,7 @@ class _Bench:
         """Host microseconds per eager call where the GPU has next to nothing to do."""
         data = make_ffn(64, 768, 3072, self._dtype, 0.1, self._device)
         overhead = {}
-        for name, ffn in (("srelu24", ops.ffn), ("eager", peers.plain_ffn)):
+        for name, ffn in (("srelu24", partial(ops.ffn, mode="sparse")), ("eager", peers.plain_ffn)):
             try:
                 overhead[name] = measure.host_us(partial(ffn, data.x, data.w1, data.w2), device=self._device)
             except Exception as error:
@@ -242,8 +284,9 @@ def _check_output(peer: Peer, case: Case, captured: Captured[Output]) -> None:
     poison(captured.output)
     captured.call()
     error = relative_error(captured.output, peer.expect(case))
-    if not error <= peers.TOLERANCE[case.dtype]:  # NaN compares false.
-        raise Unsupported(f"wrong result: relative error {error:.2g}, allowed {peers.TOLERANCE[case.dtype]:g}")
+    allowed = peer.tolerance or peers.TOLERANCE[case.dtype]
+    if not error <= allowed:  # NaN compares false.
+        raise Unsupported(f"wrong result: relative error {error:.2g}, allowed {allowed:g}")
 
 
 def _utilisation(timing: Timing, flops: int, flops_per_clock: int) -> float | UnsetType:
@@ -309,9 +352,60 @@ def _ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
     return [row]
 
 
-_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN}
-_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows}
-_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5}
+def _sweep_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
+    names = {peer.name: peer.name for peer in _PEERS["sweep"]}
+    row = _row("sweep", case, groups["sweep"], names, 2 * case.gemm_flops)
+    row.candidates["srelu24"].note = peers.chosen_way(case)
+    return [row]
+
+
+def _fp8_gemm_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
+    """``recipe`` says what GEMM1 writes: bf16 for rowwise, e4m3 for the others."""
+    gemm2 = {"srelu24": "gemm2_sparse", "cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
+    by_op = [
+        ("gemm_relu2_24", "rowwise", {"srelu24": "gemm1_bf16", "cublas": "gemm1_cublas"}),
+        ("gemm_relu2_24", "predicted", {"srelu24": "gemm1_e4m3", "cublas": "gemm1_cublas"}),
+        ("spgemm", None, gemm2),
+    ]
+    return [_fp8(_row(op, case, groups["fp8_gemm"], names, case.gemm_flops), recipe) for op, recipe, names in by_op]
+
+
+def _fp8_memory_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
+    x, kept = case.m * case.d, case.m * case.f // 2
+    rows = []
+    for op, nbytes in (("quantize_rows", 3 * x), ("square_rows", 3 * kept)):
+        names = {"srelu24": op, "copy": "copy"}
+        row = _row(op, case, groups["fp8_memory"], names, 0, nbytes={"srelu24": nbytes, "copy": 4 * x})
+        row.speedup = {}  # They move different amounts; compare GB/s.
+        rows.append(_fp8(row, None))
+    return rows
+
+
+def _fp8_ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
+    group, alone = groups["fp8_ffn"], groups["fp8_gemm"].timings
+    dense = [t.ms for name, t in alone.items() if name in ("gemm1_e4m3", "gemm1_bf16", "gemm1_cublas", "gemm2_cublas")]
+    sparse = [t.ms for name, t in alone.items() if name in peers.SPARSE_GEMMS]
+    rows = []
+    for recipe in peers_fp8.RECIPES:
+        names = {"srelu24": recipe, "torch_compile": "torch_compile"}
+        row = _fp8(_row("ffn_forward", case, group, names, 2 * case.gemm_flops), recipe)
+        if (ours := group.timings.get(recipe)) and dense and sparse:
+            row.speed_of_light = (min(dense) + min(sparse)) / ours.ms
+        rows.append(row)
+    return rows
+
+
+def _fp8(row: Row, recipe: str | None) -> Row:
+    row.dtype, row.recipe = "fp8_e4m3", recipe
+    return row
+
+
+_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN, "sweep": peers.SWEEP}
+_PEERS |= {"fp8_gemm": peers_fp8.GEMM, "fp8_memory": peers_fp8.MEMORY, "fp8_ffn": peers_fp8.FFN}
+_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows, "sweep": _sweep_rows}
+_ROWS |= {"fp8_gemm": _fp8_gemm_rows, "fp8_memory": _fp8_memory_rows, "fp8_ffn": _fp8_ffn_rows}
+_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5, "sweep": 0.0}
+_ENERGY_SECONDS |= {"fp8_gemm": 0.5, "fp8_memory": 0.0, "fp8_ffn": 0.5}
 
 
 def _summary(row: Row) -> str:

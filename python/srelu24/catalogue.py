@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from srelu24 import db
+from srelu24.records import TuningRecord
 from srelu24_gen import compile as compiler
-from srelu24_gen import paths, space
+from srelu24_gen import cost, paths, space
 from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Shape as Shape
@@ -31,21 +32,10 @@ class Chosen:
         return KernelSpec(self.problem.family, self.config, target.arch)
 
 
-def ffn_problems(shape: Shape, dtype: DType) -> tuple[Problem, Problem]:
-    """The two GEMMs of an FFN: X W1^T with pruning (N = F, K = D), then S W2^T (N = D, K = F)."""
-    first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2)
-    return Problem(first, shape.m, shape.f, shape.d), Problem(Family(Op.SPGEMM, dtype), shape.m, shape.d, shape.f)
-
-
 def all_problems(shape: Shape, dtype: DType) -> list[Problem]:
     """The two GEMMs of an FFN, and the kernels of its dense and its unfused form."""
-    m, d, f = shape
-    return [
-        *ffn_problems(shape, dtype),
-        Problem(Family(Op.GEMM, dtype, Activation.RELU2), m, f, d),
-        Problem(Family(Op.GEMM, dtype), m, d, f),
-        Problem(Family(Op.SPARSIFY24, dtype, Activation.RELU2), m, f),
-    ]
+    sparsify = Problem(Family(Op.SPARSIFY24, dtype, Activation.RELU2), shape.m, shape.f)
+    return [*shape.gemms(dtype), *shape.dense_gemms(dtype), sparsify]
 
 
 def choose(problem: Problem, target: GpuTarget) -> Chosen:
@@ -63,6 +53,7 @@ def choose(problem: Problem, target: GpuTarget) -> Chosen:
 def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any]]:
     """One row per kernel and candidate configuration of a shape, the chosen one marked.
 
+    ``predicted_us`` and ``bound`` are the cost model's (:mod:`srelu24_gen.cost`), by which the tuner ranks.
     "built" means that the cache holds a kernel of that name, perhaps from templates that have changed since.
 
     Raises:
@@ -75,6 +66,7 @@ def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any
         chosen = choose(problem, target)
         for config in dict.fromkeys([chosen.config, *space.candidates(problem, target)]):
             spec = KernelSpec(problem.family, config, target.arch)
+            predicted = cost.cost(problem, config, target)
             rows.append(
                 {
                     "shape": str(shape),
@@ -86,13 +78,15 @@ def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any
                     "chosen": config == chosen.config,
                     "source": chosen.source if config == chosen.config else None,
                     "built": spec.name in built,
+                    "predicted_us": round(predicted.us, 1),
+                    "bound": predicted.bound,
                     "recorded": (problem.family, problem.m, problem.n, problem.k, config) in recorded,
                 }
             )
     return rows
 
 
-def _readable_records(target: GpuTarget) -> Iterable[db.TuningRecord]:
+def _readable_records(target: GpuTarget) -> Iterable[TuningRecord]:
     for record in db.Database.open().records():
         try:
             record.kernel_config()
@@ -105,12 +99,13 @@ def _readable_records(target: GpuTarget) -> Iterable[db.TuningRecord]:
 def specs_for(
     shapes: Iterable[Shape], dtype: DType, target: GpuTarget, every_candidate: bool = False
 ) -> list[KernelSpec]:
-    """The binaries that shapes need, each once: the chosen configurations, or all candidates."""
+    """The binaries that shapes need, each once: those of the sparse FFN that would run, or all that tuning may time."""
     found: dict[str, KernelSpec] = {}
     for shape in shapes:
-        for problem in ffn_problems(shape, dtype):
-            chosen = choose(problem, target)
-            configs = [chosen.config, *(space.candidates(problem, target) if every_candidate else [])]
+        for problem in (*shape.gemms(dtype), *(shape.dense_gemms(dtype) if every_candidate else ())):
+            configs = [choose(problem, target).config]
+            if every_candidate and problem.family.op is not Op.GEMM:  # dense GEMMs are timed as they would run
+                configs += [space.default(problem, target), *space.candidates(problem, target)]
             for config in configs:
                 spec = KernelSpec(problem.family, config, target.arch)
                 found.setdefault(spec.digest, spec)
@@ -134,7 +129,7 @@ def _built_row(spec: KernelSpec, result: compiler.Outcome) -> dict[str, Any]:
         return row | {"error": str(result)}
     meta = result.meta
     dynamic = 0
-    if spec.family.op is not Op.SPARSIFY24:
+    if spec.family.op.multiplies:
         dynamic = footprint(spec.family.op, spec.family.dtype, spec.config).shared_bytes
     return row | {
         "registers": meta.registers,

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 an error (one line says which), 2 wrong usage, 130 Ctrl-C.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +14,12 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from srelu24 import cli_db, cli_training, views
+from srelu24 import cli_bench, cli_db, cli_ship, cli_training, cli_tune, views
+from srelu24 import cli_options as options
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Model, Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
-from srelu24_gen.target import GpuTarget, target_by_key
 
 
 class _Commands(TyperGroup):
@@ -40,51 +39,13 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-bench_app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
 app.add_typer(cli_db.app, name="db")
-app.add_typer(bench_app, name="bench")
-bench_app.command("training")(cli_training.bench_training)
-bench_app.command("step")(cli_training.bench_step)
-
-
-def _shape(text: str | Shape) -> Shape:
-    try:
-        return Shape.parse(str(text))  # typer parses defaults too
-    except Unsupported as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _model(key: str | Model) -> Model:
-    try:
-        return models.model(str(key))
-    except Unsupported as error:
-        raise typer.BadParameter(str(error)) from error
-
-
-def _shapes(
-    given: list[Shape] | None, named: list[Model] | None, tokens: str | None, default: list[Shape]
-) -> list[Shape]:
-    """Each shape once: those given, then those of the named models; the default where neither names any."""
-    if tokens is None:
-        counts = list(models.TOKENS)
-    elif not named:
-        raise typer.BadParameter("--tokens are those of a model; add --model, or give whole shapes with --shape")
-    elif re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", tokens):
-        counts = [int(count) for count in tokens.split(",")]
-    else:
-        raise typer.BadParameter(f"--tokens {tokens!r} is not a list of numbers of tokens, such as 4096,16384")
-    of_models = [shape for model in named or [] for shape in models.shapes(model, counts)]
-    shapes = list(dict.fromkeys([*(given or []), *of_models])) or default
-    if not shapes:
-        raise typer.BadParameter("which shape? give --shape MxDxF or --model, such as --model nemotron-4-15b")
-    return shapes
-
-
-def _target(key: str | None) -> GpuTarget:
-    """The target of that key; without one this machine's GPU, and where there is none the H200."""
-    from srelu24 import doctor, run
-
-    return target_by_key(key) if key else doctor.this_gpu() or target_by_key(run.DEFAULT_TARGET)
+app.add_typer(cli_bench.app, name="bench")
+cli_bench.app.command("training")(cli_training.bench_training)
+cli_bench.app.command("step")(cli_training.bench_step)
+app.command()(cli_tune.tune)
+app.command()(cli_ship.pack)
+app.command()(cli_ship.load)
 
 
 def _config(text: str) -> dict[str, Any]:
@@ -94,42 +55,9 @@ def _config(text: str) -> dict[str, Any]:
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise typer.BadParameter(f"{part!r} is not name=value, such as tile_m=192,stages=4")
-        fields[name] = int(value) if value.lstrip("-").isdigit() else value
+        words = {"true": True, "false": False}
+        fields[name] = int(value) if value.lstrip("-").isdigit() else words.get(value, value)
     return fields
-
-
-DEFAULT_SHAPES = [Shape(16384, 4096, 16384)]
-_SHAPE: dict[str, Any] = {"parser": _shape, "metavar": "MxDxF"}
-_SHAPE_HELP = "Tokens x width x hidden width; may be repeated."
-Shapes = Annotated[
-    list[Shape] | None,
-    typer.Option("--shape", help=_SHAPE_HELP, show_default=f"{DEFAULT_SHAPES[0]} without --model", **_SHAPE),
-]
-GivenShapes = Annotated[list[Shape] | None, typer.Option("--shape", help=_SHAPE_HELP, **_SHAPE)]
-Models = Annotated[
-    list[Model] | None,
-    typer.Option(
-        "--model", help="The FFN of a model (list --models); may be repeated.", parser=_model, metavar="MODEL"
-    ),
-]
-Tokens = Annotated[
-    str | None,
-    typer.Option(
-        "--tokens",
-        help=f"Token counts of --model, such as 4096,16384; else {', '.join(map(str, models.TOKENS))}.",
-        metavar="M,M",
-    ),
-]
-Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.")]
-Gpu = Annotated[
-    str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result file here.")]
-Results = Annotated[
-    Path | None, typer.Option("--results", metavar="DIR", help="Write to DIR/<gpu>/<name>_<dtype>.json.")
-]
-Densities = Annotated[list[float], typer.Option("--density", min=0, max=1, help="Share of non-zero activations.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -159,13 +87,13 @@ def _models_table(known: list[Model]) -> Table:
 
 @app.command("list")
 def list_kernels(
-    shape: Shapes = None,
-    model: Models = None,
-    tokens: Tokens = None,
-    gpu: Gpu = None,
-    dtype: Dtype = DType.BF16,
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    gpu: options.Gpu = None,
+    dtype: options.Dtype = DType.BF16,
     named: Annotated[bool, typer.Option("--models", help="List the models that --model knows instead.")] = False,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """The kernels of a shape and their candidate configurations: chosen, built, recorded."""
     from srelu24 import catalogue
@@ -177,8 +105,8 @@ def list_kernels(
         else:
             views.show(_models_table(known))
         return
-    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
-    target = _target(gpu)
+    shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
+    target = options.target_of(gpu)
     tables = {each: catalogue.kernels(each, dtype, target) for each in shapes}
     if json:
         views.show_json([row for rows in tables.values() for row in rows])
@@ -190,12 +118,12 @@ def list_kernels(
 @app.command()
 def render(
     op: Annotated[Op, typer.Argument(help="The kernel.")],
-    dtype: Dtype = DType.BF16,
+    dtype: options.Dtype = DType.BF16,
     config: Annotated[str, typer.Option(help="Fields that differ from the default, as tile_m=192,stages=4.")] = "",
     shape: Annotated[
-        Shape, typer.Option(help="What the default config suits.", show_default=False, **_SHAPE)
-    ] = DEFAULT_SHAPES[0],
-    gpu: Gpu = None,
+        Shape, typer.Option(help="What the default config suits.", show_default=False, **options.SHAPE)
+    ] = options.DEFAULT_SHAPES[0],
+    gpu: options.Gpu = None,
     activation: Annotated[Activation | None, typer.Option(help="For gemm and sparsify24.")] = None,
     bias: Annotated[bool, typer.Option("--bias", help="Add a bias.")] = False,
     residual: Annotated[bool, typer.Option("--residual", help="Add a residual (spgemm).")] = False,
@@ -213,9 +141,9 @@ def render(
         Family(op, dtype, activation, bias, residual, count),
         m,
         d if op is Op.SPGEMM else f,
-        {Op.SPGEMM: f, Op.SPARSIFY24: 0}.get(op, d),
+        0 if not op.multiplies else f if op is Op.SPGEMM else d,
     )
-    target = _target(gpu)
+    target = options.target_of(gpu)
     chosen = KernelConfig.from_dict(space.default(problem, target).to_dict() | _config(config))
     verdict = space.supports(problem, chosen, target)
     if not verdict.ok:
@@ -232,20 +160,33 @@ def render(
 
 @app.command()
 def build(
-    shape: Shapes = None,
-    model: Models = None,
-    tokens: Tokens = None,
-    gpu: Gpu = None,
-    dtype: Dtype = DType.BF16,
-    every: Annotated[bool, typer.Option("--all", help="All candidates, not only the chosen ones.")] = False,
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    all_models: options.AllModels = False,
+    d_model: options.DModel = None,
+    d_ff: options.DFf = None,
+    from_module: options.FromModule = None,
+    tokens: options.Tokens = None,
+    gpu: options.Gpu = None,
+    dtype: options.Dtype = DType.BF16,
+    every: Annotated[bool, typer.Option("--all", help="All that tuning may time, not only what would run.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Compile kernels for a GPU, on any machine; what is in the cache is not compiled again."""
     from srelu24 import catalogue
 
-    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
-    target = _target(gpu)
+    shapes = options.shapes_of(
+        shape,
+        model,
+        tokens,
+        options.DEFAULT_SHAPES,
+        all_models=all_models,
+        d_model=d_model,
+        d_ff=d_ff,
+        from_module=from_module,
+    )
+    target = options.target_of(gpu)
     specs = catalogue.specs_for(shapes, dtype, target, every_candidate=every)
     with views.progress() as bar:
         task = bar.add_task(f"building for {target.name}", total=len(specs))
@@ -259,31 +200,7 @@ def build(
 
 
 @app.command()
-def tune(
-    shape: GivenShapes = None,
-    model: Models = None,
-    tokens: Tokens = None,
-    dtype: Dtype = DType.BF16,
-    density: Annotated[float, typer.Option(min=0, max=1, help="Share of non-zero activations.")] = 0.1,
-    budget: Annotated[float, typer.Option(min=1, help="Seconds per shape.")] = 120.0,
-    resume: Annotated[bool, typer.Option(help="Take over what an earlier run measured.")] = True,
-    json: Json = False,
-) -> None:
-    """Search for the best configurations on this GPU; the winners go to your tuning database."""
-    shapes = _shapes(shape, model, tokens, default=[])  # a search takes minutes: which shape is for the user to say
-    from srelu24 import tune as tuner
-
-    reports = []
-    for each in shapes:
-        with tuner.live_view() as on_event:
-            report = tuner.tune_ffn(*each, dtype, density=density, budget_s=budget, resume=resume, on_event=on_event)
-        reports.append(report)
-    if json:
-        views.show_json(reports)
-
-
-@app.command()
-def doctor(json: Json = False) -> None:
+def doctor(json: options.Json = False) -> None:
     """What this machine has, what is wrong, and how to mend it; exits with 1 when something is wrong."""
     from srelu24 import doctor as doctor_module
 
@@ -298,68 +215,15 @@ def doctor(json: Json = False) -> None:
 
 @app.command()
 def run(
-    shape: Shapes = None,
-    model: Models = None,
-    tokens: Tokens = None,
-    dtype: Dtype = DType.BF16,
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    dtype: options.Dtype = DType.BF16,
     budget: Annotated[float, typer.Option(min=0, help="Seconds of tuning per shape without a record.")] = 60.0,
     bench: Annotated[bool, typer.Option(help="Time the FFN against its peers, where there is a GPU.")] = True,
 ) -> None:
     """The main job: check the machine, build, tune, run and time an FFN."""
     from srelu24 import run as main_job
 
-    if not main_job.run(_shapes(shape, model, tokens, DEFAULT_SHAPES), dtype, budget, bench):
+    if not main_job.run(options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES), dtype, budget, bench):
         raise typer.Exit(1)
-
-
-@bench_app.command("ffn")
-def bench_ffn(
-    shape: Shapes = None,
-    model: Models = None,
-    tokens: Tokens = None,
-    dtype: Dtype = DType.BF16,
-    density: Densities = [0.1, 0.5],  # noqa: B006
-    json: JsonFile = None,
-    results: Results = None,
-) -> None:
-    """The whole forward pass against torch.compile, our dense and unfused paths, and cuSPARSELt."""
-    from srelu24 import run as main_job
-
-    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
-    main_job.benchmark("ffn", shapes, dtype, density, _result_path(json, results, "ffn", dtype))
-
-
-@bench_app.command("gemm")
-def bench_gemm(
-    shape: Shapes = None,
-    model: Models = None,
-    tokens: Tokens = None,
-    dtype: Dtype = DType.BF16,
-    density: Densities = [0.1, 0.5],  # noqa: B006
-    zeros: Annotated[bool, typer.Option("--zeros", help="On nothing but zeros as well.")] = False,
-    json: JsonFile = None,
-    results: Results = None,
-) -> None:
-    """Each kernel alone against cuBLAS and cuSPARSELt."""
-    from srelu24 import run as main_job
-
-    shapes = _shapes(shape, model, tokens, DEFAULT_SHAPES)
-    main_job.benchmark("gemm", shapes, dtype, density, _result_path(json, results, "gemm", dtype), zeros=zeros)
-
-
-@bench_app.command("report")
-def bench_report(
-    results: Annotated[Path, typer.Option("--results", metavar="DIR", exists=True, help="Where the result files are.")],
-    readme: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The page to fill.")] = Path("README.md"),
-) -> None:
-    """Fill the README's tables and draw the plot from the result files."""
-    from srelu24 import report
-
-    report.update_readme(readme, results)
-    report.plot(results, results / "ffn.svg")
-
-
-def _result_path(json: Path | None, results: Path | None, name: str, dtype: DType) -> Path | None:
-    if json is None and results is not None:
-        return results / _target(None).key / f"{name}_{dtype.value}.json"
-    return json

@@ -12,8 +12,9 @@ import typer
 from rich.markup import escape
 
 from srelu24 import record_health, views
-from srelu24.db import Database, TuningRecord, read_records
+from srelu24.db import Database
 from srelu24.record_health import Stale
+from srelu24.records import TuningRecord, read_records
 from srelu24_gen.errors import Unsupported
 
 app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")
@@ -55,6 +56,22 @@ def export(path: Annotated[Path, typer.Argument(help="A .json file, or a folder 
 def import_(path: Annotated[Path, typer.Argument(help="A file or folder that `db export` wrote.")]) -> None:
     """Take records into your store; a record you have is replaced only by a newer one."""
     views.note(f"{Database.open().import_(path)} records taken from {path}")
+
+
+@app.command()
+def coverage(
+    document: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The page to fill.")] = Path(
+        "docs/tuning.md"
+    ),
+    results: Annotated[Path, typer.Option(metavar="DIR", exists=True, help="Where the result files are.")] = Path(
+        "docs/results"
+    ),
+) -> None:
+    """Fill the tables about tuning: shipped records with their evidence, and what tuning is worth."""
+    from srelu24 import coverage as tables
+
+    changed = tables.update(document, Database.open(), results)
+    views.note(f"{document} was {'changed' if changed else 'up to date'}")
 
 
 @app.command()

@@ -8,119 +8,20 @@ The user's record wins over the shipped one for the same problem and GPU.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import msgspec
 
+from srelu24.records import Trial, TuningRecord, decode_rows, read_file, read_records, write_file
 from srelu24.user_store import UserStore, warn_once
 from srelu24_gen import paths, space
 from srelu24_gen.errors import RecordError, Unsupported
 from srelu24_gen.spec import Family, KernelConfig, Problem
 from srelu24_gen.target import GpuTarget
-
-SCHEMA = 1
-"""Version of the record and trial fields, in shipped files and in the user's store."""
-
-Size = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Row = TypeVar("Row", bound="_Row")
-
-
-class Evidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a record rests on. Times are medians in milliseconds, interleaved with the default in one process."""
-
-    ms: Positive
-    default_ms: Positive
-    """The default configuration, in the same rounds."""
-    pair_ms: Positive | None = None
-    """GEMM1 and GEMM2 chained, each with its winner; None where no pair was timed."""
-    pair_default_ms: Positive | None = None
-    dense_ms: Positive | None = None
-    """Our dense GEMM of the same sizes in the same rounds; None where it was not asked for."""
-    pair_dense_ms: Positive | None = None
-    """Both dense GEMMs chained, in the rounds of ``pair_ms``."""
-    samples: Annotated[int, msgspec.Meta(ge=1)]
-    sm_mhz: float | None = None
-    watts: float | None = None
-    versions: dict[str, str] = {}
-    source_digest: str
-    """Key of the binary that was timed."""
-    when: str
-    """UTC, as :func:`srelu24.user_store.now` writes it."""
-
-
-class _Row(msgspec.Struct, frozen=True, kw_only=True):
-    """What records and trials share: the problem, the GPU and the configuration."""
-
-    schema: int = SCHEMA
-    family: Family
-    m: Size
-    n: Size
-    k: Size
-    arch: str
-    gpu: str
-    """:attr:`GpuTarget.key`."""
-    config: dict[str, Any]
-    """The fields of a :class:`KernelConfig` by name; never an index into a list of candidates."""
-    density: Annotated[float, msgspec.Meta(ge=0, le=1)]
-    """Share of non-zero activations before pruning in the data it was timed on."""
-
-    @property
-    def problem(self) -> Problem:
-        return Problem(self.family, self.m, self.n, self.k)
-
-    def kernel_config(self) -> KernelConfig:
-        """The configuration; raises Unsupported where this version does not know it."""
-        return KernelConfig.from_dict(self.config)
-
-    @property
-    def key(self) -> tuple[str, str, str, int, int, int]:
-        """What identifies a record: architecture, GPU, family and sizes."""
-        return (self.arch, self.gpu, self.family.name, self.m, self.n, self.k)
-
-    def __str__(self) -> str:
-        return f"{self.problem} on {self.gpu}"
-
-
-class TuningRecord(_Row, frozen=True, kw_only=True):
-    """The best configuration known for one problem on one GPU."""
-
-    evidence: Evidence
-
-
-class ChainStep(msgspec.Struct, frozen=True):
-    """The second GEMM of a trial that timed a pair."""
-
-    family: Family
-    m: Size
-    n: Size
-    k: Size
-    config: dict[str, Any]
-
-
-class Trial(_Row, frozen=True, kw_only=True, omit_defaults=True):
-    """One configuration tried once: a time, or the reason why there is none."""
-
-    stage: Literal["screen", "refine", "pair"]
-    outcome: Literal["ok", "failed"]
-    reason: str = ""
-    ms: Positive | None = None
-    speedup: Positive | None = None
-    """Default time / this time, median over paired rounds: comparable between runs, unlike ``ms``."""
-    samples: int = 0
-    sm_mhz: float | None = None
-    watts: float | None = None
-    source_digest: str = ""
-    when: str = ""
-    then: ChainStep | None = None
-    """Set for a pair: the GEMM that consumed this one's output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +33,11 @@ class Match:
     config: KernelConfig
 
 
-def distance(a: Problem, b: Problem) -> float:
+_EXACT, _NEAREST, _OTHER_GPU = range(3)
+_HOW: tuple[Literal["exact", "nearest", "other_gpu"], ...] = ("exact", "nearest", "other_gpu")
+
+
+def distance(a: Problem | TuningRecord, b: Problem) -> float:
     """How unlike two sizes are: sum of |log ratio| of N and K, and half of M's (one binary serves any M)."""
 
     def log_ratio(x: int, y: int) -> float:
@@ -150,6 +55,7 @@ class Database:
         self._store = UserStore(user)
         self._shipped: list[TuningRecord] | None = None
         self._user: tuple[object, list[TuningRecord]] = (None, [])
+        self._kinds: tuple[object, object, dict[object, list[tuple[int, TuningRecord]]]] = (None, None, {})
 
     @classmethod
     def open(cls, shipped: Path | None = None, user: Path | None = None) -> Self:
@@ -167,7 +73,7 @@ class Database:
             self._shipped = []
             for file in sorted(self.shipped_folder.glob("*/*/*.json")):
                 try:
-                    self._shipped += _read_file(file)
+                    self._shipped += read_file(file)
                 except RecordError as error:
                     warn_once(str(error))
         return self._shipped
@@ -175,7 +81,7 @@ class Database:
     def user_records(self) -> list[TuningRecord]:
         """The records of the user's own store."""
         rows = self._store.read("SELECT json FROM records ORDER BY arch, gpu, family, m, n, k")
-        return _decode_rows(rows, TuningRecord, str(self.user_file))
+        return decode_rows(rows, TuningRecord, str(self.user_file))
 
     def _user_records_cached(self) -> list[TuningRecord]:
         """The user's records, read again only after their file has changed: the dispatcher asks for every new M."""
@@ -189,34 +95,58 @@ class Database:
 
         In this order: the same family and sizes on this GPU (the user's record first), the nearest sizes on this GPU
         (:func:`distance`), the nearest on another GPU of the same architecture. Families that differ only by bias,
-        residual or non-zero count answer for each other, never as "exact". Only a configuration that
+        residual, non-zero count, or bf16 and fp16, answer for each other, never as "exact". Only a configuration that
         ``space.supports()`` accepts for this very problem is returned; a record this version cannot parse is skipped
         with a warning that names it.
         """
-        ranked: list[tuple[tuple[Any, ...], TuningRecord, Literal["exact", "nearest", "other_gpu"]]] = []
-        for source, records in enumerate((self._user_records_cached(), self.shipped_records())):
-            for record in records:
-                if record.arch != target.arch or not _related(record.family, problem.family):
-                    continue
-                apart = distance(record.problem, problem)
-                differences = _option_differences(record.family, problem.family)
-                if record.gpu != target.key:
-                    how: Literal["exact", "nearest", "other_gpu"] = "other_gpu"
-                elif str(record.problem) == str(problem):
-                    how = "exact"
-                else:
-                    how = "nearest"
-                rank = (("exact", "nearest", "other_gpu").index(how), apart, differences, source, record.key)
-                ranked.append((rank, record, how))
-        for _, record, how in sorted(ranked, key=lambda entry: entry[0]):
+        ranked = []
+        for place, (_, record) in enumerate(self._of_kind(target.arch, problem.family)):
+            if record.gpu != target.key:
+                how = _OTHER_GPU
+            elif (record.m, record.n, record.k) == (problem.m, problem.n, problem.k) and (
+                record.family == problem.family or record.family.name == problem.family.name
+            ):
+                how = _EXACT
+            else:
+                how = _NEAREST
+            apart = distance(record, problem)
+            ranked.append((how, apart, _option_differences(record.family, problem.family), place, record))
+        for how, *_, record in sorted(ranked, key=lambda entry: entry[:-1]):  # places: the user's come first
             try:
                 config = record.kernel_config()
             except Unsupported as error:
                 warn_once(f"the tuning record for {record} is skipped: {error}")
                 continue
             if space.supports(problem, config, target).ok:
-                return Match(record, how, config)
+                return Match(record, _HOW[how], config)
         return None
+
+    def _of_kind(self, arch: str, family: Family) -> list[tuple[int, TuningRecord]]:
+        """Records that may answer for a family, the user's with 0 and the shipped with 1: kept until one is written."""
+        user, shipped = self._user_records_cached(), self.shipped_records()
+        if self._kinds[0] is not user or self._kinds[1] is not shipped:
+            self._kinds = (user, shipped, {})
+        kinds = self._kinds[2]
+        key = (arch, family.op, family.dtype, family.activation)
+        if key not in kinds:
+            kinds[key] = [
+                (source, record)
+                for source, records in enumerate((user, shipped))
+                for record in records
+                if record.arch == arch and _related(record.family, family)
+            ]
+        return kinds[key]
+
+    def of_widths(self, problem: Problem, target: GpuTarget) -> list[TuningRecord]:
+        """Records of this GPU for the same N and K at any M, sorted by M; of one M the nearest family's,
+        the user's own first."""
+        found: dict[int, tuple[tuple[int, int], TuningRecord]] = {}
+        for source, record in self._of_kind(target.arch, problem.family):
+            if (record.gpu, record.n, record.k) == (target.key, problem.n, problem.k):
+                rank = (_option_differences(record.family, problem.family), source)
+                if record.m not in found or rank < found[record.m][0]:
+                    found[record.m] = (rank, record)
+        return [found[m][1] for m in sorted(found)]
 
     def put(self, record: TuningRecord) -> None:
         """Store a record for the user; it replaces the one of the same problem and GPU.
@@ -251,7 +181,7 @@ class Database:
 
     def all_trials(self) -> list[Trial]:
         """Every trial in the user's store, oldest first."""
-        return _decode_rows(self._store.read("SELECT json FROM trials ORDER BY id"), Trial, str(self.user_file))
+        return decode_rows(self._store.read("SELECT json FROM trials ORDER BY id"), Trial, str(self.user_file))
 
     def trials(self, problem: Problem, target: GpuTarget) -> list[Trial]:
         """Every trial of this very problem on this GPU, oldest first."""
@@ -259,7 +189,7 @@ class Database:
         rows = self._store.read(
             "SELECT json FROM trials WHERE arch=? AND gpu=? AND family=? AND m=? AND n=? AND k=? ORDER BY id", where
         )
-        return _decode_rows(rows, Trial, str(self.user_file))
+        return decode_rows(rows, Trial, str(self.user_file))
 
     def export(self, path: Path | str) -> int:
         """Write the user's records as reviewable text; returns how many.
@@ -270,17 +200,17 @@ class Database:
         """
         path, records = Path(path), self.user_records()
         if path.suffix == ".json":
-            _write_file(path, records)
+            write_file(path, records)
             return len(records)
         files: dict[Path, list[TuningRecord]] = {}
         for record in records:
             files.setdefault(path / record.arch / record.gpu / f"{record.family.name}.json", []).append(record)
         merged = {}
         for file, new in files.items():
-            old = _read_file(file, strict=True) if file.exists() else []
+            old = read_file(file, strict=True) if file.exists() else []
             merged[file] = list({r.key: r for r in (*old, *new)}.values())
         for file, both in merged.items():
-            _write_file(file, both)
+            write_file(file, both)
         self._shipped = None
         return len(records)
 
@@ -289,83 +219,28 @@ class Database:
 
         A record the user has already is replaced only by a newer one. Raises RecordError for a file that is not ours.
         """
+        return self.take(read_records(path))
+
+    def take(self, records: Iterable[TuningRecord]) -> int:
+        """Store records of others, all or none, except where the user has a newer one; returns how many were taken."""
         when = {r.key: r.evidence.when for r in self.user_records()}
-        new = [r for r in read_records(path) if r.evidence.when > when.get(r.key, "")]
+        new = [r for r in records if r.evidence.when > when.get(r.key, "")]
         if new:
             self._store.write([_insert_record(r) for r in new])
         return len(new)
 
 
-def read_records(path: Path | str) -> list[TuningRecord]:
-    """Records of a file or folder that :meth:`Database.export` wrote; RecordError for anything else."""
-    path = Path(path)
-    files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
-    if not files:
-        raise RecordError(f"{path} holds no tuning records; give a file or folder that `srelu24 db export` wrote")
-    return [record for file in files for record in _read_file(file)]
-
-
 def _related(a: Family, b: Family) -> bool:
-    return (a.op, a.dtype) == (b.op, b.dtype) and (a.activation == b.activation or a.name == b.name)
+    """Whether records of one may answer for the other: the same kernel but for options and the 16-bit type."""
+    return (a.op, a.dtype.bytes) == (b.op, b.dtype.bytes) and (a.activation == b.activation or a.name == b.name)
 
 
 def _option_differences(a: Family, b: Family) -> int:
-    return sum(getattr(a, name) != getattr(b, name) for name in ("bias", "residual", "count_nonzeros"))
+    options = ("dtype", "bias", "residual", "count_nonzeros", "out", "weight")
+    return sum(getattr(a, name) != getattr(b, name) for name in options)
 
 
-class _File(msgspec.Struct):
-    schema: int
-    records: list[msgspec.Raw]
-
-
-def _read_file(file: Path, strict: bool = False) -> list[TuningRecord]:
-    """Records of one file. A single bad record is skipped with a warning, or an error where `strict`."""
-    try:
-        content = msgspec.json.decode(file.read_bytes(), type=_File)
-    except (OSError, msgspec.DecodeError) as error:
-        raise RecordError(f"{file} is not a tuning record file ({error}); restore it or delete it") from error
-    if content.schema != SCHEMA:
-        raise RecordError(f"{file} has schema {content.schema}, this version reads {SCHEMA}; update srelu24")
-    return _decode_rows([bytes(raw) for raw in content.records], TuningRecord, str(file), strict)
-
-
-def _write_file(file: Path, records: Iterable[TuningRecord]) -> None:
-    """Sorted and indented, so that a review shows what changed; a reader sees the old file or the new one."""
-    content = {"schema": SCHEMA, "records": [msgspec.to_builtins(r) for r in sorted(records, key=lambda r: r.key)]}
-    partial: str | None = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "w") as stream:
-            json.dump(content, stream, indent=2)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, file)
-    except OSError as error:
-        if partial:
-            Path(partial).unlink(missing_ok=True)
-        raise RecordError(f"{file} cannot be written ({error}); choose another path") from error
-
-
-def _decode_rows(rows: Iterable[str | bytes], kind: type[Row], where: str, strict: bool = False) -> list[Row]:
-    decoded = []
-    for number, row in enumerate(rows, 1):
-        try:
-            item = msgspec.json.decode(row, type=kind)
-            if item.schema > SCHEMA:
-                raise msgspec.ValidationError(f"schema {item.schema} is newer than {SCHEMA}")
-            decoded.append(item)
-        except msgspec.DecodeError as error:
-            message = f"{where}: {kind.__name__} number {number} cannot be read ({error})"
-            if strict:
-                raise RecordError(f"{message}; mend or remove it first") from error
-            warn_once(f"{message}; it is skipped")
-    return decoded
-
-
-def _insert(table: Literal["records", "trials"], row: _Row) -> tuple[str, tuple[Any, ...]]:
+def _insert(table: Literal["records", "trials"], row: TuningRecord | Trial) -> tuple[str, tuple[Any, ...]]:
     """The statement that stores a row, checked by reading it back: what is stored can be read."""
     encoded = msgspec.json.encode(row).decode()
     try:

@@ -1,17 +1,22 @@
-"""Which kernel answers a problem on a GPU, and where that choice comes from."""
+"""Which kernel answers a problem on a GPU, whether an FFN runs sparse or dense, and where that choice comes from."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from srelu24.db import Database, TuningRecord
+from srelu24.db import Database
 from srelu24.launch import DTYPES, Launcher, launcher_for
-from srelu24_gen import space
+from srelu24.records import TuningRecord
+from srelu24_gen import cost, space
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget, target_for_device
 
 _CACHED_CHOICES = 8192
@@ -39,6 +44,37 @@ class Choice:
     why: str
 
 
+MODES = ("auto", "sparse", "dense")
+"""What a caller of an FFN may ask for."""
+BATCH = "batch"
+"""How an FFN runs for which batch-invariance is asked: sparse, with batch-invariant configurations."""
+SPARSE = "sparse"
+"""The way of an FFN that prunes; the others are :data:`srelu24.dense.WAYS`."""
+MARGIN = 1.02
+"""The sparse pair runs where it was measured to be so many times faster than the best dense FFN of the same sizes."""
+PREDICTED_MARGIN = 1.08
+"""The same where only :func:`srelu24_gen.cost.ffn_gain` says so: dense unless the model leaves no doubt."""
+
+
+@dataclass(frozen=True, slots=True)
+class FfnChoice:
+    """Sparse or dense, for an FFN.
+
+    Attributes:
+        way: :data:`SPARSE` or one of :data:`srelu24.dense.WAYS`.
+        dense_way: what runs where dense is asked for.
+        gain: how many times faster the sparse pair is than ``dense_way``, as far as known.
+        source: "measured" at this very M, "between" two measured M, "scaled" from one by the cost model, or "model".
+        why: one phrase for people.
+    """
+
+    way: str
+    dense_way: str
+    gain: float
+    source: Literal["measured", "between", "scaled", "model"]
+    why: str
+
+
 @functools.cache
 def gpu_of(device: torch.device) -> GpuTarget:
     """What kernels are made for on a CUDA device.
@@ -58,12 +94,21 @@ def gpu_of(device: torch.device) -> GpuTarget:
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
-def choose(problem: Problem, target: GpuTarget) -> Choice:
+def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
     """The best known configuration: the tuning database's answer, else the default.
+
+    Args:
+        batch: the batch-invariant configuration most like it.
 
     Raises:
         Unsupported: no kernel computes the problem on ``target``; the message is the reason.
     """
+    if batch and problem.family.op is not Op.SPARSIFY24:
+        choice = choose(problem, target)
+        config = space.batch_invariant(problem, choice.config, target)
+        if config == choice.config:
+            return choice
+        return dataclasses.replace(choice, config=config, why=f"{choice.why}; made batch-invariant")
     default = space.default(problem, target)
     match = _database().find(problem, target)
     if match is None:
@@ -72,6 +117,64 @@ def choose(problem: Problem, target: GpuTarget) -> Choice:
     if match.how != "exact":
         why += f" ({match.record.problem})"
     return Choice(match.config, match.how, match.record, why)
+
+
+@functools.lru_cache(maxsize=_CACHED_CHOICES)
+def choose_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget) -> FfnChoice:
+    """Whether the FFN runs sparse or dense, by the times that the tuner stored for D and F on this GPU.
+
+    At an M that was measured, those times decide. Between two, the gain is interpolated in log M; above the largest it
+    stays, below the smallest it shrinks as the cost model says. Without a time for D and F the cost model decides.
+
+    Raises:
+        Unsupported: no kernel computes the sparse pair on ``target``; the message is the reason.
+    """
+    first, second = shape.gemms(dtype, b1, b2)
+    for problem in (first, second):
+        space.default(problem, target)
+    points = []
+    for record in _database().of_widths(first, target):
+        if best := record.evidence.best_dense:
+            points.append((max(record.m, 1), *best))
+    if not points:
+        gain = cost.ffn_gain(shape, dtype, target)
+        return _ffn_choice("cublas", gain, "model", "nothing measured for this D and F; the cost model expects")
+    m = max(shape.m, 1)
+    low = max((p for p in points if p[0] <= m), default=None)
+    high = min((p for p in points if p[0] >= m), default=None)
+    if low and high and low[0] < high[0]:
+        share = math.log(m / low[0]) / math.log(high[0] / low[0])
+        gain = low[2].speedup ** (1 - share) * high[2].speedup ** share
+        way = (low if share < 0.5 else high)[1]
+        return _ffn_choice(way, gain, "between", f"between the times at {low[0]} and {high[0]} tokens:")
+    at, way, time = low or high or points[0]
+    if at == m:
+        return _ffn_choice(way, time.speedup, "measured", "measured:")
+    gain = time.speedup
+    if at > m:
+        here, there = (cost.ffn_gain(Shape(tokens, shape.d, shape.f), dtype, target) for tokens in (m, at))
+        gain *= min(1.0, here / there)
+    return _ffn_choice(way, gain, "scaled", f"scaled from the time at {at} tokens:")
+
+
+def _ffn_choice(
+    dense_way: str, gain: float, source: Literal["measured", "between", "scaled", "model"], how: str
+) -> FfnChoice:
+    needed = PREDICTED_MARGIN if source == "model" else MARGIN
+    way = SPARSE if gain >= needed else dense_way
+    why = f"{how} the sparse pair at {gain:.3f}x of dense {dense_way}'s speed, {needed:g}x is needed"
+    return FfnChoice(way, dense_way, gain, source, why)
+
+
+@functools.lru_cache(maxsize=_CACHED_CHOICES)
+def ffn_way(mode: str, dtype: torch.dtype, b1: bool, b2: bool, m: int, d: int, f: int, device: torch.device) -> str:
+    """How a call runs in mode "auto" or "dense": one dictionary look-up once it is known.
+
+    Raises:
+        Unsupported: no kernel computes the sparse pair.
+    """
+    choice = choose_ffn(Shape(m, d, f), DTYPES[dtype], b1, b2, gpu_of(device))
+    return choice.way if mode == "auto" else choice.dense_way
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
@@ -86,6 +189,7 @@ def launcher(
     n: int,
     k: int,
     device: torch.device,
+    batch: bool = False,
 ) -> Launcher:
     """The loaded kernel that answers a call: one dictionary look-up once it is known.
 
@@ -93,16 +197,29 @@ def launcher(
         Unsupported: no kernel computes the problem.
         CompileError, LaunchError: the kernel could not be built or loaded.
     """
-    family = Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros)
+    return launcher_of(Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros), m, n, k, device, batch)
+
+
+@functools.lru_cache(maxsize=_CACHED_CHOICES)
+def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, batch: bool = False) -> Launcher:
+    """The same for any family.
+
+    Raises:
+        Unsupported: no kernel computes the problem.
+        CompileError, LaunchError: the kernel could not be built or loaded.
+    """
     target = gpu_of(device)
-    choice = choose(Problem(family, m, n, k), target)
+    choice = choose(Problem(family, m, n, k), target, batch)
     return launcher_for(KernelSpec(family, choice.config, target.arch), device.index)
 
 
 def clear_cache() -> None:
     """Forget every choice, so that new tuning records count. Kernels already loaded stay loaded."""
     launcher.cache_clear()
+    launcher_of.cache_clear()
     choose.cache_clear()
+    ffn_way.cache_clear()
+    choose_ffn.cache_clear()
     _database.cache_clear()
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from srelu24.dispatch import Choice, choose, gpu_of
+from srelu24.dense import WAYS
+from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
+from srelu24.fp8 import kernels
+from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8.quantize import QuantizedWeight
+from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES
-from srelu24.operands import check_ffn, kernel_reason
-from srelu24_gen.spec import Activation, Family, KernelSpec, Op, Problem
+from srelu24.operands import autocast, check_ffn, check_mode, differentiated, kernel_reason
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
 
@@ -28,9 +33,9 @@ class Explanation:
     """What :func:`srelu24.ffn` does with some operands; ``print`` it.
 
     Attributes:
-        runs: "kernels", "reference" (CPU) or "dense".
-        why: one sentence; for "dense" the reason of the fallback.
-        kernels: GEMM1 and GEMM2 where kernels run, else empty.
+        runs: "kernels" (sparse), "reference" (CPU) or "dense".
+        why: one sentence; for "dense" the reason of the fallback, or why dense is faster and in which way it runs.
+        kernels: those of ours that run: GEMM1 and GEMM2, or of a dense FFN what is not cuBLAS.
     """
 
     runs: str
@@ -51,29 +56,69 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None = None, b2: Tensor | None = None) -> Explanation:
-    """Say what ``srelu24.ffn(x, w1, w2, b1, b2)`` would run, without running it.
+def explain(
+    x: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    mode: str = "auto",
+    deterministic: str = "run",
+    recipe: Recipe | str | None = None,
+) -> Explanation:
+    """Say what :func:`srelu24.ffn` would run with the same arguments, without running it.
 
     Raises:
         Unsupported: the operands do not fit together.
     """
+    mode = check_mode(mode, deterministic)
+    if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        q1, q2, known = fp8_ops.check(x, w1, w2, b1, b2, recipe)
+        reason = fp8_ops.dense_reason(x, q1, q2, b1, b2)
+        if reason is not None:
+            return Explanation("dense", reason)
+        if not x.is_cuda:
+            return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
+        target, rows = gpu_of(x.device), x.reshape(-1, x.shape[-1])
+        parts = kernels.problems(known.name, rows, q1.values, q2.values, b1, b2)
+        why = f"{target.name}, {target.arch}; 8-bit, recipe {known.name}"
+        return Explanation("kernels", why, tuple(_explained(p, target) for p in parts))
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
     reason = kernel_reason(rows, w1, w2, b1, b2)
+    if reason is None and differentiated(x, w1, w2, b1, b2):
+        reason = "an operand requires gradients; under torch.no_grad() the kernels run"
     if reason is not None:
-        return Explanation("dense", reason)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
-        return Explanation("dense", "an operand requires gradients; under torch.no_grad() the kernels run")
+        return Explanation("nothing" if mode == BATCH else "dense", reason)
     if not x.is_cuda:
+        if mode == "dense":
+            return Explanation("dense", "dense was asked for")
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")
-    target = gpu_of(x.device)
-    m, d, f = rows.shape[0], x.shape[-1], w1.shape[0]
-    dtype = DTYPES[x.dtype]
-    gemm1 = Problem(Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, bias=b1 is not None), m, f, d)
-    gemm2 = Problem(Family(Op.SPGEMM, dtype, bias=b2 is not None), m, d, f)
-    return Explanation("kernels", f"{target.name}, {target.arch}", tuple(_explained(p, target) for p in (gemm1, gemm2)))
+    shape = Shape(rows.shape[0], x.shape[-1], w1.shape[0])
+    return explain_kernels(shape, DTYPES[x.dtype], b1 is not None, b2 is not None, gpu_of(x.device), mode)
 
 
-def _explained(problem: Problem, target: GpuTarget) -> ExplainedKernel:
-    choice = choose(problem, target)
+def explain_kernels(
+    shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget, mode: str = "auto"
+) -> Explanation:
+    """What runs for such operands on such a GPU, which need not be there.
+
+    Raises:
+        Unsupported: no kernel computes the sparse FFN.
+    """
+    choice = choose_ffn(shape, dtype, b1, b2, target)
+    where = f"{target.name}, {target.arch}"
+    way = {"auto": choice.way, SPARSE: SPARSE, BATCH: SPARSE, "dense": choice.dense_way}[mode]
+    why = choice.why if mode == "auto" else f"{mode} was asked for"
+    if way == SPARSE:
+        pair = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2))
+        return Explanation("kernels", f"{where}; {why}", pair)
+    own = shape.dense_gemms(dtype, b1, b2)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
+    return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
+
+
+def _explained(problem: Problem, target: GpuTarget, batch: bool = False) -> ExplainedKernel:
+    choice = choose(problem, target, batch)
     return ExplainedKernel(problem, KernelSpec(problem.family, choice.config, target.arch), choice)

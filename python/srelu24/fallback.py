@@ -5,12 +5,24 @@ from __future__ import annotations
 import functools
 import warnings
 
+import torch
+
 
 class FallbackWarning(UserWarning):
     """A call ran as dense PyTorch; the message says why."""
 
 
-@functools.cache
 def warn_dense(reason: str) -> None:
-    """Once per process and reason."""
-    warnings.warn(f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.", FallbackWarning, stacklevel=3)
+    """Once per process and reason; while a graph is traced, a warning would break it."""
+    if not torch.compiler.is_compiling():
+        _warn_once(reason)
+
+
+def warn_again() -> None:
+    """Forget what was warned of."""
+    _warn_once.cache_clear()
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.", FallbackWarning, stacklevel=4)

@@ -15,18 +15,50 @@ import torch
 from torch import Tensor
 
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
-from srelu24.sparse24 import Sparse24
+from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.tensor_map import tensor_map
+from srelu24.work_plan import fast_divmod, plan_work
 from srelu24_gen.bindings import PACKING_OPS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
-from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, DType, KernelSpec, Op, Problem
 
-TORCH_DTYPE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
-DTYPES = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-"""Storage types of the kernels, by torch's name."""
+TORCH_DTYPE = {
+    DType.BF16: torch.bfloat16,
+    DType.FP16: torch.float16,
+    DType.E4M3: torch.float8_e4m3fn,
+    DType.E5M2: torch.float8_e5m2,
+    DType.FP32: torch.float32,
+}
+DTYPES = {TORCH_DTYPE[dtype]: dtype for dtype in WIDE_TYPES}
+"""Storage types of the 16-bit kernels, by torch's name."""
 _CACHED_BLOCKS = 4096
 """Parameter blocks kept per kernel; torch's allocator reuses addresses, so few are needed."""
+
+
+@dataclass(slots=True)
+class Scales:
+    """What a kernel of docs/fp8.md needs besides its operands; each kernel knows some of the fields.
+
+    a: of A, fp32 [M], or [1] for all rows. b: of B, fp32 [N].
+    s_inverse: what gemm_relu2_24 to e4m3 multiplies r * r by, fp32 [M] or [1]; quantize_rows writes it.
+    saturated: int64, added to by gemm_relu2_24 to e4m3.
+    r_largest: fp32 [M], the largest r of each row: quantize_rows clears it, gemm_relu2_24 to bf16 raises it, and
+        square_rows reads it.
+    rows: fp32 [M], the scales of the output, written by quantize_rows and square_rows.
+    row_norm: fp32, of W1. Given to quantize_rows, it writes ``s_scale`` and ``s_inverse``, fp32 [M], as predicted.
+    bias_largest: fp32, with row_norm.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    s_inverse: Tensor | None = None
+    saturated: Tensor | None = None
+    r_largest: Tensor | None = None
+    rows: Tensor | None = None
+    row_norm: Tensor | None = None
+    bias_largest: Tensor | None = None
+    s_scale: Tensor | None = None
 
 
 @dataclass(slots=True)  # not frozen: that would cost a microsecond a launch
@@ -36,7 +68,8 @@ class Operands:
     a: [M, K], last dimension contiguous; a Sparse24 of shape (M, K) for spgemm.
     b: [N, K], last dimension contiguous (none for sparsify24).
     bias: [N]. residual: [M, N], last dimension contiguous. counts: int32 [N], added to.
-    out: [M, N]; a Sparse24 of shape (M, N) for gemm_relu2_24 and sparsify24. Written whole.
+    out: [M, N]; a Sparse24 of shape (M, N) for gemm_relu2_24, sparsify24 and square_rows. Written whole.
+    scales: for 8-bit kernels, whose bias is fp32.
     """
 
     a: Tensor | Sparse24
@@ -45,13 +78,16 @@ class Operands:
     bias: Tensor | None = None
     residual: Tensor | None = None
     counts: Tensor | None = None
+    scales: Scales | None = None
 
 
 def allocate(problem: Problem, device: torch.device) -> Tensor | Sparse24:
     """An uninitialised output for ``problem``; the kernels write all of it."""
-    dtype = TORCH_DTYPE[problem.family.dtype]
-    if problem.family.op in (Op.GEMM_RELU2_24, Op.SPARSIFY24):
-        return Sparse24.empty(problem.m, problem.n, dtype, device)
+    family = problem.family
+    dtype = TORCH_DTYPE[family.out or family.dtype]
+    if family.op in (Op.GEMM_RELU2_24, Op.SPARSIFY24, Op.SQUARE_ROWS):
+        order = FragmentOrder.BITS8 if DType.E4M3 in (family.dtype, family.out) else FragmentOrder.BITS16
+        return Sparse24.empty(problem.m, problem.n, dtype, device, order)
     return torch.empty(problem.m, problem.n, dtype=dtype, device=device)
 
 
@@ -80,7 +116,7 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     """
     if torch.cuda.is_current_stream_capturing():
         raise LaunchError(f"{spec.name} is not loaded yet; run the operation once before capturing a CUDA graph.")
-    return (SparsifyLauncher if spec.family.op is Op.SPARSIFY24 else GemmLauncher)(spec, device)
+    return _LAUNCHERS.get(spec.family.op, GemmLauncher)(spec, device)
 
 
 class Arguments(NamedTuple):
@@ -103,59 +139,10 @@ class Arguments(NamedTuple):
     b_stride: int
     out_stride: int
     residual_stride: int
-    tokens: tuple[int, ...] = (0,) * 8
-    """TokenParams of ``params.cuh``; zeros for kernels of the forward pass."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkPlan:
-    """How the clusters share the output tiles: RasterParams and SplitParams of ``params.cuh``."""
-
-    tiles_m: int
-    """Cluster tiles along M."""
-    tiles_n: int
-    group: int
-    """Cluster tiles walked along M before moving on along N."""
-    clusters: int
-    """Clusters launched; each has work."""
-    k_blocks: int
-    first_tile: int
-    """Tiles from here on are split along K; ``tiles`` when none are."""
-    tile_units: int
-    """Units of four k-blocks in a tile."""
-    units: int
-    """Units of the split tiles that every cluster takes..."""
-    extra: int
-    """...and the first ``extra`` clusters one more."""
-
-    @property
-    def tiles(self) -> int:
-        return self.tiles_m * self.tiles_n
-
-
-@functools.lru_cache(maxsize=_CACHED_BLOCKS)
-def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:
-    """Share [m, n] over the multiprocessors. Whole waves of tiles stay whole; with ``stream_k`` the rest is split."""
-    tiles_m, tiles_n = -(-m // (config.tile_m * config.cluster_m)), -(-n // config.tile_n)
-    tiles, most = tiles_m * tiles_n, sm_count // config.cluster_m
-    k_blocks = -(-k // config.tile_k)
-    tile_units = -(-k_blocks // 4)
-    rest = tiles % most if config.stream_k else 0
-    units, extra = divmod(rest * tile_units, most)
-    if rest == tiles:  # nothing but split tiles: a cluster without a unit has no work
-        most = min(most, rest * tile_units)
-        units, extra = divmod(rest * tile_units, most)
-    return WorkPlan(
-        tiles_m=tiles_m,
-        tiles_n=tiles_n,
-        group=min(config.raster_group, tiles_m),
-        clusters=most if rest else min(most, tiles),
-        k_blocks=k_blocks,
-        first_tile=tiles - rest,
-        tile_units=tile_units,
-        units=units,
-        extra=extra,
-    )
+    scales: tuple[int, ...] = ()
+    """ScaleParams of ``params.cuh``, or nothing."""
+    tokens: tuple[int, ...] = ()
+    """TokenParams of ``params.cuh``, or nothing."""
 
 
 class _Workspace(NamedTuple):
@@ -222,6 +209,7 @@ class GemmLauncher:
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
+            () if o.scales is None else _scale_pointers(o.scales),
         )
         block, grid = self._encoded(key)
         self.kernel.launch(grid, block.address, stream(self.kernel.device))
@@ -255,13 +243,14 @@ class GemmLauncher:
                 *self._maps(x),
                 struct.pack("<6Q2q4i", *pointers, x.out_stride, x.residual_stride, x.m, x.n, x.k, plan.k_blocks),
                 struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
-                _fast_divmod(plan.group * plan.tiles_n),
-                _fast_divmod(plan.group),
-                _fast_divmod(plan.tiles_m % plan.group or plan.group),
+                fast_divmod(plan.group * plan.tiles_n),
+                fast_divmod(plan.group),
+                fast_divmod(plan.tiles_m % plan.group or plan.group),
                 struct.pack("<4x3i", plan.first_tile, plan.units, plan.extra),
-                _fast_divmod(plan.tile_units),
+                fast_divmod(plan.tile_units),
                 struct.pack("<2Q", x.partials, x.flags),
-                struct.pack("<4Q2q2i", *x.tokens),
+                struct.pack("<5Q2i", *(x.scales or (0,) * 7)),
+                struct.pack("<4Q2q2i", *(x.tokens or (0,) * 8)),
             )
         )
         return ArgumentBlock(content), plan.clusters * c.cluster_m
@@ -281,7 +270,7 @@ class GemmLauncher:
 
     def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
         """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
-        c, dtype = self.spec.config, self.spec.family.dtype
+        c, dtype = self.spec.config, self.spec.family.weight or self.spec.family.dtype
         run = 16 if self.spec.family.op in PACKING_OPS else 8
         block = 4 * run
 
@@ -342,6 +331,63 @@ class SparsifyLauncher:
         self.kernel.launch(grid, block.address, stream(self.kernel.device))
 
 
+class QuantizeLauncher:
+    """quantize_rows of one spec on one device: ``a`` [M, N] to ``out``, e4m3 [M, N], and ``scales.rows``."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        self.kernel = load(build(spec), device, threads=WARPGROUP_THREADS, shared_bytes=0)
+
+    def __call__(self, o: Operands) -> None:
+        assert isinstance(o.a, Tensor)
+        assert isinstance(o.out, Tensor)
+        s = o.scales
+        assert s is not None
+        m, n = o.a.shape
+        results = (s.rows, s.r_largest, s.row_norm, s.bias_largest, s.s_scale, s.s_inverse)
+        block = ArgumentBlock(
+            struct.pack(
+                "<8Q2q2i",
+                o.a.data_ptr(),
+                o.out.data_ptr(),
+                *(0 if t is None else t.data_ptr() for t in results),
+                o.a.stride(0),
+                o.out.stride(0),
+                m,
+                n,
+            )
+        )
+        self.kernel.launch(m, block.address, stream(self.kernel.device))
+
+
+class SquareLauncher:
+    """square_rows of one spec on one device: the values of ``a`` to those of ``out``, and ``scales.rows``."""
+
+    def __init__(self, spec: KernelSpec, device: int) -> None:
+        self.kernel = load(build(spec), device, threads=WARPGROUP_THREADS, shared_bytes=0)
+
+    def __call__(self, o: Operands) -> None:
+        assert isinstance(o.a, Sparse24)
+        assert isinstance(o.out, Sparse24)
+        assert o.scales is not None
+        assert o.scales.r_largest is not None
+        assert o.scales.rows is not None
+        m, n = o.a.shape
+        block = ArgumentBlock(
+            struct.pack(
+                "<4Q2q2i",
+                o.a.values.data_ptr(),
+                o.out.values.data_ptr(),
+                o.scales.r_largest.data_ptr(),
+                o.scales.rows.data_ptr(),
+                o.a.values.stride(0),
+                o.out.values.stride(0),
+                m,
+                n,
+            )
+        )
+        self.kernel.launch(m, block.address, stream(self.kernel.device))
+
+
 def stream(device: int) -> int:
     """The current stream's handle; torch's public way builds an object first, for 3 us."""
     return torch._C._cuda_getCurrentRawStream(device)
@@ -349,15 +395,19 @@ def stream(device: int) -> int:
 
 def row_stride(matrix: Tensor) -> int:
     """Elements between rows. Of a single row torch keeps any stride, and the TMA wants a multiple of 16 bytes."""
-    return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // 8) * 8
+    step = 16 // matrix.itemsize
+    return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // step) * step
 
 
-def _fast_divmod(divisor: int) -> bytes:
-    """cutlass::FastDivmod (cutlass/fast_math.h): divides 31-bit numbers by a multiplication and a shift."""
-    if divisor == 1:
-        return struct.pack("<iII", 1, 0, 0)
-    power = 31 + (divisor - 1).bit_length()
-    return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
+def _scale_pointers(s: Scales) -> tuple[int, ...]:
+    """The fields of ScaleParams: five pointers, then the steps from row to row."""
+    pointers = tuple(0 if t is None else t.data_ptr() for t in (s.a, s.b, s.s_inverse, s.r_largest, s.saturated))
+    return (*pointers, *(int(t is not None and t.numel() > 1) for t in (s.a, s.s_inverse)))
 
 
-Launcher = GemmLauncher | SparsifyLauncher
+Launcher = GemmLauncher | SparsifyLauncher | QuantizeLauncher | SquareLauncher
+_LAUNCHERS: dict[Op, type[SparsifyLauncher | QuantizeLauncher | SquareLauncher]] = {
+    Op.SPARSIFY24: SparsifyLauncher,
+    Op.QUANTIZE_ROWS: QuantizeLauncher,
+    Op.SQUARE_ROWS: SquareLauncher,
+}

@@ -103,7 +103,8 @@ class ArgumentBlock:
     __slots__ = ("_memory", "_pointers", "address")
 
     def __init__(self, content: bytes) -> None:
-        self._memory = ctypes.create_string_buffer(len(content) + 64)
+        # 64 to align it, and 64 because the driver reads a struct with its padding.
+        self._memory = ctypes.create_string_buffer(len(content) + 128)
         start = (ctypes.addressof(self._memory) + 63) & ~63
         ctypes.memmove(start, content, len(content))
         self._pointers = (ctypes.c_void_p * 1)(start)

@@ -151,8 +151,8 @@ def interleave(
     """Times candidates against each other in rounds; each round times every candidate once, in a new random order.
 
     A sample is one pair of events around about ``sample_ms`` of back-to-back launches, after a lead of a quarter of
-    them. A warm-up of a quarter of ``seconds``, at most 1 s, and up to three times that while the GPU still slows
-    down, comes before the first round.
+    them (none before one or two, which take so long that a launch does not show). A warm-up of a quarter of
+    ``seconds``, at most 1 s, and up to three times that while the GPU still slows down, comes before the first round.
 
     Args:
         candidates: name to a call that queues its work on the current stream and does not wait for it.
@@ -233,7 +233,7 @@ class _Rounds:
     def _sample(self, name: str) -> tuple[float, tuple[float, float]]:
         launches = self._launches[name]
         start = self._clock.now()
-        ms = self._clock.run(self._candidates[name], launches, -(-launches // 4)) / launches
+        ms = self._clock.run(self._candidates[name], launches, round(launches / 4)) / launches
         return ms, (start, self._clock.now())
 
     def _keep(self, finished: dict[str, tuple[float, tuple[float, float]]]) -> None:
@@ -300,14 +300,15 @@ def graph_pool(device: torch.device | str) -> Any:
     return torch.cuda.graph_pool_handle() if torch.device(device).type == "cuda" else None
 
 
-def capture(run: Callable[[], T], *, device: torch.device | str, pool: Any = None) -> Captured[T]:
-    """Captures ``run`` in a CUDA graph, after three calls on a side stream, so that launches cost no host time.
+def capture(run: Callable[[], T], *, device: torch.device | str, pool: Any = None, calls: int = 3) -> Captured[T]:
+    """Captures ``run`` in a CUDA graph, after some calls on a side stream, so that launches cost no host time.
 
     Where capture fails, and on a CPU, the call stays what it is and ``note`` says why.
 
     Args:
         run: queues work and returns its output, which every replay writes again at the same place.
         pool: of :func:`graph_pool`, to share memory with other graphs.
+        calls: before the capture, at least 1: what is loaded or searched on first use must not be captured.
 
     Raises:
         Whatever ``run`` raises outside a capture.
@@ -325,7 +326,7 @@ def capture(run: Callable[[], T], *, device: torch.device | str, pool: Any = Non
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
+            for _ in range(calls):
                 direct()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()

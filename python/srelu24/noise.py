@@ -11,6 +11,8 @@ from srelu24_gen.spec import KernelConfig
 
 MIN_GAIN = 1.002
 """A smaller gain over the default is not worth another configuration, however certain it is."""
+TIE = 1.01
+"""A simpler pair may be so much slower than the fastest and still be kept, where noise hides the difference."""
 CONFIDENCE = 0.99
 """That a winner is faster than the default at all, over all pairs together."""
 
@@ -45,14 +47,15 @@ def choose_pair(times: dict[Pair, list[float]], default: Pair) -> tuple[Pair, Sp
     """The pair to keep, from samples of the same rounds, and its speed-up over the default.
 
     The default, unless the fastest beats it beyond noise and by :data:`MIN_GAIN`; of those that cannot be told from
-    the fastest and beat the default too, the one that differs from it in the fewest fields.
+    the fastest, are within :data:`TIE` of it and beat the default too, the one most like the default.
     """
     over_default = {pair: speedup(times[default], samples, len(times)) for pair, samples in times.items()}
     better = [p for p, s in over_default.items() if p != default and s.low > 1 and s.median >= MIN_GAIN]
     if not better:
         return default, Speedup(1.0, 1.0, 1.0)
     fastest = max(better, key=lambda p: over_default[p].median)
-    as_fast = [p for p in better if p == fastest or speedup(times[p], times[fastest], len(times)).low <= 1]
+    behind = {p: speedup(times[p], times[fastest], len(times)) for p in better}
+    as_fast = [p for p, by in behind.items() if p == fastest or (by.low <= 1 and by.median <= TIE)]
     chosen = min(as_fast, key=lambda p: (sum(map(changes, p, default)), -over_default[p].median))
     return chosen, over_default[chosen]
 

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import os
 
-from srelu24.dispatch import gpu_of
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from srelu24.dispatch import BATCH, MODES, gpu_of
 from srelu24.launch import DTYPES
 from srelu24_gen.errors import Unsupported
 
 ALIGNMENT = 16
 """Bytes to which the TMA needs addresses and row strides aligned."""
+
+DISABLED = os.environ.get("SRELU24_DISABLE", "0") not in ("", "0")
+"""The kernels are switched off for this process: read once, so that a call does not pay for it."""
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd, in reverse or forward mode, records what is done with one of these operands."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    # Private, and the one way to ask without a cost per operand: -1 outside of every dual level.
+    return getattr(forward_ad, "_current_level", -1) >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    kind = x.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # it knows no "meta"
+
+
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands as autocast wants those of a matrix product, where it is on for the device of ``x``."""
+    tensors = (x, *others)
+    if not autocasting(x):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
@@ -32,6 +64,17 @@ def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
     check_matrix("w2", w2, (d, f), x)
     check_vector("b1", b1, f, x)
     check_vector("b2", b2, d, x)
+
+
+def check_mode(mode: str, deterministic: str) -> str:
+    """How an FFN has to run: one of the dispatcher's MODES, or BATCH. Raise Unsupported where that makes no sense."""
+    if mode not in MODES:
+        raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
+    if deterministic not in ("run", "batch"):
+        raise Unsupported(f"deterministic is {deterministic!r}; it must be run or batch.")
+    if deterministic == "batch" and mode == "dense":
+        raise Unsupported("The dense FFN is not batch-invariant; leave mode at auto with deterministic='batch'.")
+    return mode if deterministic == "run" else BATCH
 
 
 def check_matrix(name: str, tensor: Tensor, shape: tuple[int | None, int | None], like: Tensor) -> None:
@@ -64,6 +107,8 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take these operands, or None if they can. The sizes are known to fit together."""
     first = tensors[0]
     assert first is not None
+    if DISABLED:
+        return "SRELU24_DISABLE is set"
     if first.dtype not in DTYPES:
         return f"the type is {first.dtype}, and the kernels take bfloat16 and float16"
     if first.is_cuda:

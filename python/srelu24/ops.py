@@ -12,20 +12,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from srelu24 import reference
-from srelu24.dispatch import launcher
+from srelu24 import dense, reference
+from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
 from srelu24.fallback import FallbackWarning as FallbackWarning
-from srelu24.fallback import warn_dense as _warn
+from srelu24.fallback import warn_dense
+from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8.quantize import QuantizedWeight
+from srelu24.fp8.recipes import Recipe
 from srelu24.launch import DTYPES, Operands
-from srelu24.operands import ALIGNMENT, check_ffn, check_matrix, check_vector, kernel_reason
-from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24.operands import (
+    ALIGNMENT,
+    autocast,
+    autocasting,
+    check_ffn,
+    check_matrix,
+    check_mode,
+    check_vector,
+    differentiated,
+    kernel_reason,
+)
+from srelu24.sparse24 import FragmentOrder, Sparse24, metadata_shape, row_stride
 from srelu24.training import ops as training_ops
 from srelu24.training.recipe import LayerState
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
 
 _library = torch.library.Library("srelu24", "DEF")
-_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2) -> Tensor")
+_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, str mode='auto') -> Tensor")
 _library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
 _library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor)")
 _library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
@@ -33,51 +46,70 @@ _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
 
 
+NO_BACKWARD = "gradients are recorded, and training sparsely needs a recipe; or wrap inference in torch.no_grad()"
+
+
 # ---------------------------------------------------------------------------------------------- public functions
 
 
 def ffn(
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
-    recipe: LayerState | None = None,
+    *,
+    mode: str = "auto",
+    deterministic: str = "run",
+    recipe: Recipe | str | LayerState | None = None,
 ) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
     ``prune24(relu(x w1^T + b1)^2) w2^T + b2``, arXiv 2503.16672 section 3, numerics in docs/numerics.md.
-    Without a supported GPU, dtype or size, and while gradients are recorded without a recipe, it runs dense and
-    unpruned, with one warning.
+    On a GPU, "auto" runs it dense and unpruned where the sparse kernels do not win (few tokens, narrow layers), by the
+    times in the tuning database or else a cautious model; :func:`srelu24.explain` says which. Without a supported GPU,
+    dtype or size, and while gradients are recorded, it runs dense with one warning.
 
     Args:
         x: [..., D], bf16 or fp16. Row stride a multiple of 16 bytes, last dimension contiguous.
         w1: [F, D]. w2: [D, F]. D and F multiples of 8.
         b1: [F]. b2: [D].
-        recipe: train sparsely: this layer's state, of :meth:`srelu24.Recipe.layer` (docs/training.md); any float type.
+        mode: "auto", "sparse" (always prune) or "dense" (never). On a CPU "auto" prunes.
+        deterministic: "run": the same inputs give the same bits in every run. "batch": a token's bits do not depend on
+            the other tokens or their number either; the sparse kernels run, some per cent slower where stream-K is
+            given up, and nothing falls back to dense.
+        recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md), whatever
+            the mode. w1 and w2 then come from :func:`srelu24.quantize_weight`, and D and F are multiples of 16. Or
+            train sparsely: the layer's state, of :meth:`srelu24.Recipe.layer` (docs/training.md), which decides alone
+            what is dense and when; any float type.
 
     Returns:
         [..., D] in the type of ``x``.
 
     Raises:
-        Unsupported: ranks, sizes, types or devices do not fit together.
+        Unsupported: ranks, sizes, types or devices do not fit together; or "batch" is asked for what only dense
+            PyTorch computes.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
-    if recipe is not None:
+    mode = check_mode(mode, deterministic)
+    if isinstance(recipe, LayerState):
+        if mode != "auto" or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+            raise Unsupported(
+                "a training recipe decides what is dense; leave mode and deterministic out, and w1 and w2 plain."
+            )
         return training_ops.ffn(x, w1, w2, b1, b2, recipe)
+    if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        if mode == BATCH:
+            raise Unsupported("8-bit recipes are not batch-invariant; leave deterministic at run.")
+        return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
+    if autocasting(x):
+        x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or w1.requires_grad
-        or w2.requires_grad
-        or (b1 is not None and b1.requires_grad)
-        or (b2 is not None and b2.requires_grad)
-    ):
-        _warn("gradients are recorded, and training sparsely needs a recipe; or wrap inference in torch.no_grad()")
-        return _dense_ffn(x, w1, w2, b1, b2)
+    if differentiated(x, w1, w2, b1, b2):
+        return _fallback_ffn(NO_BACKWARD, mode, x, w1, w2, b1, b2)
     if x.dim() == 2:
-        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2)  # type: ignore[no-any-return]
-    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2)
+        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -90,8 +122,13 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     _activation(activation)
     if x.dim() < 1:
         raise Unsupported("x has no dimensions; it must be [..., K].")
+    if autocasting(x):
+        x, w, bias = autocast(x, w, bias)  # type: ignore[assignment]
     check_matrix("w", w, (None, x.shape[-1]), x)
     check_vector("bias", bias, w.shape[0], x)
+    if differentiated(x, w, bias):
+        warn_dense(NO_BACKWARD)
+        return _dense_linear(x, w, bias, activation)
     y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
     return y.view(*x.shape[:-1], w.shape[0])
 
@@ -100,7 +137,7 @@ def gemm_relu2_24(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> Sparse24:
     """First GEMM of the layer, fused: ``prune24(relu(x w1^T + b1)^2)``, x [M, D], w1 [F, D], b1 [F] -> packed [M, F].
 
     Raises:
-        Unsupported: the operands do not fit together, or no kernel takes them; the message says why.
+        Unsupported: the operands do not fit together, no kernel takes them, or gradients are recorded.
     """
     _check_gemm1(x, w1, b1)
     values, metadata = torch.ops.srelu24.gemm_relu2_24(x, w1, b1)
@@ -128,6 +165,7 @@ def sparsify24(h: Tensor, activation: str = "relu2") -> Sparse24:
     """
     _activation(activation)
     check_matrix("h", h, (None, None), h)
+    _refuse_gradients(h)
     values, metadata = torch.ops.srelu24.sparsify24(h, activation)
     return Sparse24(values, metadata, (h.shape[0], h.shape[1]))
 
@@ -138,33 +176,40 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
     Raises:
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
+    if s.order is not FragmentOrder.BITS16:
+        raise Unsupported(f"{s} is for the 8-bit kernels; matmul needs bf16 or fp16 values with 16-bit metadata.")
     check_matrix("w2", w2, (None, s.shape[1]), s.values)
     check_vector("bias", bias, w2.shape[0], s.values)
     if residual is not None:
         check_matrix("residual", residual, (s.shape[0], w2.shape[0]), s.values)
+    _refuse_gradients(w2, bias, residual)
     return torch.ops.srelu24.matmul(s.values, s.metadata, w2, bias, residual)  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------------------------------- CUDA kernels
 
 
-def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
-        _warn(reason)
-        return _dense_ffn(x, w1, w2, b1, b2)
-    m, f = x.shape[0], w1.shape[0]
+        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
+    batch = mode == BATCH
+    m, (f, d) = x.shape[0], w1.shape
+    if mode != SPARSE and not batch and m:
+        way = ffn_way(mode, x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
+        if way != SPARSE:
+            return dense.ffn(way, x, w1, w2, b1, b2)
     s = Sparse24.empty(m, f, x.dtype, x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
+    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2, batch)
     out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
-    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out))
+    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out), batch=batch)
     return out
 
 
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     reason = kernel_reason(x, w, bias)
     if reason is not None:
-        _warn(reason)
+        warn_dense(reason)
         return _dense_linear(x, w, bias, activation)
     out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
     _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
@@ -197,32 +242,31 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
     s = _packed(values, metadata, w2.shape[1])
     reason = kernel_reason(w2, bias, residual)
     if reason is not None:
-        _warn(reason)
+        warn_dense(reason)
         return _matmul_dense(s, w2, bias, residual)
     out = torch.empty((s.shape[0], w2.shape[0]), dtype=s.dtype, device=s.device)
     _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
     return out
 
 
-def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
+def _run(op: Op, o: Operands, activation: Activation = Activation.NONE, batch: bool = False) -> None:
     """Choose and launch the kernel of ``op`` for operands that :func:`kernel_reason` accepts."""
     m, width = o.a.shape
     if m == 0:
         return
     n, k = (width, 0) if o.b is None else o.b.shape
     options = (o.bias is not None, o.residual is not None, o.counts is not None)
-    launcher(op, o.out.dtype, activation, *options, m, n, k, o.out.device)(o)
+    launcher(op, o.out.dtype, activation, *options, m, n, k, o.out.device, batch)(o)
 
 
 # ------------------------------------------------------------------------------------- CPU reference and fake kernels
 
 
-def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
-        _warn(reason)
-        return _dense_ffn(x, w1, w2, b1, b2)
-    return reference.ffn(x, w1, w2, b1, b2)
+        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
+    return _dense_ffn(x, w1, w2, b1, b2) if mode == "dense" else reference.ffn(x, w1, w2, b1, b2)
 
 
 def _linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -249,7 +293,7 @@ def _matmul_cpu(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | Non
     return reference.spgemm(_packed(values, metadata, w2.shape[1]), w2, bias, residual)
 
 
-def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
     return x.new_empty((x.shape[0], w2.shape[0]))
 
 
@@ -295,6 +339,15 @@ for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
 # ------------------------------------------------------------------------------------------------ dense and helpers
 
 
+def _fallback_ffn(
+    reason: str, mode: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None
+) -> Tensor:
+    if mode == BATCH:
+        raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
+    warn_dense(reason)
+    return _dense_ffn(x, w1, w2, b1, b2)
+
+
 def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu().square(), w2, b2)
 
@@ -321,6 +374,12 @@ def _check_gemm1(x: Tensor, w1: Tensor, b1: Tensor | None) -> None:
     check_matrix("x", x, (None, None), x)
     check_matrix("w1", w1, (None, x.shape[1]), x)
     check_vector("b1", b1, w1.shape[0], x)
+    _refuse_gradients(x, w1, b1)
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if differentiated(*tensors):
+        raise Unsupported(f"A packed operand has no dense form to fall back to: {NO_BACKWARD}.")
 
 
 def _activation(activation: str) -> None:

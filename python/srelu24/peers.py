@@ -12,11 +12,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from srelu24 import dispatch, ops
+from srelu24 import dense, dispatch, ops
 from srelu24.sparse24 import Sparse24
 from srelu24.verify import exact_float32
 from srelu24.workload import make_ffn, prune
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 Output = Tensor | Sparse24
@@ -147,6 +148,8 @@ class Peer:
     """Prepares what is not timed; the result does the timed work on the current stream and returns its output."""
     expect: Callable[[Case], Tensor]
     """The right output; a packed one is compared after unpacking."""
+    tolerance: float | None = None
+    """Relative error allowed, where it is not that of the type."""
 
 
 def relative_error(output: Output, expected: Tensor) -> float:
@@ -180,7 +183,30 @@ def _srelu24(case: Case) -> Run:
     """The two kernels through the public op."""
     _require(case, Op.GEMM_RELU2_24, case.f, case.d, Activation.RELU2)
     _require(case, Op.SPGEMM, case.d, case.f)
-    return lambda: ops.ffn(case.x, case.w1, case.w2)
+    return lambda: ops.ffn(case.x, case.w1, case.w2, mode="sparse")
+
+
+def chosen_way(case: Case) -> str:
+    """What ``ffn(mode="auto")`` runs: "sparse", or one of the dense ways."""
+    shape = Shape(case.m, case.d, case.f)
+    return dispatch.choose_ffn(shape, case.dtype, False, False, dispatch.gpu_of(case.x.device)).way
+
+
+def _auto(case: Case) -> Run:
+    """What the dispatcher chooses."""
+    chosen_way(case)  # raises where there are no kernels
+    return lambda: ops.ffn(case.x, case.w1, case.w2, mode="auto")
+
+
+def _dense_way(way: str) -> Peer:
+    def build(case: Case) -> Run:
+        if way != "cublas":
+            _require(case, Op.GEMM, case.f, case.d, Activation.RELU2)
+        if way == "gemm":
+            _require(case, Op.GEMM, case.d, case.f)
+        return lambda: dense.ffn(way, case.x, case.w1, case.w2, None, None)
+
+    return Peer(way, build, lambda case: case.y_dense)
 
 
 def _torch_compile(case: Case) -> Run:
@@ -277,6 +303,14 @@ GEMM = (
 DENSE_GEMMS = frozenset({"gemm1_fused", "gemm1_dense", "gemm1_cublas", "gemm2_dense", "gemm2_cublas"})
 SPARSE_GEMMS = frozenset({"gemm2_sparse", "gemm2_cusparselt"})
 """What the ceilings of the speed of light are taken from. All do 2 M D F dense-equivalent operations."""
+
+SWEEP = (
+    Peer("srelu24", _auto, lambda case: case.y_masked if chosen_way(case) == dispatch.SPARSE else case.y_dense),
+    Peer("sparse", _srelu24, lambda case: case.y_masked),
+    *(_dense_way(way) for way in dense.WAYS),
+    Peer("torch_compile", _torch_compile, lambda case: case.y_dense),
+)
+"""What the dispatcher chooses, and all it could choose from."""
 
 
 def tensor_rate(case: Case, name: str) -> int:

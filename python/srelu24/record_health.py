@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
-from srelu24.db import Trial, TuningRecord
+from srelu24.records import Trial, TuningRecord
 from srelu24_gen import compile as compiler
 from srelu24_gen import space
 from srelu24_gen.errors import RenderError, Unsupported

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srelu24.sparse24 import STORAGE_DTYPES, Sparse24, pack_metadata
+from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder, Sparse24, pack_metadata
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation
 
@@ -45,7 +45,7 @@ def gemm(
     """
     acc = _accumulate(a, b, bias, residual, accumulate)
     if activation is Activation.RELU2:
-        return _square(_rounded_relu(acc, a.dtype))
+        return _square(rounded_relu(acc, a.dtype))
     return acc.to(a.dtype)
 
 
@@ -58,7 +58,7 @@ def gemm_relu2_24(
         Unsupported: dtypes, devices or shapes do not fit together, or F is not a multiple of 8.
     """
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return _prune24(_rounded_relu(acc, x.dtype), square=True)
+    return prune24(rounded_relu(acc, x.dtype), square=True)
 
 
 def spgemm(
@@ -88,8 +88,8 @@ def sparsify24(h: Tensor, activation: Activation) -> Sparse24:
     """
     _expect("h", h, (None, None), h)
     if activation is Activation.RELU2:
-        return _prune24(_rounded_relu(h, h.dtype), square=True)
-    return _prune24(h, square=False)
+        return prune24(rounded_relu(h, h.dtype), square=True)
+    return prune24(h, square=False)
 
 
 def ffn(
@@ -120,39 +120,18 @@ def count_nonzeros(
         Unsupported: dtypes, devices or shapes do not fit together.
     """
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return (_rounded_relu(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
+    return (rounded_relu(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
 
 
-def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A B^T + bias + residual, summed in ``dtype``, as float32 [M, N]."""
-    _expect("operand A", a, (None, None), a)
-    _expect("weight B", b, (None, a.shape[1]), a)
-    acc = a.to(dtype) @ b.to(dtype).T
-    if bias is not None:
-        _expect("bias", bias, (b.shape[0],), a)
-        acc += bias.to(dtype)
-    if residual is not None:
-        _expect("residual", residual, (a.shape[0], b.shape[0]), a)
-        acc += residual.to(dtype)
-    return acc.to(torch.float32)
+def prune24(x: Tensor, *, square: bool, order: FragmentOrder = FragmentOrder.BITS16) -> Sparse24:
+    """Keep the 2 largest magnitudes of every 4 neighbours, lower index first on ties; square what is kept if asked.
 
-
-def _rounded_relu(acc: Tensor, dtype: torch.dtype) -> Tensor:
-    """relu(acc) rounded to ``dtype``; negative values and -0.0 become +0.0, NaN stays NaN."""
-    return acc.masked_fill(acc <= 0, 0.0).to(dtype)
-
-
-def _square(v: Tensor) -> Tensor:
-    """v * v with one rounding. The product of two 8- or 11-bit significands is exact in float32, or so small that its
-    rounding there cannot change what it rounds to in v's type."""
-    wide = v.to(torch.float32)
-    return (wide * wide).to(v.dtype)
-
-
-def _prune24(x: Tensor, *, square: bool) -> Sparse24:
-    """Keep the 2 largest magnitudes of every 4 neighbours, lower index first on ties; square what is kept if asked."""
+    Args:
+        x: [M, F], bf16 or fp16.
+        order: in which E is stored.
+    """
     m, f = x.shape
-    packed = Sparse24.empty(m, f, x.dtype, x.device)
+    packed = Sparse24.empty(m, f, x.dtype, x.device, order)
     # Magnitude bits order as the magnitudes do, and NaNs, clamped to one rank, come above infinity.
     magnitude = (x.view(torch.int16) & 0x7FFF).clamp(max=_INF_BITS[x.dtype] + 1)
     keep = _two_largest([magnitude[:, p::4] for p in range(4)])
@@ -163,8 +142,35 @@ def _prune24(x: Tensor, *, square: bool) -> Sparse24:
     packed.values[:, 1::2] = _square(v1) if square else v1
     first = torch.where(keep[0], 0, torch.where(keep[1], 1, 2)).to(torch.uint8)
     second = torch.where(keep[3], 3, torch.where(keep[2], 2, 1)).to(torch.uint8)
-    packed.metadata.copy_(pack_metadata(first | second << 2))
+    packed.metadata.copy_(pack_metadata(first | second << 2, order))
     return packed
+
+
+def rounded_relu(acc: Tensor, dtype: torch.dtype) -> Tensor:
+    """relu(acc) rounded to ``dtype``; negative values and -0.0 become +0.0, NaN stays NaN."""
+    return acc.masked_fill(acc <= 0, 0.0).to(dtype)
+
+
+def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A B^T + bias + residual, summed in ``dtype``, as float32 [M, N]."""
+    _expect("operand A", a, (None, None), a)
+    _expect("weight B", b, (None, a.shape[1]), a)
+    with torch.autocast(a.device.type, enabled=False):  # it would round the product to 16 bits
+        acc = a.to(dtype) @ b.to(dtype).T
+    if bias is not None:
+        _expect("bias", bias, (b.shape[0],), a)
+        acc += bias.to(dtype)
+    if residual is not None:
+        _expect("residual", residual, (a.shape[0], b.shape[0]), a)
+        acc += residual.to(dtype)
+    return acc.to(torch.float32)
+
+
+def _square(v: Tensor) -> Tensor:
+    """v * v with one rounding. The product of two 8- or 11-bit significands is exact in float32, or so small that its
+    rounding there cannot change what it rounds to in v's type."""
+    wide = v.to(torch.float32)
+    return (wide * wide).to(v.dtype)
 
 
 def _two_largest(keys: list[Tensor]) -> list[Tensor]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from srelu24.results import BenchFile, Candidate, Row
@@ -21,6 +22,7 @@ PEERS = {
 """Candidates of a whole FFN besides our own, in the order and with the names of tables and plots."""
 
 _MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /results -->)", re.DOTALL)
+_MOVERS = ("sparsify24", "quantize_rows", "square_rows")
 _GEMMS = {"gemm_relu2_24": "GEMM1, fused", "spgemm": "GEMM2, sparse", "gemm": "GEMM1, dense"}
 
 
@@ -60,14 +62,15 @@ def load_results(results_dir: Path) -> list[Result]:
         file = BenchFile.load(path)
         for row in file.rows:
             result = Result(row, file)
-            known = newest.get((*result.case, row.op))
+            known = newest.get((*result.case, row.op, row.recipe))
             if known is None or known.date <= result.date:
-                newest[*result.case, row.op] = result
+                newest[*result.case, row.op, row.recipe] = result
     return sorted(newest.values(), key=lambda result: result.case)
 
 
 def tables(results_dir: Path) -> dict[str, str]:
-    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``; of training ``step``, ``step_parts``, ``split``.
+    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``;
+    ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory`` of the 8-bit kernels; ``step``, ``step_parts``, ``split`` of training.
 
     Empty where nothing was measured.
 
@@ -83,8 +86,15 @@ def tables(results_dir: Path) -> dict[str, str]:
         "step": _step_table,
         "step_parts": _step_parts_table,
         "split": _split_table,
+        "tuning": lambda found: _ratio_table(found, "tuning", "default", "tuned"),
+        "fallback": lambda found: _ratio_table(found, "fallback", "tuned", "nearest record"),
+        "sweep": _sweep_table,
+        "model": _model_table,
     }
-    return {name: make(results) for name, make in makers.items()}
+    wide, narrow = ([r for r in results if r.row.dtype.startswith("fp8") == fp8] for fp8 in (False, True))
+    return {name: make(wide) for name, make in makers.items()} | {
+        f"fp8_{name}": makers[name](narrow) for name in ("ffn", "gemm", "memory")
+    }
 
 
 def update_readme(readme: Path, results_dir: Path) -> bool:
@@ -116,6 +126,11 @@ def filled(text: str, by_name: dict[str, str], where: str = "the text") -> str:
     return _MARKED.sub(fill, text)
 
 
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table without a final newline."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
+
+
 def plot(results_dir: Path, out_svg: Path) -> None:
     """Bars of the FFN's speed-up over each peer, one panel per GPU, type and density.
 
@@ -123,26 +138,61 @@ def plot(results_dir: Path, out_svg: Path) -> None:
         RecordError: there is nothing to plot, or a file is no result file.
         Srelu24Error: matplotlib is not installed.
     """
+    panels: dict[tuple[str, str, float], list[Row]] = {}
+    for result in _of_op(load_results(results_dir), "ffn_forward"):
+        if result.row.speedup and result.row.recipe is None:
+            panels.setdefault((result.gpu, result.row.dtype, result.row.density), []).append(result.row)
+    if not panels:
+        raise RecordError(f"{results_dir} has no FFN results to plot; run `srelu24 bench ffn` first")
+    titles = [f"FFN forward on {gpu}, {dtype}, {density:.0%} non-zero activations" for gpu, dtype, density in panels]
+    _figure(out_svg, dict(zip(titles, panels.values(), strict=True)), _bars)
+
+
+def plot_sweep(results_dir: Path, out_svg: Path) -> None:
+    """Speed over torch.compile by tokens: sparse, the best dense way, and what was chosen; a panel per width.
+
+    Raises:
+        RecordError: there is nothing to plot, or a file is no result file.
+        Srelu24Error: matplotlib is not installed.
+    """
+    panels: dict[str, list[Row]] = {}
+    for result in _of_op(load_results(results_dir), "sweep"):
+        d, f = result.row.shape.split("x")[1:]
+        panels.setdefault(f"D = {d}, F = {f} on {result.gpu}, {result.row.dtype}", []).append(result.row)
+    if not panels:
+        raise RecordError(f"{results_dir} has no sweep to plot; run `srelu24 bench sweep` first")
+    _figure(out_svg, panels, _lines)
+
+
+def _figure(out_svg: Path, panels: dict[str, list[Row]], draw: Callable[[Any, Sequence[Row]], None]) -> None:
+    """A panel per title, one below the other."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise Srelu24Error("plots need matplotlib; install it with pip install 'srelu24[bench]'") from error
-    panels: dict[tuple[str, str, float], list[Row]] = {}
-    for result in _of_op(load_results(results_dir), "ffn_forward"):
-        if result.row.speedup:
-            panels.setdefault((result.gpu, result.row.dtype, result.row.density), []).append(result.row)
-    if not panels:
-        raise RecordError(f"{results_dir} has no FFN results to plot; run `srelu24 bench ffn` first")
     # A fixed salt and no date: the same results give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "srelu24", "font.size": 9}):
         figure = Figure(figsize=(10, 3.2 * len(panels)), layout="constrained")
         axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axis, ((gpu, dtype, density), rows) in zip(axes, panels.items(), strict=True):
-            _bars(axis, rows)
-            axis.set_title(f"FFN forward on {gpu}, {dtype}, {density:.0%} non-zero activations")
+        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+            draw(axis, rows)
+            axis.set_title(title)
         out_svg.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out_svg, format="svg", metadata={"Date": None})
+
+
+def _lines(axis: Any, rows: Sequence[Row]) -> None:
+    lines = {"sparse": ("sparse", "o-"), "dense": ("dense, the best way", "s-"), "srelu24": ("chosen", "k--")}
+    for name, (label, style) in lines.items():
+        points = [(_tokens(row), ratio) for row in rows if (ratio := _over_compile(row, name)) is not None]
+        if points:
+            axis.plot(*zip(*sorted(points), strict=True), style, label=label, markersize=4)
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("times as fast as torch.compile")
+    axis.legend(fontsize=7)
 
 
 def _bars(axis: Any, rows: Sequence[Row]) -> None:
@@ -218,7 +268,7 @@ def _memory_table(results: list[Result]) -> str:
             _number(ours / copy if ours and copy else None, ".0%"),
         ]
 
-    return _tables(_of_op(results, "sparsify24"), head, cells)
+    return _tables([r for op in _MOVERS for r in _of_op(results, op)], head, cells)
 
 
 def _overhead_table(results: list[Result]) -> str:
@@ -233,6 +283,76 @@ def _overhead_table(results: list[Result]) -> str:
         return [_number(by_name.get(name), ".0f") for name in ("srelu24", "eager")]
 
     return _tables(newest.values(), ["srelu24.ffn, host us per call", "eager PyTorch, host us per call"], cells)
+
+
+def _ratio_table(results: list[Result], op: str, other: str, ours: str) -> str:
+    """Ours against one other, and over all shapes of a GPU the geometric mean and the worst."""
+    results = [result for result in _of_op(results, op) if other in result.row.speedup]
+    texts = []
+    for gpu in dict.fromkeys(result.gpu for result in results):
+        of_gpu = [result for result in results if result.gpu == gpu]
+        ratios = [(result.row.speedup[other], result.row.shape) for result in of_gpu]
+        worst, where = min(ratios)
+        mean = geometric_mean(ratio for ratio, _ in ratios)
+        texts.append(f"{gpu}, {len(ratios)} shapes: geometric mean {mean:.3f}x, worst {worst:.3f}x ({where}).\n")
+
+    def cells(result: Result) -> list[str]:
+        row = result.row
+        times = [_number(row.candidates[name].ms, ".3f") for name in ("srelu24", other)]
+        return [*_case_cells(row), *times, _number(row.speedup[other], ".3f", "x")]
+
+    head = ["dtype", "MxDxF", "density", f"{ours}, ms", f"{other}, ms", f"over {other}"]
+    table = _tables(results, head, cells)
+    return "\n".join([*texts, table]) if table else ""
+
+
+def _sweep_table(results: list[Result]) -> str:
+    def cells(result: Result) -> list[str]:
+        row = result.row
+        chosen = row.candidates["srelu24"]
+        ratios = [_number(_over_compile(row, name), ".2f", "x") for name in ("sparse", "dense", "srelu24")]
+        return [*_case_cells(row), _number(chosen.ms, ".3f"), *ratios, str(chosen.note)]
+
+    head = ["dtype", "MxDxF", "density", "ms", "sparse", "dense, the best way", "chosen", "which is"]
+    table = _tables(_of_op(results, "sweep"), head, cells)
+    return f"Times as fast as torch.compile's dense FFN:\n\n{table}" if table else ""
+
+
+_NO_DENSE_WAY = ("srelu24", "sparse", "torch_compile")
+
+
+def _over_compile(row: Row, name: str) -> float | None:
+    """Speed of a candidate of a sweep over torch.compile's; "dense" is the fastest of the dense ways."""
+    names = [n for n in row.candidates if n not in _NO_DENSE_WAY] if name == "dense" else [name]
+    times = [ms for n in names if (ms := row.candidates[n].ms) is not None]
+    compiled = row.candidates["torch_compile"].ms
+    return compiled / min(times) if times and compiled else None
+
+
+def _tokens(row: Row) -> int:
+    return int(row.shape.split("x")[0])
+
+
+def _model_table(results: list[Result]) -> str:
+    head = ["stack", "mode", "dtype", "tokens", "density", "dense, tokens/s", "srelu24, tokens/s", "faster"]
+    head += ["dense, peak GB", "srelu24, peak GB", "graphs"]
+
+    def cells(result: Result) -> list[str]:
+        row, model = result.row, result.file.env.get("model", {})
+        dense, ours = row.candidates["dense"], row.candidates["srelu24"]
+        return [
+            f"{model.get('name')}, {model.get('layers')} layers",
+            row.op.removeprefix("prefill_"),
+            row.dtype,
+            row.shape.split("x")[0],
+            f"{row.density:.0%}",
+            *(_number(c.tokens_per_s or None, ".0f") for c in (dense, ours)),
+            _number(row.speedup.get("dense"), ".2f", "x"),
+            *(_number(c.peak_bytes / 1e9 if c.peak_bytes else None, ".1f") for c in (dense, ours)),
+            _number(ours.graphs or None, "d"),
+        ]
+
+    return _tables([r for mode in ("eager", "compiled") for r in _of_op(results, f"prefill_{mode}")], head, cells)
 
 
 def _step_table(results: list[Result]) -> str:
@@ -278,7 +398,11 @@ def _of_op(results: Iterable[Result], op: str) -> list[Result]:
 
 
 def _case_cells(row: Row) -> list[str]:
-    return [row.dtype, row.shape, "zeros" if row.zeros is True else f"{row.density:.0%}"]
+    return [
+        f"{row.dtype} {row.recipe}" if row.recipe else row.dtype,
+        row.shape,
+        "zeros" if row.zeros is True else f"{row.density:.0%}",
+    ]
 
 
 def _gbps(candidate: Candidate | None) -> float | None:
@@ -296,8 +420,7 @@ def _tables(results: Iterable[Result], head: list[str], cells: Callable[[Result]
         by_run.setdefault(id(result.file), []).append(result)
     texts = []
     for run in by_run.values():
-        lines = [head, ["---"] * len(head), *(cells(result) for result in run)]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = markdown_table(head, [cells(result) for result in run])
         texts.append("\n\n".join([_measured_with(run[0].file.env), table, *_failures(run)]) + "\n")
     return "\n".join(texts)
 

@@ -32,6 +32,12 @@ class Candidate(Struct, kw_only=True):
     """GB/s, every input read once and every output written once; for what only moves bytes."""
     utilisation: float | UnsetType = UNSET
     """Share of the tensor cores' rate at the clock it was measured at; for a GEMM alone."""
+    tokens_per_s: float | UnsetType = UNSET
+    """For a whole model."""
+    peak_bytes: int | UnsetType = UNSET
+    """Most GPU memory allocated during a call, weights included; for a whole model."""
+    graphs: int | UnsetType = UNSET
+    """Graphs that torch.compile made for all token counts of the run; 1 is no recompilation."""
     saved_bytes: int | UnsetType = UNSET
     """What a forward pass keeps for its backward pass besides its inputs."""
     throttled: bool | UnsetType = UNSET

@@ -6,10 +6,11 @@ Either way the end says what was done, and what was not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from srelu24 import catalogue, doctor, views
 from srelu24.catalogue import Shape
@@ -19,6 +20,8 @@ from srelu24_gen.target import GpuTarget, target_by_key
 
 if TYPE_CHECKING:
     import torch
+
+    from srelu24.results import BenchFile
 
 DEFAULT_TARGET = "h200"
 DENSITY = 0.1
@@ -80,7 +83,7 @@ def tune_missing(shapes: list[Shape], dtype: DType, target: GpuTarget, budget_s:
 
     tuned = {str(r.problem) for r in Database.open().user_records() if r.gpu == target.key}
     for shape in shapes:
-        if tuned.issuperset(map(str, catalogue.ffn_problems(shape, dtype))):
+        if tuned.issuperset(map(str, shape.gemms(dtype))):
             views.note(f"{shape} is tuned on this GPU already.")
             continue
         views.note(f"Tuning {shape} {dtype} for up to {budget_s:.0f} s; Ctrl-C keeps what was measured.")
@@ -99,17 +102,19 @@ def build(shapes: list[Shape], dtype: DType, target: GpuTarget) -> bool:
 
 
 def benchmark(
-    what: Literal["ffn", "gemm"],
+    what: Literal["ffn", "gemm", "sweep", "fp8"],
     shapes: list[Shape],
     dtype: DType,
     densities: list[float],
     path: Path | None,
+    seconds: float | None = None,
     *,
     zeros: bool = False,
 ) -> None:
-    """Times the FFN, or each kernel alone, against its peers; prints the table and writes the result file, if named.
+    """Times the FFN, each kernel alone, what is chosen, or the 8-bit FFN against its peers; prints and writes a table.
 
     Args:
+        seconds: of timing per shape and density, where the benchmark's own is not wanted.
         zeros: for "gemm", on nothing but zeros as well.
     """
     from srelu24 import bench
@@ -122,9 +127,52 @@ def benchmark(
             if event.kind == "failed":
                 views.note(event.text, "yellow")
 
-        measure = bench.bench_ffn if what == "ffn" else partial(bench.bench_gemm, zeros=zeros)
-        file = measure(shapes, dtype, densities, json_path=path, on_event=on_event)
+        benchmarks: dict[str, Callable[..., BenchFile]] = {
+            "ffn": bench.bench_ffn,
+            "gemm": partial(bench.bench_gemm, zeros=zeros),
+            "sweep": bench.bench_sweep,
+            "fp8": lambda shapes, _, densities, **options: bench.bench_fp8(shapes, densities, **options),
+        }
+        own: dict[str, Any] = {} if seconds is None else {"seconds_per_shape": seconds}
+        file = benchmarks[what](shapes, dtype, densities, json_path=path, on_event=on_event, **own)
     views.show(views.bench_table(file.rows))
+    if path:
+        views.note(f"written to {path}")
+
+
+def benchmark_tuning(
+    shapes: list[Shape],
+    held_out: list[Shape],
+    dtype: DType,
+    density: float,
+    seconds: float,
+    tune_s: float,
+    path: Path | None,
+) -> None:
+    """Times tuned kernels against the defaults on this GPU; prints the table, writes the file, if named."""
+    import torch
+
+    from srelu24 import bench_tuning, measure
+    from srelu24.tune import GpuRunner
+
+    device = torch.device("cuda")
+    with views.progress() as bar:
+        task = bar.add_task("benchmark of tuning", total=1.0)
+        file = bench_tuning.bench_tuning(
+            shapes,
+            held_out,
+            dtype,
+            GpuRunner(device),
+            density=density,
+            seconds_per_shape=seconds,
+            tune_s=tune_s,
+            env=measure.environment(device),
+            json_path=path,
+            on_event=lambda event: bar.update(task, completed=event.fraction, description=event.text),
+        )
+    views.show(views.bench_table(file.rows))
+    for op, (mean, worst, where) in bench_tuning.summary(file.rows).items():
+        views.note(f"{op}: geometric mean {mean:.3f}x, worst {worst:.3f}x ({where})")
     if path:
         views.note(f"written to {path}")
 
@@ -142,7 +190,7 @@ def check_ffn(shape: Shape, dtype: DType, device: str) -> list[Finding]:
     from srelu24.workload import make_ffn
 
     data = make_ffn(*shape, dtype, DENSITY, device)
-    y = srelu24.ffn(data.x, data.w1, data.w2).double()
+    y = srelu24.ffn(data.x, data.w1, data.w2, mode="sparse").double()
     s = srelu24.gemm_relu2_24(data.x, data.w1).to_dense().double()
     activations = torch.relu(data.x.double() @ data.w1.double().T).square()
     dense = activations @ data.w2.double().T

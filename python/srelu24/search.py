@@ -1,13 +1,17 @@
 """The search for the fastest pair of configurations for two chained GEMMs, on any :class:`Runner`.
 
-Three stages, each timed in interleaved rounds against the default configuration:
+The candidates are ranked first (:mod:`srelu24.shortlist`); how many are tried follows from the time there is. Then come
+three stages, each timed in interleaved rounds against the default configuration:
 
-1. *screen*: every candidate for a moment, as soon as it is compiled;
+1. *screen*: candidates for a moment, as soon as they are compiled: a configuration of every binary first, then other
+   runtime fields of the fastest;
 2. *refine*: the best third again for longer, halved until few are left;
-3. *pair*: the best of the first GEMM with the best of the second, chained, because the two share one power budget.
+3. *pair*: the best of the first GEMM with the best of the second, chained, because the two share one power budget, and
+   in the same rounds the dense FFNs of the same sizes.
 
-A pair replaces the default only if it is faster beyond the noise of its own rounds. What is compared and stored is the
-ratio to the default, not the time: the clock of a power-bound GPU drifts, and the ratio of paired samples does not.
+Every configuration is verified on a small problem before it is timed, the pair that wins on the real one before it is
+stored. A pair replaces the default only if it is faster beyond the noise of its own rounds. What is compared and stored
+is the ratio to the default, not the time: the clock of a power-bound GPU drifts, the ratio of paired samples does not.
 """
 
 from __future__ import annotations
@@ -15,34 +19,47 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from srelu24 import views
-from srelu24.db import ChainStep, Database, Evidence, Trial, TuningRecord
-from srelu24.noise import Pair, Speedup, changes, choose_pair, speedup
+from srelu24.db import Database
+from srelu24.journal import Journal, PairTimes, Refined
+from srelu24.noise import Pair, Speedup, choose_pair, speedup
+from srelu24.records import Trial
+from srelu24.shortlist import Shortlist, shortlist
 from srelu24.tune_events import Advanced, Event, Failure, Stage, StageStarted, TuneReport
-from srelu24.user_store import now
 from srelu24.worker import Candidate, Failed, Job, Outcome, Progressed, Step, Timed
-from srelu24_gen import space
-from srelu24_gen.errors import LaunchError, Srelu24Error, Unsupported
-from srelu24_gen.spec import KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen import cost, space
+from srelu24_gen.errors import LaunchError, Srelu24Error
+from srelu24_gen.spec import KernelConfig, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
-CHUNK = 8
+CHUNK = 12
 """Candidates screened in one interleaved run; few, so that the GPU starts before all is compiled."""
+FEWEST = 8
+"""Candidates of each GEMM that are tried however little time there is."""
 FINALISTS = 3
 """Configurations of each GEMM that meet in pairs, besides the default."""
 MOST_PAIRS = 8
-SCREEN_SHARE, REFINE_SHARE = 0.5, 0.25
+SCREEN_SHARE, REFINE_SHARE = 0.45, 0.2
 """Of the time budget; the pairs get the rest."""
+MIN_ROUNDS: dict[Stage, int] = {"screen": 5, "refine": 8, "pair": 16}
+SAMPLE_MS: dict[Stage, float] = {"screen": 6.0, "refine": 8.0, "pair": 10.0}
+CALLS_BEFORE = 4
+"""Of a candidate until its first round: one to load, one to settle, two to see that the clocks are steady."""
+SHORT_S = 30.0
+"""A search of less time refines once, and fewer."""
 
 
 class Runner(Protocol):
     """All that the search asks of a GPU and a compiler."""
 
     target: GpuTarget
+
+    def start(self) -> None:
+        """Get ready, so that the time of a search is for searching; the first of many searches may wait here."""
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
         """Every spec once, as it is done, with the key of its binary or the error; closing the generator stops it."""
@@ -60,16 +77,6 @@ class Runner(Protocol):
         """Stop whatever still runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refined:
-    """A configuration's last times and the default's in the same rounds."""
-
-    timed: Timed
-    default: Timed
-    dense: Timed | None
-    speedup: float
-
-
 @dataclass
 class Search:
     """One chain of two GEMMs: the state of its search and its three stages."""
@@ -81,18 +88,20 @@ class Search:
     budget_s: float
     resume: bool
     emit: Callable[[Event], None]
-    dense: tuple[Step, ...] = ()
-    """Dense GEMMs of the same sizes to time along with the two of the chain; or none."""
+    dense: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
+    """Dense FFNs of the same sizes to time along with the pairs, by :data:`srelu24.dense.WAYS`."""
 
     def __post_init__(self) -> None:
         self.target = self.runner.target
         self.begin = self.runner.now()
-        self.defaults = {p: space.default(p, self.target) for p in self.chain}
-        self.nearest = {p: match.config for p in self.chain if (match := self.db.find(p, self.target))}
+        self.journal = Journal(self.db, self.target, self.density, self.budget_s)
+        self.lists: dict[Problem, Shortlist] = {
+            p: shortlist(p, self.target, self.db, self._most(p)) for p in self.chain
+        }
+        self.defaults = {p: found.default for p, found in self.lists.items()}
         self.failures: list[Failure] = []
         self.failed: set[tuple[Problem, KernelConfig]] = set()
         self.pruned: list[Failure] = []
-        self.digests: dict[tuple[Problem, KernelConfig], str] = {}
         self.screened: dict[Problem, dict[KernelConfig, float]] = {p: {} for p in self.chain}
         self.refined: dict[Problem, dict[KernelConfig, Refined]] = {p: {} for p in self.chain}
         self.tried = self.resumed = self.skipped = 0
@@ -100,19 +109,24 @@ class Search:
     def run(self) -> TuneReport:
         """All three stages; the winners' records are stored."""
         self.begin = self.runner.now()
-        self._screen({p: self._candidates(p) for p in self.chain})
+        for problem, found in self.lists.items():
+            for config, reason in found.pruned:
+                self._prune(problem, config, reason)
+        self._screen()
         for problem in self.chain:
             self._refine(problem)
-        pair, gain, best, base, dense = self._pair()
+        pair, gain, times = self._pair()
+        versions = self.runner.versions()
         records = [
-            self._record(problem, config, best, base, dense) for problem, config in zip(self.chain, pair, strict=True)
+            self.journal.record(problem, config, self.refined[problem][config], times, versions)
+            for problem, config in zip(self.chain, pair, strict=True)
         ]
         for record in records:
             self.db.put(record)
         return TuneReport(
             records=records,
-            pair_ms=best.ms,
-            pair_default_ms=base.ms,
+            pair_ms=times.best.ms,
+            pair_default_ms=times.default.ms,
             speedup=gain.median,
             kept_default=pair == tuple(self.defaults.values()),
             tried=self.tried,
@@ -123,53 +137,43 @@ class Search:
             seconds=self.runner.now() - self.begin,
         )
 
+    def _most(self, problem: Problem) -> int:
+        """Candidates that the time for screening is enough for: rounds of short samples, or of one call."""
+        ms = max(SAMPLE_MS["screen"], cost.cost(problem, space.default(problem, self.target), self.target).us / 1000)
+        each = (CALLS_BEFORE + MIN_ROUNDS["screen"]) * 1.25 * ms / 1000 + 0.02  # a lead to a sample; verification
+        return max(FEWEST, int(SCREEN_SHARE * self.budget_s / len(self.chain) / each))
+
     # --- stages ---
 
-    def _candidates(self, problem: Problem) -> list[KernelConfig]:
-        """What to try: the default, what the nearest record says, then one per binary before its other variants, those
-        most like the default first. The impossible goes to ``pruned``."""
-        default = self.defaults[problem]
-        usual = default.runtime_fields()
-        ordered = sorted(
-            space.candidates(problem, self.target),
-            key=lambda c: (c.runtime_fields() != usual, changes(c, default)),
-        )
-        nearest = [self.nearest[problem]] if problem in self.nearest else []
-        candidates = []
-        for config in dict.fromkeys([default, *nearest, *ordered]):
-            verdict = space.supports(problem, config, self.target)
-            if verdict.ok:
-                candidates.append(config)
-            else:
-                self._prune(problem, config, verdict.reason)
-        return candidates
-
-    def _screen(self, candidates: dict[Problem, list[KernelConfig]]) -> None:
-        """Time what is compiled while the rest compiles: first every binary and what the nearest record says, which may
-        be a variant of the default, then variants of the fastest."""
+    def _screen(self) -> None:
+        """Time what is compiled while the rest compiles: every binary first, then variants of the fastest."""
         deadline = self.begin + SCREEN_SHARE * self.budget_s
+        totals = {p: found.total for p, found in self.lists.items()}
         # Six tenths for the rounds: the rest goes to verification, warm-up and waiting for the compiler.
-        seconds_each = min(1.0, 0.6 * SCREEN_SHARE * self.budget_s / sum(map(len, candidates.values())))
-        earlier = {p: self._earlier(p) if self.resume else {} for p in self.chain}
+        seconds_each = min(1.0, 0.6 * SCREEN_SHARE * self.budget_s / (sum(totals.values()) + len(totals)))
+        earlier: dict[Problem, dict[tuple[KernelConfig, str], Trial]] = {
+            p: self.journal.screened(p) if self.resume else {} for p in self.chain
+        }
         binaries: dict[Problem, list[KernelConfig]] = {p: [] for p in self.chain}
         variants: dict[Problem, list[KernelConfig]] = {p: [] for p in self.chain}
-        totals = {p: len(configs) - 1 for p, configs in candidates.items()}
         seen = dict.fromkeys(self.chain, 0)
         for problem, total in totals.items():
             self.emit(StageStarted("screen", str(problem), total))
 
         def screen(problem: Problem, waiting: list[KernelConfig]) -> None:
             steps = [(Step(problem, config),) for config in [self.defaults[problem], *waiting[:CHUNK]]]
-            times = self._time("screen", steps, seconds_each * len(steps), 5)
-            self.screened[problem] |= {step.config: ratio for (step,), (_, ratio) in times.items()}
+            times = self._time("screen", steps, seconds_each * len(steps))
+            for (step,), (_, ratio) in times.items():
+                assert step.config is not None
+                self.screened[problem][step.config] = ratio
             done(problem, len(waiting[:CHUNK]))
             del waiting[:CHUNK]
 
         def done(problem: Problem, count: int) -> None:
             seen[problem] += count
-            self._advance("screen", problem, seen[problem], totals[problem])
+            self._advance("screen", problem, min(seen[problem], totals[problem]), totals[problem])
 
-        for problem, config, built in self._builds(candidates):
+        for problem, config, built in self._builds():
             default = self.defaults[problem]
             if isinstance(built, Srelu24Error):
                 self._fail("screen", (Step(problem, config),), str(built))
@@ -177,33 +181,41 @@ class Search:
                     raise built
                 done(problem, 1)
                 continue
-            known = {c.compiled() for p, c in self.digests if p == problem}
-            self.digests[problem, config] = built
+            self.journal.digests[problem, config] = built
             if trial := earlier[problem].get((config, built)) if config != default else None:
                 self._take_over(problem, config, trial)
                 done(problem, 1)
             elif config != default:
-                later = config.compiled() in known and config != self.nearest.get(problem)
-                (variants if later else binaries)[problem].append(config)
-            if all((p, self.defaults[p]) in self.digests for p in self.chain) and self.runner.now() >= deadline:
+                (binaries if config in self.lists[problem].first else variants)[problem].append(config)
+            if all((p, self.defaults[p]) in self.journal.digests for p in self.chain) and self.runner.now() >= deadline:
                 break
-            if len(binaries[problem]) >= CHUNK and (problem, default) in self.digests:
+            if len(binaries[problem]) >= CHUNK and (problem, default) in self.journal.digests:
+                screen(problem, binaries[problem])
+        for problem in self.chain:
+            if binaries[problem] and not self.screened[problem]:  # once, however late it is
                 screen(problem, binaries[problem])
         for waiting in (binaries, variants):
             for problem in self.chain:
                 if waiting is variants:
                     done(problem, self._promising_first(problem, waiting[problem]))
+                    del waiting[problem][max(0, totals[problem] - seen[problem]) :]
             while self.runner.now() < deadline and any(waiting.values()):
                 problem = max(self.chain, key=lambda p: len(waiting[p]))
                 screen(problem, waiting[problem])
-        self.skipped += sum(totals[p] - seen[p] for p in self.chain)
+        for problem, found in self.lists.items():
+            offered = len(found.first) + len(found.variants) + found.left_out
+            self.skipped += max(0, offered - seen[problem])
 
-    def _builds(
-        self, candidates: dict[Problem, list[KernelConfig]]
-    ) -> Iterator[tuple[Problem, KernelConfig, str | Srelu24Error]]:
+    def _builds(self) -> Iterator[tuple[Problem, KernelConfig, str | Srelu24Error]]:
         """What :meth:`Runner.build` gives; both GEMMs are asked for in turn, so that neither waits for the other."""
         problems = {p.family: p for p in self.chain}
-        each = ([KernelSpec(p.family, config, self.target.arch) for config in candidates[p]] for p in self.chain)
+        each = (
+            [
+                KernelSpec(p.family, config, self.target.arch)
+                for config in (found.default, *found.first, *found.variants)
+            ]
+            for p, found in self.lists.items()
+        )
         specs = [spec for turn in itertools.zip_longest(*each) for spec in turn if spec is not None]
         with contextlib.closing(self.runner.build(specs)) as builds:
             for spec, built in builds:
@@ -217,7 +229,7 @@ class Search:
         failed = [c for c in variants if (problem, c.compiled()) in self.failed]
         for config in failed:
             variants.remove(config)
-            self._prune(problem, config, "its binary failed with another raster group")
+            self._prune(problem, config, "its binary failed with other runtime fields")
         variants.sort(key=lambda c: -fastest.get(c.compiled(), 0.0))
         return len(failed)
 
@@ -229,23 +241,22 @@ class Search:
         """The best third, halved until the finalists are left; everything is timed again, next to the default."""
         default = self.defaults[problem]
         ranked = sorted((c for c in self.screened[problem] if c != default), key=self.screened[problem].__getitem__)
-        keep = min(max(FINALISTS, math.ceil(len(ranked) / 3)), 8)
+        most = 8 if self.budget_s >= SHORT_S else FINALISTS + 1
+        keep = min(max(FINALISTS, math.ceil(len(ranked) / 3)), most)
         survivors = ranked[::-1][:keep]
-        rungs = 1 + max(0, math.ceil(math.log2(max(len(survivors), 1) / FINALISTS)))
+        rungs = 1 + max(0, math.ceil(math.log2(max(len(survivors), 1) / (FINALISTS + 1))))
         self.emit(StageStarted("refine", str(problem), rungs))
         end = self.begin + (SCREEN_SHARE + REFINE_SHARE) * self.budget_s
         problems_left = len(self.chain) - self.chain.index(problem)
         seconds = max((end - self.runner.now()) / problems_left, 0.05 * self.budget_s) / rungs
-        dense = self.dense[self.chain.index(problem)] if self.dense else None
         for rung in range(rungs):
             steps = [(Step(problem, config),) for config in [default, *survivors]]
-            reference = [(dense,)] if dense else []
             # Warm-up and verification come on top of the rounds.
-            times = self._time("refine", [*steps, *reference], 0.7 * seconds, 8)
-            beside = times.pop((dense,), None) if dense else None
+            times = self._time("refine", steps, 0.7 * seconds)
             base = times[steps[0]][0]
             for (step,), (timed, ratio) in times.items():
-                self.refined[problem][step.config] = Refined(timed, base, beside[0] if beside else None, ratio)
+                assert step.config is not None
+                self.refined[problem][step.config] = Refined(timed, base, ratio)
             survivors = [c for c in survivors if (Step(problem, c),) in times]
             survivors.sort(key=lambda c: -self.refined[problem][c].speedup)
             survivors = survivors[: max(FINALISTS, math.ceil(len(survivors) / 2))]
@@ -253,124 +264,102 @@ class Search:
         for config in set(self.refined[problem]) - {default, *survivors}:
             del self.refined[problem][config]
 
-    def _pair(self) -> tuple[Pair, Speedup, Timed, Timed, Timed | None]:
-        """The finalists chained: the chosen pair, its gain, and the times of it, the default and the dense chain."""
+    def _pair(self) -> tuple[Pair, Speedup, PairTimes]:
+        """The finalists chained: the chosen pair, verified on the real problem, its gain, and the times."""
         first, second = self.chain
         default = (self.defaults[first], self.defaults[second])
         pairs = sorted(
             itertools.product(self.refined[first], self.refined[second]),
             key=lambda p: -self.refined[first][p[0]].speedup * self.refined[second][p[1]].speedup,
         )
-        pairs = [default, *[pair for pair in pairs if pair != default][:MOST_PAIRS]]
-        self.emit(StageStarted("pair", f"{first} + {second}", len(pairs)))
+        most = min(MOST_PAIRS, max(FINALISTS + 1, int(self.budget_s / 4)))
+        pairs = [default, *[pair for pair in pairs if pair != default][:most]]
+        self.emit(StageStarted("pair", f"{first} + {second}", len(pairs) + len(self.dense)))
         left = self.begin + self.budget_s - self.runner.now()
         steps: dict[tuple[Step, ...], Pair] = {(Step(first, a), Step(second, b)): (a, b) for a, b in pairs}
-        reference = [self.dense] if self.dense else []
-        times = self._time("pair", [*steps, *reference], 0.8 * max(left, 0.1 * self.budget_s), 16)
-        beside = times.pop(self.dense, None)
+        times = self._time("pair", [*steps, *self.dense.values()], 0.8 * max(left, 0.1 * self.budget_s))
+        dense = {way: times.pop(own)[0] for way, own in self.dense.items() if own in times}
         timed = {steps[key]: result for key, (result, _) in times.items()}
-        chosen, gain = choose_pair({pair: t.samples for pair, t in timed.items()}, default)
-        return chosen, gain, timed[chosen], timed[default], beside[0] if beside else None
+        while True:
+            chosen, gain = choose_pair({pair: t.samples for pair, t in timed.items()}, default)
+            key = next(key for key, pair in steps.items() if pair == chosen)
+            # A wrong default ends the search here; another pair makes way for the next best.
+            if self._run("pair", [key], 0.0, 1, check="whole"):
+                return chosen, gain, PairTimes(timed[chosen], timed[default], dense)
+            del timed[chosen]
 
     # --- what the stages share ---
 
     def _time(
-        self, stage: Stage, candidates: Sequence[tuple[Step, ...]], seconds: float, min_rounds: int
+        self, stage: Stage, candidates: Sequence[tuple[Step, ...]], seconds: float
     ) -> dict[tuple[Step, ...], tuple[Timed, float]]:
         """Times and speed-ups over the first candidate, the default; every result becomes a trial at once."""
+        times = self._run(stage, candidates, seconds, MIN_ROUNDS[stage])
+        base = times[candidates[0]]
+        results = {steps: (timed, speedup(base.samples, timed.samples).median) for steps, timed in times.items()}
+        own = {steps: result for steps, result in results.items() if self._own(steps)}
+        self.tried += len(own)
+        self.journal.trials(stage, own)
+        return results
+
+    def _run(
+        self,
+        stage: Stage,
+        candidates: Sequence[tuple[Step, ...]],
+        seconds: float,
+        min_rounds: int,
+        check: Literal["whole", "small"] = "small",
+    ) -> dict[tuple[Step, ...], Timed]:
+        """Those that are right, with their times; failures are kept.
+
+        Raises:
+            LaunchError: the default is among those that failed.
+        """
         # Numbers, not words: two configurations may read the same.
         named = {str(number): steps for number, steps in enumerate(candidates)}
-        default = next(iter(named))
-        what = " + ".join(str(step.problem) for step in named[default])
+        what = " + ".join(str(step.problem) for step in candidates[0])
         job = Job(
             tuple(Candidate(name, steps) for name, steps in named.items()),
             self.density,
             seconds,
             min_rounds,
+            check,
+            SAMPLE_MS[stage],
             self.target.arch,
         )
-        times: dict[str, Timed] = {}
+        times = {}
         for outcome in self.runner.run(job):
             if isinstance(outcome, Failed):
-                self._fail(stage, named[outcome.name], outcome.reason)
-                if outcome.name == default:
+                steps = named[outcome.name]
+                self._fail(stage, steps, outcome.reason)
+                if self._own(steps) and all(step.config == self.defaults[step.problem] for step in steps):
                     raise LaunchError(
                         f"the default configuration of {what} does not run on {self.target.name}: {outcome.reason}; "
                         "run `srelu24 doctor`"
                     )
             elif isinstance(outcome, Timed):
-                times[outcome.name] = outcome
-            elif isinstance(outcome, Progressed) and stage == "pair":
+                times[named[outcome.name]] = outcome
+            elif isinstance(outcome, Progressed) and stage == "pair" and check == "small":
                 self.emit(Advanced("pair", what, outcome.fraction * len(named), len(named), "", 1.0))
-        self.tried += len(times)
-        results = {
-            named[name]: (timed, speedup(times[default].samples, timed.samples).median) for name, timed in times.items()
-        }
-        # The dense ones beside the chain are no trials of this search.
-        own = {steps: result for steps, result in results.items() if steps[0].problem in self.chain}
-        self.db.add_trial(*(self._trial(stage, steps, timed, ratio) for steps, (timed, ratio) in own.items()))
-        return results
+        return times
 
-    def _trial(
-        self,
-        stage: Stage,
-        steps: tuple[Step, ...],
-        timed: Timed | None = None,
-        ratio: float | None = None,
-        reason: str = "",
-    ) -> Trial:
-        first = steps[0].problem
-        then = None
-        if len(steps) == 2:
-            p = steps[1].problem
-            then = ChainStep(p.family, p.m, p.n, p.k, steps[1].config.to_dict())
-        return Trial(
-            **self._where(first),
-            config=steps[0].config.to_dict(),
-            stage=stage,
-            outcome="ok" if timed else "failed",
-            reason=reason,
-            ms=timed.ms if timed else None,
-            speedup=ratio,
-            samples=len(timed.samples) if timed else 0,
-            sm_mhz=timed.sm_mhz if timed else None,
-            watts=timed.watts if timed else None,
-            source_digest="+".join(self.digests.get((s.problem, s.config), "") for s in steps),
-            when=now(),
-            then=then,
-        )
-
-    def _where(self, problem: Problem) -> dict[str, Any]:
-        return {
-            "family": problem.family,
-            "m": problem.m,
-            "n": problem.n,
-            "k": problem.k,
-            "arch": self.target.arch,
-            "gpu": self.target.key,
-            "density": self.density,
-        }
+    def _own(self, steps: tuple[Step, ...]) -> bool:
+        """Not a dense FFN beside the pairs: those are no trials of this search."""
+        return steps[0].problem in self.chain
 
     def _fail(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:
-        self.db.add_trial(self._trial(stage, steps, reason=reason))
+        if self._own(steps):
+            self.journal.failure(stage, steps, reason)
         self._report_failure(stage, steps, reason)
 
     def _report_failure(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:
         what = " + ".join(str(step.problem) for step in steps)
-        failure = Failure(stage, what, _text(steps), reason)
+        text = " + ".join(views.config_text(s.problem.family.op, s.config) if s.config else "cuBLAS" for s in steps)
+        failure = Failure(stage, what, text, reason)
         self.failures.append(failure)
-        if stage == "screen":
+        if stage == "screen" and steps[0].config:
             self.failed.add((steps[0].problem, steps[0].config.compiled()))
         self.emit(failure)
-
-    def _earlier(self, problem: Problem) -> dict[tuple[KernelConfig, str], Trial]:
-        """The last screening of each configuration and binary at this density."""
-        found = {}
-        for trial in self.db.trials(problem, self.target):
-            with contextlib.suppress(Unsupported):
-                if trial.stage == "screen" and trial.density == self.density and trial.source_digest:
-                    found[trial.kernel_config(), trial.source_digest] = trial
-        return found
 
     def _take_over(self, problem: Problem, config: KernelConfig, trial: Trial) -> None:
         self.resumed += 1
@@ -384,29 +373,3 @@ class Search:
         best = max(known, key=known.__getitem__, default=self.defaults[problem])
         text = views.config_text(problem.family.op, best)
         self.emit(Advanced(stage, str(problem), done, total, text, known.get(best, 1.0)))
-
-    def _record(
-        self, problem: Problem, config: KernelConfig, best: Timed, base: Timed, dense: Timed | None
-    ) -> TuningRecord:
-        alone = self.refined[problem][config]
-        evidence = Evidence(
-            ms=alone.timed.ms,
-            default_ms=alone.default.ms,
-            pair_ms=best.ms,
-            pair_default_ms=base.ms,
-            dense_ms=alone.dense.ms if alone.dense else None,
-            pair_dense_ms=dense.ms if dense else None,
-            samples=len(alone.timed.samples),
-            sm_mhz=alone.timed.sm_mhz,
-            watts=alone.timed.watts,
-            versions=self.runner.versions(),
-            source_digest=self.digests[problem, config],
-            when=now(),
-        )
-        return TuningRecord(**self._where(problem), config=config.to_dict(), evidence=evidence)
-
-
-def _text(steps: tuple[Step, ...]) -> str:
-    """Configurations in words, for the reader."""
-    dense = "dense " if all(step.problem.family.op is Op.GEMM for step in steps) else ""
-    return dense + " + ".join(views.config_text(step.problem.family.op, step.config) for step in steps)

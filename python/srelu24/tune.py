@@ -22,11 +22,24 @@ from srelu24.db import Database
 from srelu24.dispatch import clear_cache, gpu_of
 from srelu24.measure import environment
 from srelu24.search import Runner, Search
-from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted, TuneReport
+from srelu24.tune_events import (
+    Advanced,
+    Event,
+    Failure,
+    Finished,
+    ShapeEnded,
+    ShapeStarted,
+    StageStarted,
+    Stopped,
+    TuneReport,
+)
 from srelu24.worker import Job, Outcome, Step, Worker
+from srelu24_gen import space
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
-from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelSpec, Problem
+from srelu24_gen.target import GpuTarget
 
 
 def tune_ffn(
@@ -54,7 +67,7 @@ def tune_ffn(
         density: share of non-zero activations in the data it is timed on.
         budget_s: seconds for the search; what was begun is finished.
         resume: take over candidates that were screened before, of the same binary, GPU and density.
-        dense: tune the dense GEMMs first, with a third of the time, and time them next to the sparse ones.
+        dense: tune our dense GEMMs first, with a third of the time. Timed beside the sparse pair they are in any case.
         device: the GPU to tune.
         db: where trials and records go; the user's database by default.
         on_event: called with every :data:`~srelu24.tune_events.Event`; :func:`live_view` gives one that draws.
@@ -65,29 +78,44 @@ def tune_ffn(
         CompileError, LaunchError: a default configuration cannot be built or does not run.
         RecordError: the database cannot be written.
     """
-    gemm1 = Problem(Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, bias), m, f, d)
-    gemm2 = Problem(Family(Op.SPGEMM, dtype, bias=bias), m, d, f)
-    dense1 = Problem(Family(Op.GEMM, dtype, Activation.RELU2, bias), m, f, d)
-    dense2 = Problem(Family(Op.GEMM, dtype, bias=bias), m, d, f)
+    shape = Shape(m, d, f)
     if m < 1:
         raise Unsupported(f"M is {m}; tuning needs at least one token")
     db = db or Database.open()
     emit = on_event or (lambda event: None)
     runner = runner or GpuRunner(torch.device(device))
-    begin = runner.now()
     reports: list[TuneReport] = []
     with contextlib.closing(runner):
-        beside: tuple[Step, ...] = ()
-        if dense:
-            reports.append(Search((dense1, dense2), runner, db, density, budget_s / 3, resume, emit).run())
-            beside = tuple(Step(record.problem, record.kernel_config()) for record in reports[0].records)
+        runner.start()
+        begin = runner.now()
+        if dense and dtype is not DType.E4M3:
+            chain = shape.dense_gemms(dtype, bias, bias)
+            reports.append(Search(chain, runner, db, density, budget_s / 3, resume, emit).run())
             budget_s -= budget_s / 3
-        reports.append(Search((gemm1, gemm2), runner, db, density, budget_s, resume, emit, beside).run())
+        # The dispatcher has no dense way in 8 bits to choose instead.
+        beside = {} if dtype is DType.E4M3 else dense_ways(shape, dtype, bias, runner.target, db)
+        chain = shape.gemms(dtype, bias, bias)
+        reports.append(Search(chain, runner, db, density, budget_s, resume, emit, beside).run())
     records = [record for report in reversed(reports) for record in report.records]
     report = dataclasses.replace(reports[-1], records=records, seconds=runner.now() - begin)
     clear_cache()  # so that this process runs what was found
     emit(Finished(report))
     return report
+
+
+def dense_ways(shape: Shape, dtype: DType, bias: bool, target: GpuTarget, db: Database) -> dict[str, tuple[Step, ...]]:
+    """The dense FFNs that the dispatcher could run instead, by :data:`srelu24.dense.WAYS`, as it would run them."""
+    first, second = shape.dense_gemms(dtype, bias, bias)
+
+    def own(problem: Problem) -> Step:
+        match = db.find(problem, target)
+        return Step(problem, match.config if match else space.default(problem, target))
+
+    return {
+        "cublas": (Step(first, None), Step(second, None)),
+        "mixed": (own(first), Step(second, None)),
+        "gemm": (own(first), own(second)),
+    }
 
 
 class GpuRunner:
@@ -103,9 +131,17 @@ class GpuRunner:
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.target = gpu_of(self._device)
         self._worker = Worker(str(self._device))
+        self._built: dict[KernelSpec, str] = {}
+        self._versions: dict[str, str] = {}
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
-        """Compiles in the background, so that the GPU can time what is done."""
+        """Compiles in the background, so that the GPU can time what is done; what this runner has built comes first."""
+        for spec in specs:
+            if key := self._built.get(_binary(spec)):
+                yield spec, key
+        specs = [spec for spec in specs if _binary(spec) not in self._built]
+        if not specs:
+            return
         done: queue.SimpleQueue[tuple[KernelSpec, str | Srelu24Error] | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
 
@@ -126,17 +162,24 @@ class GpuRunner:
             while (item := done.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
+                if isinstance(item[1], str):
+                    self._built[_binary(item[0])] = item[1]
                 yield item
         finally:
             stop.set()
+
+    def start(self) -> None:
+        self._worker.start()
 
     def run(self, job: Job) -> Iterator[Outcome]:
         return self._worker.run(job)
 
     def versions(self) -> dict[str, str]:
-        names = ("driver", "power_limit_watts", "cuda", "torch", "nvrtc", "cutlass", "srelu24", "commit")
-        found = environment(self._device)
-        return {name: str(found[name]) for name in names if found.get(name) is not None}
+        if not self._versions:
+            names = ("driver", "power_limit_watts", "cuda", "torch", "nvrtc", "cutlass", "srelu24", "commit")
+            found = environment(self._device)
+            self._versions = {name: str(found[name]) for name in names if found.get(name) is not None}
+        return self._versions
 
     def now(self) -> float:
         return time.monotonic()
@@ -145,21 +188,62 @@ class GpuRunner:
         self._worker.close()
 
 
+class Lent:
+    """A runner for one search of many: it stays open at the end, and ends the search when ``stop`` is set."""
+
+    def __init__(self, runner: Runner, stop: threading.Event | None = None) -> None:
+        self.target, self.build, self.versions, self.now = runner.target, runner.build, runner.versions, runner.now
+        self.start = runner.start
+        self._runner, self._stop = runner, stop
+
+    def run(self, job: Job) -> Iterator[Outcome]:
+        """Raises :class:`~srelu24.tune_events.Stopped` once it is told to stop."""
+        for outcome in self._runner.run(job):
+            if self._stop is not None and self._stop.is_set():
+                raise Stopped  # before what a killed child leaves behind is taken for a result
+            yield outcome
+
+    def close(self) -> None:
+        """The child and its loaded kernels serve the next search."""
+
+
+def _binary(spec: KernelSpec) -> KernelSpec:
+    return dataclasses.replace(spec, config=spec.config.compiled())
+
+
 @contextlib.contextmanager
 def live_view() -> Iterator[Callable[[Event], None]]:
     """A progress view on stderr: a bar per stage and problem, the best so far, failures as they come, the result."""
     with views.progress() as progress:
         tasks: dict[tuple[str, str], TaskID] = {}
+        shapes: dict[str, TaskID] = {}
 
         def on_event(event: Event) -> None:
             match event:
+                case ShapeStarted():
+                    title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape}")
+                    if event.gpu not in shapes:
+                        shapes[event.gpu] = progress.add_task("", total=event.total)
+                    description = f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left"
+                    progress.update(shapes[event.gpu], completed=event.number - 1, description=description)
+                case ShapeEnded():
+                    m, d, f = event.shape
+                    for stage, what in list(tasks):
+                        if f"{m}x{d}x{f}" in what or f"{m}x{f}x{d}" in what:
+                            progress.remove_task(tasks.pop((stage, what)))
+                    progress.advance(shapes[event.gpu])
+                    if event.error:
+                        progress.console.print(escape(f"failed: {event.shape}: {event.error}"), style="bold red")
+                    elif event.report is None:
+                        progress.console.print(f"{event.shape} is tuned on {event.gpu} already", soft_wrap=True)
                 case StageStarted():
                     title = escape(f"{event.stage} {event.what}")
                     tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
                 case Advanced():
                     best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
                     title = escape(f"{event.stage} {event.what}{best}")
-                    progress.update(tasks[event.stage, event.what], completed=event.done, description=title)
+                    if (task := tasks.get((event.stage, event.what))) is not None:
+                        progress.update(task, completed=event.done, description=title)
                 case Failure():
                     progress.console.print(
                         escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"
@@ -180,5 +264,10 @@ def summary(report: TuneReport) -> list[str]:
     verdict = "no pair beats the default beyond noise" if report.kept_default else f"{report.speedup:.3f}x the default"
     counts = f"{report.tried} timed, {report.resumed} taken over, {len(report.failures)} failed"
     lines.append(f"Chained {report.pair_ms:.3f} ms: {verdict}.")
+    if best := report.records[0].evidence.best_dense:
+        way, dense = best
+        lines.append(f"Dense at best {dense.ms:.3f} ms ({way}): the sparse pair is {dense.speedup:.3f}x as fast.")
+    if report.records[0].evidence.throttled:
+        lines.append("The GPU was throttled by heat or a power brake meanwhile: tune again when it is cool.")
     lines.append(f"{counts}, {report.skipped} not reached, in {report.seconds:.0f} s.")
     return lines

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from srelu24.db import TuningRecord
+from srelu24.records import TuningRecord
+from srelu24_gen.models import Shape
 
 Stage = Literal["screen", "refine", "pair"]
 
@@ -73,4 +74,33 @@ class Finished:
     report: TuneReport
 
 
-Event = StageStarted | Advanced | Failure | Finished
+@dataclass(frozen=True, slots=True)
+class ShapeStarted:
+    """One of many shapes: the ``number``-th of ``total`` on this GPU model, with so many seconds to search.
+
+    ``left_s`` is about how long this one and the others will take.
+    """
+
+    shape: Shape
+    gpu: str
+    seconds: float
+    number: int
+    total: int
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeEnded:
+    """With a report, an error, or neither where it had been tuned before."""
+
+    shape: Shape
+    gpu: str
+    report: TuneReport | None
+    error: str
+
+
+class Stopped(Exception):
+    """A search ends because the others do; what it measured is stored."""
+
+
+Event = StageStarted | Advanced | Failure | Finished | ShapeStarted | ShapeEnded

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srelu24 import launch, reference
+from srelu24 import launch, reference, verify_fp8
 from srelu24.launch import Operands
 from srelu24.sparse24 import Sparse24
 from srelu24.workload import poison
@@ -65,11 +65,31 @@ def verify(problem: Problem, config: KernelConfig, operands: Operands, arch: str
     return check(problem, operands)
 
 
+def small(problem: Problem) -> Problem:
+    """A problem of the same family that exercises the same paths of a kernel in milliseconds.
+
+    Several waves of any tile, one of them short; M ends inside a tile; N and K end where the real ones do, counted from
+    a multiple of 256 (a vector of metadata, four k-blocks).
+    """
+    return Problem(
+        problem.family,
+        min(problem.m, 2048 + 72),
+        min(problem.n, 4096 + problem.n % BLOCK_COLUMNS),
+        min(problem.k, 512 + problem.k % BLOCK_COLUMNS),
+    )
+
+
 @torch.no_grad()
 def check(problem: Problem, operands: Operands) -> Check:
     """Compare outputs that are already there with the contract. Works on any device."""
     op = problem.family.op
     with exact_float32():
+        if problem.family.scaled:
+            try:
+                error = verify_fp8.largest_error(problem, operands)
+            except verify_fp8.Wrong as wrong:
+                return Check(False, float("inf"), str(wrong))
+            return Check(True, error, f"{problem.m * problem.n} values within the bounds of 8-bit sums")
         if op is Op.SPARSIFY24:
             return _check_sparsify24(problem, operands)
         if op is Op.GEMM_RELU2_24:

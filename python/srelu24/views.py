@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,13 +13,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from srelu24.db import TuningRecord
 from srelu24.doctor import Check, Status
+from srelu24.records import TuningRecord
 from srelu24.results import Row
 from srelu24_gen.spec import KernelConfig, Op, Producer
 
 PIPE_WIDTH = 140
 """Columns where the output is no terminal; rich would take 80 and break the tables."""
+
+_SHOWN = {"tile_m", "tile_n", "tile_k", "cluster_m", "stages", "producer", "stream_k", "raster_group"}
+"""Fields of a configuration that config_text always tells."""
 
 _STATUS_STYLE = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 
@@ -53,13 +57,19 @@ def progress() -> Progress:
 
 def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
     """A configuration in one word group, for example ``128x256x64 cluster 2 stages 4 warpgroup stream-k group 8``."""
-    if op is Op.SPARSIFY24:
+    if not op.multiplies:
         return "-"
     c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
     producer = "warpgroup" if c.producer is Producer.WARPGROUP else "thread"
     split = " stream-k" if c.stream_k else ""
     tile = f"{c.tile_m}x{c.tile_n}x{c.tile_k}"
-    return f"{tile} cluster {c.cluster_m} stages {c.stages} {producer}{split} group {c.raster_group}"
+    text = f"{tile} cluster {c.cluster_m} stages {c.stages} {producer}{split} group {c.raster_group}"
+    # Whatever else a configuration has is named where it is unusual.
+    for field in dataclasses.fields(c):
+        value = getattr(c, field.name)
+        if field.name not in _SHOWN and value != field.default:
+            text += f" {field.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    return text
 
 
 def doctor_table(checks: Iterable[Check]) -> Table:
@@ -72,7 +82,8 @@ def doctor_table(checks: Iterable[Check]) -> Table:
 
 def kernels_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """Candidates of one shape: rows as :func:`srelu24.run.kernels` gives them."""
-    grid = table(title, ("kernel", "config", "chosen", "from", "built", "recorded"))
+    columns = ("kernel", "config", "chosen", "from", "built", "recorded", "predicted us", "bound by")
+    grid = table(title, columns, right=(6,))
     for row in rows:
         grid.add_row(
             row["family"],
@@ -81,6 +92,8 @@ def kernels_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
             row["source"] or "",
             "yes" if row["built"] else "",
             "yes" if row["recorded"] else "",
+            f"{row['predicted_us']:.0f}",
+            row["bound"],
         )
     return grid
 
@@ -105,8 +118,8 @@ def built_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def records_table(records: Iterable[TuningRecord]) -> Table:
-    columns = ("GPU", "kernel", "MxNxK", "config", "density", "ms", "over default", "when")
-    grid = table("tuning records", columns, right=(4, 5, 6))
+    columns = ("GPU", "kernel", "MxNxK", "config", "density", "ms", "over default", "FFN over dense", "when")
+    grid = table("tuning records", columns, right=(4, 5, 6, 7))
     for record in records:
         evidence = record.evidence
         grid.add_row(
@@ -117,6 +130,7 @@ def records_table(records: Iterable[TuningRecord]) -> Table:
             f"{record.density:.0%}",
             f"{evidence.ms:.3f}",
             f"{evidence.default_ms / evidence.ms:.3f}x",
+            f"{best[1].speedup:.3f}x" if (best := evidence.best_dense) else "-",
             evidence.when,
         )
     return grid

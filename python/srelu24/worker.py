@@ -1,41 +1,36 @@
-"""Runs kernels that may hang or crash in a child process: both ends of the pipe.
+"""Runs kernels that may hang or crash in a child process: the messages, and the parent's end of the pipe.
 
-The child (``python -m srelu24.worker``) takes a :class:`Job` per line of JSON on stdin, verifies every candidate, times
-those that are right against each other, and answers with a line per event. The parent (:class:`Worker`) gives every
-step a deadline; when the child hangs or dies it starts another without the candidate to blame, and goes on.
+The child (:mod:`srelu24.session`) takes a :class:`Job` per line of JSON on stdin, verifies every candidate, times those
+that are right against each other, and answers with a line per event. The parent (:class:`Worker`) gives every step a
+deadline; when the child hangs or dies it starts another without the candidate to blame, and goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Self
+from collections.abc import Iterator, Sequence
+from typing import IO, Literal, Self
 
 import msgspec
-import torch
 
-from srelu24 import launch
-from srelu24.measure import capture, interleave
-from srelu24.verify import verify
-from srelu24.workload import operands_for
-from srelu24_gen.errors import LaunchError, Srelu24Error
-from srelu24_gen.spec import KernelConfig, KernelSpec, Problem
+from srelu24_gen.errors import LaunchError
+from srelu24_gen.spec import KernelConfig, Problem
 
-COMMAND = (sys.executable, "-m", "srelu24.worker")
+COMMAND = (sys.executable, "-m", "srelu24.session")
 
 
 class Step(msgspec.Struct, frozen=True):
     """One kernel of a candidate."""
 
     problem: Problem
-    config: KernelConfig
+    config: KernelConfig | None
+    """None: cuBLAS computes it, which only dense GEMMs can have."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -55,6 +50,10 @@ class Job(msgspec.Struct, frozen=True):
     seconds: float
     """For the rounds of all candidates together."""
     min_rounds: int
+    check: Literal["whole", "small"] = "whole"
+    """Verify on the problem itself, or on :func:`srelu24.verify.small`, once per family and configuration."""
+    sample_ms: float = 20.0
+    """About how long one sample lasts."""
     arch: str = "sm_90a"
     seed: int = 0
 
@@ -142,6 +141,10 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Start the child, if there is none yet; LaunchError where that fails."""
+        self._ready_child()
 
     def close(self) -> None:
         """Kill the child."""
@@ -301,128 +304,3 @@ class _Child:
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         ended = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"the worker ended {ended}" + (f": {lines[-1].strip()}" if lines else "")
-
-
-# --- the child's end -----------------------------------------------------------------------------------------------
-
-
-class DeviceBroken(Exception):
-    """Only a new process can go on."""
-
-
-class Session:
-    """The child's end: keeps the data of the last job and what was verified on it."""
-
-    def __init__(self, device: str, send: Callable[[Reply], None]) -> None:
-        self._device = device
-        self._send = send
-        self._operands: dict[tuple[Problem, float, int], launch.Operands] = {}
-        self._verified: set[tuple[Step, float, int]] = set()
-
-    def run(self, job: Job) -> None:
-        """Verify, then time.
-
-        Raises:
-            DeviceBroken: a candidate, already reported, left a CUDA context that no longer works.
-        """
-        wanted = {(step.problem, job.density, job.seed) for c in job.candidates for step in c.steps}
-        self._operands = {key: o for key, o in self._operands.items() if key in wanted}
-        calls: dict[str, Callable[[], Any]] = {}
-        for candidate in job.candidates:
-            self._send(Started(candidate.name))
-            try:
-                wrong = self._verify(candidate, job)
-                if wrong is None:
-                    calls[candidate.name] = self._call(candidate, job)
-            except (Srelu24Error, RuntimeError) as error:
-                wrong = str(error).strip().partition("\n")[0] or type(error).__name__
-            if wrong is None:
-                self._send(Verified(candidate.name))
-                continue
-            self._send(Failed(candidate.name, wrong, broken := not self._device_works()))
-            if broken:
-                raise DeviceBroken
-        timings = interleave(
-            calls,
-            device=self._device,
-            seconds=job.seconds,
-            min_rounds=job.min_rounds,
-            on_progress=lambda progress: self._send(Progressed(progress.fraction)),
-        )
-        for name, t in timings.items():
-            self._send(Timed(name, t.ms, t.samples, t.sm_mhz, t.watts, t.throttled))
-        self._send(Done())
-
-    def _verify(self, candidate: Candidate, job: Job) -> str | None:
-        """What is wrong with a candidate; every step is held to the reference on data of its own."""
-        for step in candidate.steps:
-            if (step, job.density, job.seed) in self._verified:
-                continue
-            verdict = verify(step.problem, step.config, self._data(step, job), job.arch)
-            if not verdict.ok:
-                return f"wrong result: {verdict.detail}"
-            self._verified.add((step, job.density, job.seed))
-        return None
-
-    def _call(self, candidate: Candidate, job: Job) -> Callable[[], Any]:
-        """The candidate as one call (a CUDA graph, so that the host costs no time); each step reads the one before."""
-        chain: list[tuple[KernelSpec, launch.Operands]] = []
-        for step in candidate.steps:
-            operands = self._data(step, job)
-            if chain:
-                operands = dataclasses.replace(operands, a=chain[-1][1].out)
-            chain.append((KernelSpec(step.problem.family, step.config, job.arch), operands))
-
-        def run() -> None:
-            for spec, operands in chain:
-                launch.run(spec, operands)
-
-        return capture(run, device=self._device).call
-
-    def _data(self, step: Step, job: Job) -> launch.Operands:
-        key = (step.problem, job.density, job.seed)
-        if key not in self._operands:
-            self._operands[key] = operands_for(step.problem, job.density, self._device, job.seed)
-        return self._operands[key]
-
-    def _device_works(self) -> bool:
-        if not self._device.startswith("cuda"):
-            return True
-        try:
-            torch.cuda.synchronize(self._device)
-        except RuntimeError:
-            return False
-        return True
-
-
-def main() -> None:
-    """Serve jobs from stdin until it closes; then die at once, even if a kernel hangs."""
-    device = sys.argv[1]
-    # The pipe is for replies alone: whatever else prints goes to stderr.
-    pipe = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-    jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin.buffer:
-            jobs.put(line)
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-    def send(reply: Reply) -> None:
-        pipe.write(msgspec.json.encode(reply) + b"\n")
-
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    session = Session(device, send)
-    send(Ready())
-    try:
-        while True:
-            session.run(msgspec.json.decode(jobs.get(), type=Job))
-    except DeviceBroken:
-        os._exit(1)  # the usual way out would wait for the device
-
-
-if __name__ == "__main__":
-    main()

@@ -6,18 +6,23 @@ trained network's: about 10 % non-zeros before pruning after training, 50 % at i
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from srelu24 import reference
-from srelu24.launch import TORCH_DTYPE, Operands, allocate
+from srelu24.fp8 import quantize
+from srelu24.fp8 import reference as fp8_reference
+from srelu24.launch import TORCH_DTYPE, Operands, Scales, allocate
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, DType, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 _CHUNK_ROWS = 4096
 """Rows handled at once where float32 or index copies are needed; a multiple of the 64 rows of a metadata block."""
@@ -101,6 +106,8 @@ def operands_for(problem: Problem, density: float, device: torch.device | str, s
     Raises:
         Unsupported: the density is not within 0..1, or K is too small for it.
     """
+    if problem.family.scaled:
+        return _scaled_operands(problem, density, device, seed)
     family, m, n, k = problem.family, problem.m, problem.n, problem.k
     storage = TORCH_DTYPE[family.dtype]
     random = torch.Generator(device).manual_seed(seed + 1)
@@ -132,11 +139,85 @@ def operands_for(problem: Problem, density: float, device: torch.device | str, s
     )
 
 
+def _scaled_operands(problem: Problem, density: float, device: torch.device | str, seed: int) -> Operands:
+    """The same for an 8-bit GEMM: what the 16-bit operands are quantised to, and scales of S that fit the data."""
+    family, m, n, k = problem.family, problem.m, problem.n, problem.k
+    weight = quantize.E5M2 if family.weight is DType.E5M2 else quantize.E4M3
+    wide = Family(family.op, DType.BF16, family.activation, family.bias, family.residual)
+    o = operands_for(Problem(wide, m, n, k), density, device, seed)
+    assert o.b is not None
+    w = quantize.quantize_weight(o.b, weight)
+    scales = Scales(b=w.scale, saturated=torch.zeros((), dtype=torch.int64, device=device))
+    a: Tensor | Sparse24
+    if isinstance(o.a, Sparse24):
+        # Squares already: their roots are the r that an 8-bit GEMM1 would have left.
+        r = fp8_reference.packed_roots(o.a)
+        amax = fp8_reference.row_amax(r.values)
+        a, _ = fp8_reference.square_to_e4m3(r, quantize.inverse_scale(amax))
+        scales.a = quantize.scale(amax)
+    else:
+        rows = quantize.quantize_rows(o.a)
+        a, scales.a = rows.values, rows.scale
+        bound = fp8_reference.predicted_amax(o.a, w.row_norm, o.bias)
+        scales.s_inverse, scales.r_largest = quantize.inverse_scale(bound), torch.zeros(m, device=device)
+    out = allocate(problem, torch.device(device))
+    poison(out)
+    residual = o.residual if o.residual is None or family.out is None else o.residual.to(TORCH_DTYPE[family.out])
+    bias = None if o.bias is None else o.bias.float()
+    return Operands(a=a, b=w.values, bias=bias, residual=residual, out=out, scales=scales)
+
+
+class SharedData:
+    """The operands of every GEMM of one FFN, on the same data: each tensor is made once, when first asked for."""
+
+    def __init__(self, shape: Shape, dtype: DType, density: float, device: torch.device | str, seed: int = 0) -> None:
+        self._shape, self._dtype, self._device, self._seed = shape, dtype, torch.device(device), seed
+        self._ffn = make_ffn(*shape, dtype, density, device, seed)
+        self._outputs: dict[Family, Tensor | Sparse24] = {}
+
+    @staticmethod
+    def serves(family: Family) -> bool:
+        """Whether such a kernel is one of the GEMMs of an FFN."""
+        return family.op.multiplies and not (family.scaled or family.residual or family.count_nonzeros)
+
+    @cached_property
+    def _hidden(self) -> tuple[Tensor, Sparse24]:
+        """relu2(X W1^T), whole and pruned, [M, F]."""
+        h = torch.nn.functional.linear(self._ffn.x, self._ffn.w1)
+        return torch.relu(h).square_(), prune(h)
+
+    @cached_property
+    def _biases(self) -> tuple[Tensor, Tensor]:
+        random = torch.Generator(self._device).manual_seed(self._seed + 1)
+        sizes, storage = (self._shape.f, self._shape.d), TORCH_DTYPE[self._dtype]
+        b1, b2 = (torch.randn(n, generator=random, device=self._device).mul_(0.1).to(storage) for n in sizes)
+        return b1, b2
+
+    def operands(self, family: Family) -> Operands:
+        """For the kernel of a family that :meth:`serves` accepts; outputs are shared and not poisoned."""
+        first = family.activation is Activation.RELU2
+        problem = next(
+            p
+            for p in (*self._shape.gemms(self._dtype), *self._shape.dense_gemms(self._dtype))
+            if (p.family.op, p.family.activation) == (family.op, family.activation)
+        )
+        if family not in self._outputs:
+            self._outputs[family] = allocate(dataclasses.replace(problem, family=family), self._device)
+        return Operands(
+            a=self._ffn.x if first else self._hidden[family.op is Op.SPGEMM],
+            b=self._ffn.w1 if first else self._ffn.w2,
+            bias=self._biases[0 if first else 1] if family.bias else None,
+            out=self._outputs[family],
+        )
+
+
 def poison(out: Tensor | Sparse24) -> None:
     """Fills an output with what no kernel writes, in place: NaN in values, -1 in metadata."""
     if isinstance(out, Sparse24):
-        out.values.fill_(math.nan)
+        poison(out.values)
         out.metadata.fill_(-1)
+    elif out.itemsize == 1:
+        out.view(torch.uint8).fill_(0x7F)  # NaN in e4m3 and in e5m2
     else:
         out.fill_(math.nan)
 

@@ -1,4 +1,5 @@
-// Prints where CUTLASS's sm90 sparse GEMM expects the kept values and E of a K-major A: `cutlass_layout M K TILE_K`.
+// Prints where CUTLASS's sm90 sparse GEMM expects the kept values and E of a K-major A: `cutlass_layout M K TILE_K BITS`,
+// with BITS = 16 for bfloat16 and 8 for e4m3 values.
 // Host code only. Output, as native int64:
 //   rows, columns, cosize of E;  rows, columns, cosize of A, all in elements of the uncompressed matrix;
 //   the offset of every group (row, 4 g) of E, row by row;  the same of A.
@@ -10,6 +11,7 @@
 
 #include "cute/tensor.hpp"
 #include "cutlass/bfloat16.h"
+#include "cutlass/float8.h"
 #include "cutlass/gemm/collective/builders/sm90_sparse_config.inl"
 
 namespace {
@@ -26,9 +28,9 @@ void list_groups(std::vector<int64_t>& out, Layout const& layout) {
 }
 
 // sm90_sparse_gmma_builder.inl names this type with the K of the tile, at most 128.
-template <int kAtomK>
+template <class Element, int kAtomK>
 int print(int m, int k) {
-  using Config = cutlass::Sm90GemmSparseConfig<cute::sparse_elem<2, cutlass::bfloat16_t>, cute::GMMA::Major::K,
+  using Config = cutlass::Sm90GemmSparseConfig<cute::sparse_elem<2, Element>, cute::GMMA::Major::K,
                                                cute::sparse_elem<8, uint8_t>, cute::Int<kAtomK>>;
   auto problem = cute::make_tuple(m, 8, k, 1);
   auto e = Config::fill_layoutE(problem);
@@ -44,17 +46,28 @@ int print(int m, int k) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 4) return 2;
-  int m = std::atoi(argv[1]), k = std::atoi(argv[2]), tile_k = std::atoi(argv[3]);
-  switch (tile_k < 128 ? tile_k : 128) {
+  if (argc != 5) return 2;
+  int m = std::atoi(argv[1]), k = std::atoi(argv[2]), tile_k = std::atoi(argv[3]), bits = std::atoi(argv[4]);
+  int atom_k = tile_k < 128 ? tile_k : 128;
+  if (bits == 8) {
+    switch (atom_k) {
+      case 64:
+        return print<cutlass::float_e4m3_t, 64>(m, k);
+      case 128:
+        return print<cutlass::float_e4m3_t, 128>(m, k);
+      default:
+        return 2;
+    }
+  }
+  switch (atom_k) {
     case 32:
-      return print<32>(m, k);
+      return print<cutlass::bfloat16_t, 32>(m, k);
     case 64:
-      return print<64>(m, k);
+      return print<cutlass::bfloat16_t, 64>(m, k);
     case 96:
-      return print<96>(m, k);
+      return print<cutlass::bfloat16_t, 96>(m, k);
     case 128:
-      return print<128>(m, k);
+      return print<cutlass::bfloat16_t, 128>(m, k);
     default:
       return 2;
   }

@@ -155,8 +155,11 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     include.mkdir(parents=True)
     header = include / "a.cuh"
     header.write_text("int one;")
+    (include / "through.cuh").write_text("#  include <srelu24/a.cuh>\n#include <srelu24/through.cuh>\n")
+    (include / "other.cuh").write_text("int other;")
     monkeypatch.setattr(compile_module, "templates_dir", lambda: tmp_path / "templates")
     base = rendered()
+    base = dataclasses.replace(base, source="#include <srelu24/through.cuh>\n" + base.source)
     keys = [compile_module._key(base, toolchain)]
     assert compile_module._key(base, toolchain) == keys[0]
     elsewhere = dataclasses.replace(toolchain, include_dirs=(tmp_path,))
@@ -176,9 +179,9 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     header.write_text("int two;")  # as long as before
     os.utime(header, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
     keys.append(compile_module._key(base, toolchain))
+    (include / "other.cuh").write_text("int something_else;")
+    assert compile_module._key(base, toolchain) == keys[-1], "a header that is not included does not matter"
     header.rename(include / "b.cuh")
-    keys.append(compile_module._key(base, toolchain))
-    (include / "c.cuh").write_text("")
     keys.append(compile_module._key(base, toolchain))
     assert len(set(keys)) == len(keys)
 
@@ -381,6 +384,7 @@ def test_build_many_warns_once_where_nothing_can_be_kept(store: BuildStore, monk
 # ---- the kernels themselves
 
 WIDE = KernelConfig(tile_m=192, producer=Producer.THREAD)
+WIDE8 = KernelConfig(tile_m=192, tile_k=128, producer=Producer.THREAD)
 SPECS = [
     KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()),
     KernelSpec(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), WIDE),
@@ -390,7 +394,24 @@ SPECS = [
         Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2, count_nonzeros=True, tokens=True, permuted=True), WIDE
     ),
     KernelSpec(Family(Op.GEMM_DRELU2_24, DType.FP16, tokens=True, permuted=True), WIDE),
-    KernelSpec(Family(Op.SPGEMM_TOKENS, DType.BF16, fp32=True, accumulate=True, transposed=True), WIDE),
+    KernelSpec(Family(Op.SPGEMM_TOKENS, DType.BF16, out=DType.FP32, accumulate=True, transposed=True), WIDE),
+    *(
+        KernelSpec(Family(Op.GEMM_RELU2_24, DType.E4M3, Activation.RELU2, out=out), WIDE8)
+        for out in (DType.E4M3, DType.BF16)
+    ),
+    KernelSpec(Family(Op.SPGEMM, DType.E4M3, out=DType.BF16), WIDE8),
+    KernelSpec(
+        Family(Op.SPGEMM, DType.E4M3, bias=True, residual=True, out=DType.FP16, weight=DType.E5M2),
+        KernelConfig(tile_k=128),
+    ),
+    *(
+        KernelSpec(
+            Family(op, DType.E4M3, activation, out=DType.BF16, promote=True), KernelConfig(tile_n=128, tile_k=128)
+        )
+        for op, activation in ((Op.GEMM_RELU2_24, Activation.RELU2), (Op.SPGEMM, Activation.NONE))
+    ),
+    KernelSpec(Family(Op.QUANTIZE_ROWS, DType.FP16, out=DType.E4M3), KernelConfig()),
+    KernelSpec(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), KernelConfig()),
 ]
 
 
@@ -414,7 +435,7 @@ def test_the_host_packs_as_many_bytes_as_the_kernels_read(
     launcher = launch.GemmLauncher.__new__(launch.GemmLauncher)
     launcher.spec, launcher.sm_count = KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()), 132
     numbers = dict.fromkeys(launch.Arguments._fields, 1) | {"m": 1024, "n": 1024, "k": 64}
-    launcher._encode(launch.Arguments(**numbers | {"tokens": (0,) * 8}))  # type: ignore[arg-type]
+    launcher._encode(launch.Arguments(**numbers | {"scales": (), "tokens": ()}))  # type: ignore[arg-type]
     (content,) = packed
     built = build_rendered(
         rendered(

@@ -33,16 +33,27 @@ def cutlass_layout(toolchain: Toolchain, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("tile_k", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize(("m", "f"), [(1, 8), (63, 24), (65, 264), (130, 1864), (1000, 512)])
 def test_to_cutlass_is_what_cutlass_reads(cutlass_layout: Path, m: int, f: int, tile_k: int) -> None:
+    check_layout(cutlass_layout, m, f, tile_k, torch.bfloat16, torch.int16)
+
+
+@pytest.mark.parametrize("tile_k", [64, 128, 256])
+@pytest.mark.parametrize(("m", "f"), [(1, 16), (63, 48), (65, 272), (130, 1872), (1000, 512)])
+def test_to_cutlass_in_8_bits_is_what_cutlass_reads(cutlass_layout: Path, m: int, f: int, tile_k: int) -> None:
+    check_layout(cutlass_layout, m, f, tile_k, torch.float8_e4m3fn, torch.uint8)
+
+
+def check_layout(program: Path, m: int, f: int, tile_k: int, dtype: torch.dtype, bits_dtype: torch.dtype) -> None:
     """Every value and every nibble at the offset that CUTLASS computes, padding included, and nothing besides."""
     seed = torch.Generator().manual_seed(m + f)
     nibbles = LEGAL_NIBBLES[torch.randint(6, (m, f // 4), generator=seed)]
-    bits = torch.randint(-(2**15), 2**15, (m, f // 2), generator=seed).short()
-    packed = Sparse24.empty(m, f, torch.bfloat16, "cpu")
-    packed.values.copy_(bits.view(torch.bfloat16))
-    packed.metadata.copy_(pack_metadata(nibbles))
+    bits = torch.randint(256**dtype.itemsize, (m, f // 2), generator=seed).to(bits_dtype)
+    packed = Sparse24.empty(m, f, dtype, "cpu")
+    packed.values.copy_(bits.view(dtype))
+    packed.metadata.copy_(pack_metadata(nibbles, packed.order))
     values, e = packed.to_cutlass(tile_k)
 
-    printed = subprocess.run([cutlass_layout, *map(str, (m, f, tile_k))], check=True, capture_output=True).stdout
+    arguments = map(str, (m, f, tile_k, 8 * dtype.itemsize))
+    printed = subprocess.run([program, *arguments], check=True, capture_output=True).stdout
     numbers = torch.frombuffer(bytearray(printed), dtype=torch.int64)
     (e_rows, e_columns, e_cosize), (a_rows, a_columns, a_cosize) = numbers[:3].tolist(), numbers[3:6].tolist()
     e_groups, a_groups = e_rows * e_columns // 4, a_rows * a_columns // 4
@@ -58,7 +69,7 @@ def test_to_cutlass_is_what_cutlass_reads(cutlass_layout: Path, m: int, f: int, 
     # A's offsets count uncompressed elements, two for each value that is stored.
     assert values.is_contiguous()
     assert 2 * values.numel() == a_cosize == 4 * a_groups
-    memory = values.view(torch.int16).flatten()
+    memory = values.view(bits_dtype).flatten()
     found = torch.stack((memory[a_offsets // 2], memory[a_offsets // 2 + 1]), dim=-1)
     assert torch.equal(found.view(a_rows, a_columns // 2), padded(bits, a_rows, a_columns // 2, 0))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srelu24 import dispatch, ops
+from srelu24 import dispatch, fallback
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.spec import KernelSpec
 
@@ -52,4 +52,4 @@ def built(request: pytest.FixtureRequest, device: torch.device, no_user_records:
 @pytest.fixture(autouse=True)
 def warn_again() -> None:
     """A fallback warns once per process: let every test see it."""
-    ops._warn.cache_clear()
+    fallback.warn_again()

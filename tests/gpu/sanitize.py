@@ -9,12 +9,16 @@ All else happens on the CPU, so that only our kernels are slowed down.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 
 import torch
 from torch import Tensor
 
+import srelu24
+import srelu24.fp8.ops  # registers the operation
 from srelu24 import launch, verify, workload
+from srelu24.fp8 import kernels
 from srelu24.launch import Operands
 from srelu24.sparse24 import Sparse24
 from srelu24_gen import space
@@ -79,6 +83,24 @@ def main() -> int:
         if not found.ok:
             return 1
     print(f"{len(runs())} kernels are right")
+    return fp8()
+
+
+def fp8() -> int:
+    """Every recipe on one row and on two tiles with ragged ends, near the CPU's answer."""
+    for (m, d, f), recipe in itertools.product(((1, 16, 16), (321, 48, 336)), ("rowwise", "predicted", "static")):
+        data = workload.make_ffn(m, d, f, DType.BF16, 0.3, "cpu")
+        w1, w2 = srelu24.quantize_weight(data.w1), srelu24.quantize_weight(data.w2)
+        bias = torch.ones(f, dtype=torch.bfloat16), torch.ones(d, dtype=torch.bfloat16)
+        basis = srelu24.Static(100.0).scales_on(torch.device("cpu")) if recipe == "static" else w1.row_norm
+        tensors = (data.x, w1.values, w1.scale, w2.values, w2.scale, *bias)
+        saturated = torch.zeros((), dtype=torch.int64)
+        expected = torch.ops.srelu24.ffn_fp8(*tensors, recipe, basis, saturated)
+        y = kernels.forward(*(t.cuda() for t in tensors), recipe, basis.cuda(), saturated.cuda()).cpu()
+        error = float((y - expected).norm() / expected.norm())
+        print(f"ffn_fp8 {recipe} {m}x{d}x{f}: {error:.2g} from the reference")
+        if not error < 0.05:
+            return 1
     return 0
 
 

@@ -8,7 +8,10 @@ from tests.gpu.oracle import CutlassSpgemm, build, library, nvcc
 from torch import Tensor
 
 import srelu24
-from srelu24.sparse24 import Sparse24
+from srelu24.fp8 import kernels
+from srelu24.fp8.quantize import E4M3
+from srelu24.launch import Scales
+from srelu24.sparse24 import FragmentOrder, Sparse24
 
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [  # M, D, F: one row, block edges, odd M, tails of D and F in every tile, F an odd multiple of 8
@@ -101,3 +104,32 @@ def test_where_cutlass_puts_kept_values(cutlass: CutlassSpgemm, dtype: torch.dty
     w2[:bits] = torch.arange(f, device="cuda") >> bit[:, None] & 1
     y = cutlass(srelu24.sparsify24(h, activation="none"), w2)[:, :bits].long()
     assert torch.equal(y, (one[:, None] >> bit & 1) + 16 * (sixteen[:, None] >> bit & 1))
+
+
+@pytest.mark.parametrize("producer", ["gemm_relu2_24", "square_rows"])
+@pytest.mark.parametrize(("m", "d", "f"), [(1, 16, 16), (65, 272, 272), (1001, 2688, 1856), (777, 512, 15680)])
+def test_integers_in_8_bits_bit_for_bit(cutlass: CutlassSpgemm, producer: str, m: int, d: int, f: int) -> None:
+    """S as our 8-bit kernels write it, in CUTLASS's order, through CUTLASS's 8-bit sparse GEMM and through ours."""
+    seed = torch.Generator("cuda").manual_seed(m + f)
+    sparse = torch.rand(m, d, device="cuda", generator=seed) < 6 / d
+    x = (integers(-1, 1, (m, d), torch.bfloat16, seed) * sparse).to(E4M3)
+    w1 = integers(-1, 1, (f, d), torch.bfloat16, seed).to(E4M3)
+    few = torch.rand(d, f, device="cuda", generator=seed) < 64 / f
+    w2 = (integers(-2, 2, (d, f), torch.bfloat16, seed) * few).to(E4M3)
+    ones = torch.ones(max(m, d, f), device="cuda")
+    if producer == "gemm_relu2_24":
+        s = Sparse24.empty(m, f, E4M3, "cuda")
+        saturated = torch.zeros((), dtype=torch.int64, device="cuda")
+        kernels.gemm_relu2_24(x, w1, None, s, Scales(a=ones, b=ones, s_inverse=ones, saturated=saturated))
+    else:
+        r = Sparse24.empty(m, f, torch.bfloat16, "cuda", FragmentOrder.BITS8)
+        kernels.gemm_relu2_24(x, w1, None, r, Scales(a=ones, b=ones, r_largest=torch.zeros(m, device="cuda")))
+        s = r.with_room_for(E4M3)
+        kernels.square_rows(r, s, Scales(r_largest=16 * ones, rows=torch.empty(m, device="cuda")))
+    dense = s.to_dense().double()
+    exact = (dense @ w2.double().T).float()
+    assert exact.count_nonzero() > exact.numel() // 16, "the data must say something"
+    ours = torch.empty(m, d, dtype=torch.bfloat16, device="cuda")
+    kernels.spgemm(s, w2, None, ours, Scales(a=ones, b=ones))
+    assert torch.equal(cutlass(s, w2), exact.bfloat16())
+    assert torch.equal(ours, exact.bfloat16())

@@ -10,7 +10,7 @@ import torch
 
 from srelu24.worker import Candidate, Failed, Job, Step, Timed, Worker
 from srelu24_gen import space
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.spec import WIDE_TYPES, Activation, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 from srelu24_gen.target import TARGETS
 
 TARGET = TARGETS["h200"]
@@ -23,7 +23,7 @@ def draw_family(draw: random.Random) -> Family:
     while True:
         op = draw.choice([Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM])
         flags = (draw.random() < 0.3, draw.random() < 0.3, draw.random() < 0.3)
-        family = Family(op, draw.choice(list(DType)), draw.choice(list(Activation)), *flags)
+        family = Family(op, draw.choice(WIDE_TYPES), draw.choice(list(Activation)), *flags)
         if space.supports_family(family).ok:
             return family
 

@@ -18,7 +18,7 @@ from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen import space
 from srelu24_gen.bindings import load_block, loads_ragged_n
 from srelu24_gen.compile import BuiltKernel
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 from srelu24_gen.target import TARGETS
 
 TARGET = TARGETS["h200"]
@@ -27,19 +27,17 @@ NONE, RELU2 = Activation.NONE, Activation.RELU2
 
 # ------------------------------------------------------------------------------------------------------- what is run
 
-OPS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24)
-"""Those of the forward pass; test_training.py has the others."""
-
 FAMILIES: dict[Op, list[Family]] = {
     op: [
         family
         for family in itertools.starmap(
-            Family, itertools.product([op], DType, Activation, (False, True), (False, True), (False, True))
+            Family, itertools.product([op], WIDE_TYPES, Activation, (False, True), (False, True), (False, True))
         )
         if space.supports_family(family).ok
     ]
-    for op in OPS
+    for op in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24)
 }
+"""Of 16-bit types; tests/gpu/test_fp8.py has the others."""
 
 
 def all_configs(family: Family) -> list[KernelConfig]:
@@ -80,7 +78,7 @@ def specs_of(op: Op) -> list[KernelSpec]:
     return list({spec.name: spec for spec in found}.values())
 
 
-SWEEP = {op: specs_of(op) for op in OPS}
+SWEEP = {op: specs_of(op) for op in FAMILIES}
 
 
 def unfused(spec: KernelSpec) -> KernelSpec:
@@ -200,7 +198,7 @@ def exact(problem: Problem, o: Operands) -> tuple[Tensor | Sparse24, Tensor | No
 # --------------------------------------------------------------------------------------------------------- the tests
 
 
-@pytest.mark.parametrize("case", [case for op in OPS for case in cases(op)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for op in FAMILIES for case in cases(op)], ids=lambda case: case.name)
 def test_random_problems(case: Case, device: torch.device) -> None:
     o = make_operands(case, device)
     assert_right(case.problem, case.spec.config, o)
@@ -370,7 +368,7 @@ def test_counts_add_up_over_calls(device: torch.device) -> None:
     assert torch.equal(o.counts, 2 * once)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", list(SWEEP))
 def test_no_rows_are_no_launch(op: Op, device: torch.device) -> None:
     spec = SWEEP[op][0]
     problem = Problem(spec.family, 0, 256, 0 if op is Op.SPARSIFY24 else 64)

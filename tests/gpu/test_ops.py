@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -14,24 +15,24 @@ import srelu24
 from srelu24 import reference, verify, workload
 from srelu24.launch import TORCH_DTYPE, Operands
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, DType, Family, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
 
 NONE, RELU2 = Activation.NONE, Activation.RELU2
 D, F = 136, 1864
 ROWS = (1, 7, 64, 65, 300)
 
-GEMM1 = [Family(Op.GEMM_RELU2_24, dtype, RELU2, bias) for dtype in DType for bias in (False, True)]
-GEMM2 = [Family(Op.SPGEMM, dtype, NONE, bias) for dtype in DType for bias in (False, True)]
+GEMM1 = [Family(Op.GEMM_RELU2_24, dtype, RELU2, bias) for dtype in WIDE_TYPES for bias in (False, True)]
+GEMM2 = [Family(Op.SPGEMM, dtype, NONE, bias) for dtype in WIDE_TYPES for bias in (False, True)]
 COUNT = [Family(Op.GEMM_RELU2_24, DType.BF16, RELU2, bias, count_nonzeros=True) for bias in (False, True)]
 RESIDUAL = [Family(Op.SPGEMM, DType.BF16, bias=bias, residual=True) for bias in (False, True)]
-DENSE = [Family(Op.GEMM, dtype, activation, bias=True) for dtype in DType for activation in Activation]
+DENSE = [Family(Op.GEMM, dtype, activation, bias=True) for dtype in WIDE_TYPES for activation in Activation]
 PROBLEMS = [
     *(Problem(family, m, F, D) for family in GEMM1 + COUNT + DENSE for m in ROWS),
     *(Problem(family, m, D, F) for family in GEMM2 + RESIDUAL for m in ROWS),
-    *(Problem(Family(Op.SPARSIFY24, dtype, activation), 64, F) for dtype in DType for activation in Activation),
+    *(Problem(Family(Op.SPARSIFY24, dtype, activation), 64, F) for dtype in WIDE_TYPES for activation in Activation),
 ]
 
-dtypes = pytest.mark.parametrize("dtype", list(DType), ids=lambda dtype: dtype.value)
+dtypes = pytest.mark.parametrize("dtype", list(WIDE_TYPES), ids=lambda dtype: dtype.value)
 
 
 class Layer:
@@ -86,7 +87,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 def test_ffn(dtype: DType, m: int, b1: bool, b2: bool, device: torch.device, kernels_only: None) -> None:
     layer = Layer(device, dtype, m)
     biases = (layer.b1 if b1 else None, layer.b2 if b2 else None)
-    y = srelu24.ffn(layer.x, *layer.weights, *biases)
+    y = srelu24.ffn(layer.x, *layer.weights, *biases, mode="sparse")
     assert_close(y, reference.ffn(layer.x, *layer.weights, *biases, accumulate=torch.float64))
     # It is the two kernels, to the bit, and the second one is right about what the first one gave it.
     s = srelu24.gemm_relu2_24(layer.x, layer.w1, biases[0])
@@ -96,10 +97,23 @@ def test_ffn(dtype: DType, m: int, b1: bool, b2: bool, device: torch.device, ker
     assert found.ok, found.detail
 
 
+def test_batch_invariance(device: torch.device, kernels_only: None) -> None:
+    """Rows alone, in small batches and in a large one whose tiles stream-K would split: the same bits."""
+    layer = Layer(device, m=5000, d=1024, f=2048)
+    call = partial(srelu24.ffn, w1=layer.w1, w2=layer.w2, b1=layer.b1, deterministic="batch")
+    whole = call(layer.x)
+    for m in (1, 2, 64, 100, 129, 700, 3001):
+        for first in (0, 1777):
+            assert torch.equal(call(layer.x[first : first + m]), whole[first : first + m])
+    assert_close(whole, srelu24.ffn(layer.x, layer.w1, layer.w2, layer.b1, mode="sparse"))
+    for kernel in srelu24.explain(layer.x, layer.w1, layer.w2, layer.b1, deterministic="batch").kernels:
+        assert kernel.spec.config.batch_invariant
+
+
 @pytest.mark.parametrize("shape", [(D,), (1, D), (5, 13, D), (2, 2, 3, D), (0, D), (4, 0, D)])
 def test_leading_dimensions(shape: tuple[int, ...], layer: Layer, kernels_only: None) -> None:
     x = layer.x[0].expand(shape).contiguous()
-    y = srelu24.ffn(x, *layer.weights, layer.b1, layer.b2)
+    y = srelu24.ffn(x, *layer.weights, layer.b1, layer.b2, mode="sparse")
     assert y.shape == shape
     if x.numel():
         assert_close(y, reference.ffn(x.reshape(-1, D), *layer.weights, layer.b1, layer.b2).view(shape))
@@ -151,15 +165,16 @@ def test_views_of_wider_tensors_use_the_kernels(layer: Layer, kernels_only: None
     def widened(t: Tensor) -> Tensor:
         return torch.nn.functional.pad(t, (8, 16), value=torch.nan)[:, 8:-16]
 
-    y = srelu24.ffn(layer.x, *layer.weights)
-    assert torch.equal(srelu24.ffn(widened(layer.x), widened(layer.w1), widened(layer.w2)), y)
+    y = srelu24.ffn(layer.x, *layer.weights, mode="sparse")
+    wide = (widened(layer.x), widened(layer.w1), widened(layer.w2))
+    assert torch.equal(srelu24.ffn(*wide, mode="sparse"), y)
 
 
 def test_nothing_synchronises(layer: Layer, kernels_only: None) -> None:
-    srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2)
+    srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2, mode="sparse")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2)
+        srelu24.ffn(layer.x, *layer.weights, layer.b1, layer.b2, mode="sparse")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -213,11 +228,11 @@ def test_gradients_are_those_of_dense_pytorch(layer: Layer) -> None:
 
 
 def test_without_gradients_trainable_weights_use_the_kernels(layer: Layer, kernels_only: None) -> None:
-    expected = srelu24.ffn(layer.x, *layer.weights)
+    expected = srelu24.ffn(layer.x, *layer.weights, mode="sparse")
     layer.w1.requires_grad_()
     with torch.no_grad():
-        assert torch.equal(srelu24.ffn(layer.x, *layer.weights), expected)
-        assert srelu24.explain(layer.x, *layer.weights).runs == "kernels"
+        assert torch.equal(srelu24.ffn(layer.x, *layer.weights, mode="sparse"), expected)
+        assert srelu24.explain(layer.x, *layer.weights, mode="sparse").runs == "kernels"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +258,7 @@ def test_wrong_input_is_refused(call: Callable[[Layer], object], words: str, lay
 
 
 def test_explain_names_both_kernels(layer: Layer) -> None:
-    explanation = srelu24.explain(layer.x, *layer.weights, layer.b1)
+    explanation = srelu24.explain(layer.x, *layer.weights, layer.b1, mode="sparse")
     assert explanation.runs == "kernels"
     assert [str(k.problem) for k in explanation.kernels] == [
         f"gemm_relu2_24_bf16_bias 300x{F}x{D}",
@@ -276,7 +291,7 @@ def test_torch_compile_of_the_whole_graph(dynamic: bool | None, device: torch.de
     layer = Layer(device)
 
     def block(x: Tensor) -> Tensor:
-        return x + srelu24.ffn(x, *layer.weights, layer.b1, layer.b2)
+        return x + srelu24.ffn(x, *layer.weights, layer.b1, layer.b2, mode="sparse")
 
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)

@@ -33,7 +33,7 @@ FAMILIES = {
     "gradient": Family(Op.GEMM_DRELU2_24, DType.BF16, tokens=True, permuted=True),
     "product": Family(Op.SPGEMM, DType.BF16, permuted=True),
     "weights": Family(Op.SPGEMM_TOKENS, DType.BF16),
-    "weights, added in fp32": Family(Op.SPGEMM_TOKENS, DType.BF16, fp32=True, accumulate=True),
+    "weights, added in fp32": Family(Op.SPGEMM_TOKENS, DType.BF16, out=DType.FP32, accumulate=True),
     "weights, transposed": Family(Op.SPGEMM_TOKENS, DType.BF16, transposed=True),
 }
 

@@ -10,14 +10,17 @@ import msgspec
 import pytest
 import torch
 from msgspec import UNSET
+from torch import Tensor
 
 from srelu24 import bench, measure, peers, reference
 from srelu24.bench import BenchEvent, bench_ffn, bench_gemm
+from srelu24.dispatch import SPARSE
 from srelu24.measure import Interrupted, Timing
 from srelu24.nvml import Power
 from srelu24.peers import Case, Peer, relative_error
 from srelu24.results import BenchFile
 from srelu24_gen.errors import RecordError, Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Problem
 from srelu24_gen.target import TARGETS
 
@@ -25,6 +28,7 @@ REAL_INTERLEAVE = measure.interleave
 SHAPE = (64, 64, 128)
 MS = {"srelu24": 2.0, "eager": 3.0, "dense_fused": 2.5, "unfused": 2.2}
 MS |= {"gemm1_fused": 1.0, "gemm1_dense": 0.9, "gemm1_cublas": 1.1, "gemm2_sparse": 0.6, "gemm2_dense": 0.8}
+MS |= {"sparse": 2.0, "cublas": 2.6, "mixed": 2.55, "gemm": 2.5}
 MS |= {"gemm2_cublas": 0.7, "sparsify24": 0.2, "copy": 0.15}
 
 
@@ -36,11 +40,19 @@ def interleave(
     return {name: Timing.of([MS[name], 2 * MS[name], MS[name]]) for name in candidates}
 
 
+def dense_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    return reference.gemm(reference.gemm(x, w1, activation=Activation.RELU2), w2)
+
+
+def choose_ffn(shape: Shape, *_: object) -> SimpleNamespace:
+    return SimpleNamespace(way=SPARSE if shape.m >= 64 else "gemm")
+
+
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our ops are the reference, any device will do, and nobody waits for TorchInductor."""
     ops = SimpleNamespace(
-        ffn=reference.ffn,
+        ffn=lambda x, w1, w2, mode: dense_ffn(x, w1, w2) if mode == "dense" else reference.ffn(x, w1, w2),
         gemm_relu2_24=reference.gemm_relu2_24,
         matmul=reference.spgemm,
         sparsify24=lambda h: reference.sparsify24(h, Activation.RELU2),
@@ -48,14 +60,16 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(peers, "ops", ops)
     monkeypatch.setattr(bench, "ops", ops)
-    monkeypatch.setattr(
-        peers, "dispatch", SimpleNamespace(choose=lambda problem, gpu: None, gpu_of=lambda device: TARGETS["h200"])
+    dispatch = SimpleNamespace(
+        choose=lambda problem, gpu: None, gpu_of=lambda device: TARGETS["h200"], choose_ffn=choose_ffn, SPARSE=SPARSE
     )
+    monkeypatch.setattr(peers, "dispatch", dispatch)
     monkeypatch.setattr(bench, "_require_gpu", lambda device: None)
     monkeypatch.setattr(bench.measure, "host_us", lambda call, device: 12.5)
     monkeypatch.setattr(bench.measure, "interleave", interleave)
-    ffn = tuple(peer for peer in peers.FFN if peer.name != "torch_compile")
-    monkeypatch.setitem(bench._PEERS, "ffn", ffn)
+    for part in ("ffn", "sweep"):
+        monkeypatch.setitem(bench._PEERS, part, tuple(p for p in bench._PEERS[part] if p.name != "torch_compile"))
+    monkeypatch.setattr(peers.dense, "ffn", lambda way, x, w1, w2, b1, b2: dense_ffn(x, w1, w2))
 
 
 def test_every_peer_computes_what_it_is_checked_against() -> None:
@@ -68,6 +82,21 @@ def test_every_peer_computes_what_it_is_checked_against() -> None:
     }
     assert set(failed) == {("ffn_forward", "cusparselt"), ("spgemm", "cusparselt")}
     assert all("cuSPARSELt" in str(reason) for reason in failed.values())
+
+
+def test_a_sweep_shows_every_way_and_the_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chooses(x: Tensor, w1: Tensor, w2: Tensor, mode: str) -> Tensor:
+        sparse = mode == "sparse" or (mode == "auto" and x.shape[0] >= 64)
+        return reference.ffn(x, w1, w2) if sparse else dense_ffn(x, w1, w2)
+
+    monkeypatch.setattr(peers.ops, "ffn", chooses)
+    file = bench.bench_sweep([(16, 64, 128), SHAPE], DType.BF16, (0.5,), device="cpu")
+    assert [(row.op, row.shape) for row in file.rows] == [("sweep", "16x64x128"), ("sweep", "64x64x128")]
+    for row, way in zip(file.rows, ("gemm", SPARSE), strict=True):
+        assert set(row.candidates) == {"srelu24", "sparse", "cublas", "mixed", "gemm"}
+        assert {name: c.ms for name, c in row.candidates.items()} == {name: MS[name] for name in row.candidates}
+        assert row.candidates["srelu24"].note == way
+        assert row.speedup["gemm"] == pytest.approx(2.5 / 2.0)
 
 
 def test_rows_and_arithmetic() -> None:

@@ -81,7 +81,7 @@ def test_names_of_a_sparse_kernel() -> None:
     names = names_for(spec)
     assert template_for(spec) == "sm90/gemm.cu.jinja"
     assert names["element"] == "half_t"
-    assert names["mma"] == "GMMA_64x256x32_F32F16F16_SS"
+    assert names["mma"] == "SPARSE::GMMA_64x256x32_F32F16F16_SS"
     assert (names["sparse"], names["prune"], names["bias"], names["residual"]) == ("true", "false", "false", "true")
     assert (names["load_order"], names["ragged_n"], names["producer_warpgroup"]) == ("kOwn8", "false", "false")
     assert (names["consumers"], names["threads"]) == (3, 384)

@@ -13,30 +13,24 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from command_line import SMALL, srelu24
 from srelu24 import catalogue, cli, db, doctor, results
 from srelu24 import run as main_job
+from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import compile as compiler
 from srelu24_gen import render, space
 from srelu24_gen.errors import CompileError, Unsupported
-from srelu24_gen.models import MODELS, TOKENS, Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import target_by_key
 
 H200 = target_by_key("h200")
-SMALL = Shape(256, 512, 1024)
 
 
 @pytest.fixture(autouse=True)
 def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SRELU24_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("SRELU24_DATA_DIR", str(tmp_path / "data"))
-
-
-def srelu24(*arguments: str, code: int = 0) -> SimpleNamespace:
-    """Runs the command line in this process; `.stdout` and `.stderr` of it."""
-    result = CliRunner().invoke(cli.app, list(arguments))
-    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
-    return SimpleNamespace(stdout=result.stdout, stderr=result.stderr)
 
 
 STATIC_SMEM = 64
@@ -65,9 +59,9 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
     return asked
 
 
-def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = "h200") -> db.TuningRecord:
-    problem = problem or catalogue.ffn_problems(SMALL, DType.BF16)[0]
-    record = db.TuningRecord(
+def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = "h200") -> TuningRecord:
+    problem = problem or SMALL.gemms(DType.BF16)[0]
+    record = TuningRecord(
         family=problem.family,
         m=problem.m,
         n=problem.n,
@@ -76,7 +70,7 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
         gpu=gpu,
         config=config.to_dict(),
         density=0.1,
-        evidence=db.Evidence(ms=2.0, default_ms=2.5, samples=10, source_digest="0" * 16, when="2026-01-01T00:00:00Z"),
+        evidence=Evidence(ms=2.0, default_ms=2.5, samples=10, source_digest="0" * 16, when="2026-01-01T00:00:00Z"),
     )
     db.Database.open().put(record)
     return record
@@ -86,117 +80,12 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
 
 
 def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
-    first, second = catalogue.ffn_problems(Shape(2, 24, 56), DType.FP16)
+    first, second = Shape(2, 24, 56).gemms(DType.FP16)
     # X [M, D] times W1 [F, D], then S [M, F] times W2 [D, F].
     assert (first.m, first.n, first.k) == (2, 56, 24)
     assert (second.m, second.n, second.k) == (2, 24, 56)
     assert first.flops == second.flops == 2 * 2 * 24 * 56
     assert all(space.supports_problem(problem, H200).ok for problem in (first, second))
-
-
-# --- which shapes a command gets ------------------------------------------------------------------------------------
-
-DEFAULT = Shape(16384, 4096, 16384)
-MINITRON = ["--model", "minitron-4b"]
-GIVEN = [
-    pytest.param(["--shape", str(SMALL)], [SMALL], id="a shape"),
-    pytest.param([*MINITRON, "--tokens", "8"], [Shape(8, 3072, 9216)], id="a model"),
-    pytest.param(MINITRON, [Shape(m, 3072, 9216) for m in TOKENS], id="a model at the standard token counts"),
-    pytest.param(
-        [*MINITRON, "--model", "Nanochat", "--tokens", "8,16", "--shape", str(SMALL), "--shape", "8x16x24"],
-        [
-            SMALL,
-            Shape(8, 16, 24),
-            Shape(8, 3072, 9216),
-            Shape(16, 3072, 9216),
-            Shape(8, 768, 3072),
-            Shape(16, 768, 3072),
-        ],
-        id="several of both",
-    ),
-    pytest.param(
-        ["--model", "paper-7b", "--model", "nemotron-3-8b", "--shape", "8x4096x16384", "--tokens", "8,8"],
-        [Shape(8, 4096, 16384)],
-        id="the same one under several names",
-    ),
-]
-COMMANDS = [["list"], ["build"], ["tune"], ["run"], ["bench", "ffn"], ["bench", "gemm"]]
-
-
-@pytest.fixture
-def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
-    """What the commands pass on, instead of doing it."""
-    from srelu24 import tune
-
-    shapes: list[Shape] = []
-
-    def one(shape: Shape, *_: object) -> list[Any]:
-        shapes.append(shape)
-        return []
-
-    def several(given: list[Shape], *_: object, **__: object) -> list[Any]:
-        shapes.extend(given)
-        return []
-
-    monkeypatch.setattr(catalogue, "kernels", one)
-    monkeypatch.setattr(catalogue, "specs_for", several)
-    monkeypatch.setattr(catalogue, "build_kernels", lambda *_, **__: [])
-    monkeypatch.setattr(tune, "tune_ffn", lambda m, d, f, *_, **__: shapes.append(Shape(m, d, f)))
-    monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
-    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
-    return shapes
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize(("arguments", "shapes"), GIVEN)
-def test_commands_take_shapes_and_models(
-    command: list[str], arguments: list[str], shapes: list[Shape], asked_shapes: list[Shape]
-) -> None:
-    srelu24(*command, *arguments)
-    assert asked_shapes == shapes
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], asked_shapes: list[Shape]) -> None:
-    tuned = command == ["tune"]  # a search takes minutes: which shape is for the user to say
-    result = srelu24(*command, code=2 if tuned else 0)
-    assert asked_shapes == ([] if tuned else [DEFAULT])
-    assert ("give --shape MxDxF or --model" in result.stderr) == tuned
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["--model", "nemotron-4-16b"], "nemotron-4-15b"),
-        (["--tokens", "4096"], "--model"),
-        (["--tokens", "4096", "--shape", str(SMALL)], "--model"),
-        *[([*MINITRON, "--tokens", tokens], "4096,16384") for tokens in ("", "4k", "8,", "8 16", "-8", "0", "8.0")],
-    ],
-)
-def test_wrong_models_and_token_counts_are_refused(
-    command: list[str], arguments: list[str], reason: str, asked_shapes: list[Shape]
-) -> None:
-    result = srelu24(*command, *arguments, code=2)
-    assert reason in result.stderr
-    assert "Traceback" not in result.stderr
-    assert asked_shapes == []
-
-
-def test_list_models_prints_the_table() -> None:
-    table = srelu24("list", "--models").stdout
-    for key, model in MODELS.items():
-        row = next(line for line in table.splitlines() if f" {key} " in line)
-        assert [cell.strip() for cell in row.split("│")[1:5]] == [key, model.name, str(model.d_model), str(model.d_ff)]
-    rows = json.loads(srelu24("list", "--models", "--json").stdout)
-    assert rows[0] == {
-        "key": "paper-1b",
-        "name": "arXiv 2503.16672, 1B",
-        "d_model": 2048,
-        "d_ff": 8192,
-        "note": "the paper's accuracy table",
-    }
-    assert [row["key"] for row in rows] == list(MODELS)
 
 
 # --- commands that need no GPU --------------------------------------------------------------------------------------
@@ -261,7 +150,7 @@ def test_version_is_the_package_version() -> None:
 
 
 def test_list_marks_chosen_built_and_recorded() -> None:
-    problem = catalogue.ffn_problems(SMALL, DType.BF16)[0]
+    problem = SMALL.gemms(DType.BF16)[0]
     recorded = space.candidates(problem, H200)[-1]
     put_record(recorded)
     put_record(space.candidates(problem, H200)[1], gpu="h100")
@@ -281,7 +170,7 @@ def test_list_marks_chosen_built_and_recorded() -> None:
 
 def test_list_names_every_candidate_in_the_table() -> None:
     out = srelu24("list", "--gpu", "h200", "--shape", str(SMALL)).stdout
-    problem = catalogue.ffn_problems(SMALL, DType.BF16)[0]
+    problem = SMALL.gemms(DType.BF16)[0]
     assert out.count(problem.family.name) == len(space.candidates(problem, H200))
 
 
@@ -295,7 +184,7 @@ def test_build_reports_each_binary_once(no_compiler: list[KernelSpec]) -> None:
     wanted = {
         KernelSpec(problem.family, config).digest
         for shape in (SMALL, other)
-        for problem in catalogue.ffn_problems(shape, DType.BF16)
+        for problem in shape.gemms(DType.BF16)
         for config in space.candidates(problem, H200)
     }
     assert wanted <= {spec.digest for spec in no_compiler}
@@ -362,14 +251,14 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> li
 
 def test_run_without_a_gpu_builds_for_the_h200_and_checks_the_reference(no_gpu: list[KernelSpec]) -> None:
     result = srelu24("run", "--shape", str(SMALL))
-    assert {spec.family for spec in no_gpu} == {p.family for p in catalogue.ffn_problems(SMALL, DType.BF16)}
+    assert {spec.family for spec in no_gpu} == {p.family for p in SMALL.gemms(DType.BF16)}
     assert {spec.arch for spec in no_gpu} == {H200.arch}
     assert "Done: kernels built for NVIDIA H200" in result.stderr
     assert "Not done, for want of a Hopper GPU" in result.stderr
     assert "FAIL" not in result.stderr
 
 
-@pytest.mark.parametrize("dtype", list(DType))
+@pytest.mark.parametrize("dtype", WIDE_TYPES)
 def test_check_accepts_the_reference(dtype: DType) -> None:
     findings = main_job.check_ffn(main_job.CHECK_SHAPE, dtype, "cpu")
     assert [finding for finding in findings if not finding.ok] == []
@@ -383,7 +272,7 @@ def test_check_finds_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
         return [f.statement for f in main_job.check_ffn(SMALL, DType.BF16, "cpu") if not f.ok]
 
     with monkeypatch.context() as patch:
-        patch.setattr(package, "ffn", lambda x, w1, w2: reference.ffn(x, w1, w2) * 1.02, raising=False)
+        patch.setattr(package, "ffn", lambda x, w1, w2, mode: reference.ffn(x, w1, w2) * 1.02, raising=False)
         assert failed() == ["ffn(x, w1, w2) is S w2^T"]
     with monkeypatch.context() as patch:  # the first two of every 4 instead of the largest two
 
@@ -444,7 +333,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> 
 
 def test_run_on_a_gpu_tunes_what_has_no_record_then_checks_and_times(fake_gpu: list[tuple[Any, ...]]) -> None:
     tuned, untuned = SMALL, Shape(512, 1024, 4096)
-    for problem in catalogue.ffn_problems(tuned, DType.BF16):
+    for problem in tuned.gemms(DType.BF16):
         put_record(space.default(problem, H200), problem)
     result = srelu24("run", "--shape", str(tuned), "--shape", str(untuned), "--budget", "7")
     assert fake_gpu == [
@@ -460,48 +349,3 @@ def test_run_says_that_the_benchmark_was_left_out(fake_gpu: list[tuple[Any, ...]
     result = srelu24("run", "--budget", "0", "--no-bench")
     assert [what for what, *_ in fake_gpu] == ["check"]
     assert "Not done: the benchmark" in result.stderr
-
-
-def test_tune_searches_each_shape(fake_gpu: list[tuple[Any, ...]]) -> None:
-    shapes = [SMALL, Shape(8, 16, 24)]
-    arguments = [part for shape in shapes for part in ("--shape", str(shape))]
-    out = srelu24("tune", *arguments, "--dtype", "fp16", "--density", "0.5", "--budget", "30", "--no-resume", "--json")
-    assert fake_gpu == [("tune", shape, DType.FP16, 0.5, 30.0, False) for shape in shapes]
-    assert json.loads(out.stdout) == [{"records": []}] * 2
-
-
-def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from srelu24 import bench
-
-    ours = results.Candidate(ms=1.5, tflops=700.0, joules=None, sm_mhz=None, watts=None, samples=9)
-    row = results.Row(
-        op="ffn_forward",
-        dtype="bf16",
-        shape=str(SMALL),
-        density=0.1,
-        candidates={"srelu24": ours},
-        speedup={"torch_compile": 1.25},
-        speed_of_light=0.9,
-    )
-    asked: list[Any] = []
-
-    def bench_ffn(shapes: Any, dtype: DType, densities: Any, *, json_path: Path, on_event: Any) -> results.BenchFile:
-        asked.append((shapes, dtype, densities, json_path))
-        on_event(bench.BenchEvent("progress", "timing", 0.5))
-        return results.BenchFile(env={}, rows=[row])
-
-    monkeypatch.setattr(bench, "bench_ffn", bench_ffn)
-    monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
-    out = srelu24("bench", "ffn", "--shape", str(SMALL), "--density", "0.1", "--results", str(tmp_path)).stdout
-    assert asked == [([SMALL], DType.BF16, [0.1], tmp_path / "h200" / "ffn_bf16.json")]
-    assert "over torch_compile" in out
-    assert "1.250x" in out
-
-
-def test_tuning_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    stderr = srelu24("tune", "--shape", "128x256x512", code=1).stderr
-    assert "PyTorch sees none; run `srelu24 doctor`" in " ".join(stderr.split())
-    assert "Traceback" not in stderr

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from srelu24 import cli, record_health, worker
-from srelu24.db import ChainStep, Database, Evidence, Trial, TuningRecord
+from srelu24.db import Database
+from srelu24.records import ChainStep, Evidence, Trial, TuningRecord
 from srelu24_gen import compile as compiler
 from srelu24_gen import paths
 from srelu24_gen.errors import RenderError, ToolchainError

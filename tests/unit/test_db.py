@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sqlite3
-import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rows import CONFIG, H200, PROBLEM, evidence, record, ship, trial
 from srelu24 import db as db_module
 from srelu24 import user_store
-from srelu24.db import Database, Evidence, Trial, TuningRecord
+from srelu24.db import Database
+from srelu24.records import Evidence, TuningRecord
 from srelu24_gen.errors import RecordError
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
-from srelu24_gen.target import TARGETS
-
-H200, H100 = TARGETS["h200"], TARGETS["h100"]
-SPGEMM = Family(Op.SPGEMM, DType.BF16)
-CONFIG = KernelConfig(tile_m=128, tile_n=256, stages=3)
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Producer
 
 
 @pytest.fixture(autouse=True)
@@ -40,52 +32,6 @@ def _warn_again() -> None:
 @pytest.fixture
 def db(tmp_path: Path) -> Database:
     return Database.open(tmp_path / "shipped", tmp_path / "user" / "tuning.sqlite")
-
-
-def evidence(**changes: Any) -> Evidence:
-    fields = {"ms": 1.0, "default_ms": 1.1, "samples": 20, "source_digest": "d", "when": "2026-01-01T00:00:00Z"}
-    return Evidence(**(fields | changes))
-
-
-def record(m: int = 4096, n: int = 4096, k: int = 16384, **changes: Any) -> TuningRecord:
-    fields: dict[str, Any] = {
-        "family": SPGEMM,
-        "arch": "sm_90a",
-        "gpu": "h200",
-        "config": CONFIG.to_dict(),
-        "density": 0.1,
-        "evidence": evidence(),
-    }
-    return TuningRecord(m=m, n=n, k=k, **(fields | changes))
-
-
-def trial(number: int = 0, **changes: Any) -> Trial:
-    fields: dict[str, Any] = {
-        "family": SPGEMM,
-        "m": 4096,
-        "n": 4096,
-        "k": 16384,
-        "arch": "sm_90a",
-        "gpu": "h200",
-        "config": CONFIG.to_dict(),
-        "density": 0.1,
-        "stage": "screen",
-        "outcome": "ok",
-        "samples": number,
-    }
-    return Trial(**(fields | changes))
-
-
-PROBLEM = record().problem
-
-
-def ship(db: Database, records: list[TuningRecord], gpu: str = "h200") -> Path:
-    """Put records into the shipped folder as a maintainer would."""
-    other = Database.open(db.shipped_folder, db.user_file.with_name("maintainer.sqlite"))
-    for each in records:
-        other.put(each)
-    other.export(db.shipped_folder)
-    return db.shipped_folder / "sm_90a" / gpu / f"{records[0].family.name}.json"
 
 
 # --- round trips ---
@@ -273,77 +219,6 @@ def test_an_invalid_record_is_refused(db: Database, bad: TuningRecord) -> None:
     assert db.records() == []
 
 
-# --- finding ---
-
-
-def test_exact_prefers_the_user_then_the_shipped_record(db: Database) -> None:
-    ship(db, [record(evidence=evidence(ms=5.0))])
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.evidence.ms, found.config) == ("exact", 5.0, CONFIG)
-    db.put(record(evidence=evidence(ms=7.0)))
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.evidence.ms) == ("exact", 7.0)
-    assert [r.evidence.ms for r in db.records()] == [7.0]
-
-
-def test_this_gpu_comes_before_another_one(db: Database) -> None:
-    db.put(record(gpu="h100"))
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.gpu) == ("other_gpu", "h100")
-    db.put(record(m=1, n=64, k=64))
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.gpu) == ("nearest", "h200")
-    assert db.find(PROBLEM, dataclasses.replace(H200, arch="sm_100a")) is None
-
-
-multiples = st.integers(1, 4096).map(lambda i: 8 * i)
-
-
-@given(st.lists(st.tuples(multiples, multiples, multiples), min_size=1, max_size=12, unique=True), multiples)
-def test_nearest_is_the_one_of_least_log_distance(shapes: list[tuple[int, int, int]], m: int) -> None:
-    db = Database.open(Path("/nonexistent"), Path("/nonexistent/tuning.sqlite"))
-    db._shipped = [record(*shape) for shape in shapes]
-    wanted = Problem(SPGEMM, m, 4096, 4104)
-    found = db.find(wanted, H200)
-
-    def apart(shape: tuple[int, int, int]) -> float:
-        # Written another way than the implementation: N and K count twice as much as M.
-        factors = [max(a / b, b / a) for a, b in zip(shape, (wanted.m, wanted.n, wanted.k), strict=True)]
-        return math.log(factors[0] * factors[1] ** 2 * factors[2] ** 2)
-
-    assert found
-    best = min(map(apart, shapes))
-    assert apart((found.record.m, found.record.n, found.record.k)) == pytest.approx(best, abs=1e-9)
-
-
-def test_families_that_differ_by_options_are_hints_and_their_own_kind_comes_first(db: Database) -> None:
-    with_bias = dataclasses.replace(SPGEMM, bias=True)
-    db.put(record(family=with_bias, evidence=evidence(ms=2.0)))
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.family) == ("nearest", with_bias)
-    db.put(record(evidence=evidence(ms=3.0)))
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.family) == ("exact", SPGEMM)
-    for other in (Family(Op.GEMM, DType.BF16), Family(Op.SPGEMM, DType.FP16)):
-        assert db.find(dataclasses.replace(PROBLEM, family=other), H200) is None
-
-
-def test_a_config_that_does_not_fit_the_problem_is_passed_over(db: Database) -> None:
-    too_deep = dataclasses.replace(CONFIG, stages=40)
-    db.put(record(config=too_deep.to_dict()))
-    assert db.find(PROBLEM, H200) is None
-    db.put(record(m=1))
-    found = db.find(PROBLEM, H200)
-    assert found
-    assert (found.how, found.record.m) == ("nearest", 1)
-
-
 # --- files that are not what they should be ---
 
 
@@ -489,71 +364,3 @@ def test_a_failed_transaction_leaves_nothing_behind(db: Database) -> None:
     with pytest.raises(RecordError, match="nowhere"):
         db._store.write([good, bad])
     assert [r.m for r in db.records()] == [4096]
-
-
-# --- many processes ---
-
-FORK = multiprocessing.get_context("fork")  # the modules are loaded already
-
-
-def _write_trials(file: Path, writer: int, count: int, acknowledged: Any) -> None:
-    db = Database.open(file.parent / "none", file)
-    for i in range(count):
-        db.add_trial(trial(writer * 100_000 + i))
-        os.write(acknowledged, b"%d\n" % (writer * 100_000 + i))
-
-
-def test_many_writers_lose_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "tuning.sqlite"
-    reader, writer = os.pipe()
-    processes = [FORK.Process(target=_write_trials, args=(file, i, 15, writer)) for i in range(6)]
-    for process in processes:  # all of them find no store and create one
-        process.start()
-    for process in processes:
-        process.join()
-    assert [p.exitcode for p in processes] == [0] * 6
-    os.close(writer)
-    os.close(reader)
-    stored = [t.samples for t in Database.open(tmp_path / "none", file).trials(PROBLEM, H200)]
-    assert sorted(stored) == [w * 100_000 + i for w in range(6) for i in range(15)]
-    for w in range(6):
-        own = [s for s in stored if s // 100_000 == w]
-        assert own == sorted(own)
-
-
-def test_what_was_written_survives_kill_9(tmp_path: Path) -> None:
-    file = tmp_path / "tuning.sqlite"
-    acknowledged: list[int] = []
-    for round_ in range(4):
-        reader, writer = os.pipe()
-        processes = [FORK.Process(target=_write_trials, args=(file, 2 * round_ + i, 10_000, writer)) for i in range(2)]
-        for process in processes:
-            process.start()
-        os.close(writer)
-        time.sleep(0.15 + 0.07 * round_)
-        for process in processes:
-            assert process.pid
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-        with os.fdopen(reader) as pipe:
-            acknowledged += [int(line) for line in pipe.read().split("\n")[:-1]]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # in particular: not set aside
-            stored = {t.samples for t in Database.open(tmp_path / "none", file).trials(PROBLEM, H200)}
-        assert stored >= set(acknowledged)
-    assert len(acknowledged) > 8
-
-
-def test_many_processes_set_a_damaged_store_aside_once(tmp_path: Path) -> None:
-    file = tmp_path / "tuning.sqlite"
-    file.write_bytes(b"damaged" * 200)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    processes = [FORK.Process(target=_write_trials, args=(file, i, 3, devnull)) for i in range(5)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    os.close(devnull)
-    assert [p.exitcode for p in processes] == [0] * 5
-    assert len(list(tmp_path.glob("*.corrupt-*Z*"))) == 1
-    assert len(Database.open(tmp_path / "none", file).trials(PROBLEM, H200)) == 15

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from srelu24 import dispatch
-from srelu24.db import Database, Evidence, TuningRecord
+from srelu24.db import Database
+from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import paths, space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
@@ -61,6 +62,32 @@ def test_a_record_of_this_problem_on_this_gpu(database: Database) -> None:
     choice = dispatch.choose(PROBLEM, H200)
     assert (choice.config, choice.source, choice.record) == (TUNED, "exact", record())
     assert choice.why == "tuned for this very problem on this GPU"
+
+
+@pytest.mark.parametrize(
+    "tuned",
+    [
+        dataclasses.replace(TUNED, stream_k=True),
+        KernelConfig(tile_m=192, stages=5, producer=Producer.THREAD, stream_k=True),
+        KernelConfig(tile_m=64, tile_n=128, stages=6, cluster_m=1),
+    ],
+)
+def test_a_batch_invariant_choice_is_the_record_without_what_depends_on_the_batch(
+    tuned: KernelConfig, database: Database
+) -> None:
+    database.put(record(config=tuned))
+    assert dispatch.choose(PROBLEM, H200).config == tuned
+    choice = dispatch.choose(PROBLEM, H200, batch=True)
+    assert choice.config.batch_invariant
+    assert space.supports(PROBLEM, choice.config, H200).ok
+    assert "made batch-invariant" in choice.why
+    if tuned.tile_n == 256:
+        assert choice.config == dataclasses.replace(tuned, stream_k=False)
+
+
+def test_a_batch_invariant_record_is_taken_as_it_is(database: Database) -> None:
+    database.put(record())
+    assert dispatch.choose(PROBLEM, H200, batch=True) == dispatch.choose(PROBLEM, H200)
 
 
 def test_a_record_of_another_size_is_named(database: Database) -> None:

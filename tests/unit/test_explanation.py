@@ -9,8 +9,9 @@ import torch
 
 import srelu24
 from srelu24 import dispatch, explanation
-from srelu24.db import Database, Evidence, TuningRecord
+from srelu24.db import Database
 from srelu24.explanation import Explanation
+from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import paths
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem

@@ -13,8 +13,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srelu24 import launch
-from srelu24.launch import GemmLauncher, WorkPlan, plan_work
+from srelu24 import launch, work_plan
+from srelu24.launch import GemmLauncher
+from srelu24.work_plan import WorkPlan, plan_work
 from srelu24_gen.bindings import load_block
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 
@@ -37,12 +38,12 @@ def fast_divmod(packed: bytes, dividend: int) -> tuple[int, int]:
 @example(2**30, MOST)
 @example(2**30 + 1, MOST)
 def test_fast_divmod_is_exact(divisor: int, dividend: int) -> None:
-    assert fast_divmod(launch._fast_divmod(divisor), dividend) == divmod(dividend, divisor)
+    assert fast_divmod(work_plan.fast_divmod(divisor), dividend) == divmod(dividend, divisor)
 
 
 @given(st.integers(1, 2**20), st.integers(0, 2**10))
 def test_fast_divmod_is_exact_around_multiples(divisor: int, quotient: int) -> None:
-    packed = launch._fast_divmod(divisor)
+    packed = work_plan.fast_divmod(divisor)
     for dividend in (quotient * divisor + d for d in (-1, 0, 1)):
         if dividend >= 0:
             assert fast_divmod(packed, dividend) == divmod(dividend, divisor)
@@ -195,7 +196,8 @@ def test_b_lands_in_the_order_of_its_load(op: Op, cluster_m: int, n: int, monkey
 
 
 def test_the_row_stride_of_a_single_row_is_made_up() -> None:
-    wide = torch.zeros(4, 100)
+    wide = torch.zeros(4, 100, dtype=torch.bfloat16)
     assert launch.row_stride(wide[:, :20]) == 100
     assert launch.row_stride(wide[:1, :20]) == 24  # torch may say anything; the TMA needs a multiple of 16 bytes
     assert launch.row_stride(wide[:1, :4]) == 8
+    assert launch.row_stride(wide.to(torch.float8_e4m3fn)[:1, :20]) == 32

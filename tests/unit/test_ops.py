@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import srelu24
-from srelu24 import ops, reference
+from srelu24 import fallback, reference
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation
@@ -23,7 +23,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
 @pytest.fixture(autouse=True)
 def _warn_again() -> None:
-    ops._warn.cache_clear()
+    fallback.warn_again()
 
 
 class Layer:
@@ -200,3 +200,32 @@ def test_fake_results_have_the_layout_of_real_ones(m: int, f: int) -> None:
     fake = torch.ops.srelu24.gemm_relu2_24_count(x.to("meta"), w1.to("meta"), None)
     assert [(t.shape, t.dtype) for t in fake] == [(t.shape, t.dtype) for t in real]
     assert m < 2 or [t.stride() for t in fake] == [t.stride() for t in real]
+
+
+# ---------------------------------------------------------------------------------------------------- batch invariance
+
+
+def test_batch_invariance_is_the_same_function(layer: Layer) -> None:
+    assert torch.equal(srelu24.ffn(*layer.all, deterministic="batch"), srelu24.ffn(*layer.all))
+
+
+def test_what_cannot_be_batch_invariant_is_refused_not_computed_dense(layer: Layer) -> None:
+    odd = Layer(d=41)
+    with pytest.raises(Unsupported, match="Batch-invariant results need the sparse kernels: a width of 41"):
+        srelu24.ffn(*odd.all, deterministic="batch")
+    with pytest.raises(Unsupported, match="gradients are recorded"):
+        srelu24.ffn(layer.x, layer.w1.requires_grad_(), layer.w2, deterministic="batch")
+    assert srelu24.explain(*odd.all, deterministic="batch").runs == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"deterministic": "always"}, "deterministic is 'always'; it must be run or batch"),
+        ({"deterministic": "batch", "mode": "dense"}, "The dense FFN is not batch-invariant"),
+    ],
+)
+def test_wrong_determinism_is_refused(arguments: dict[str, str], words: str, layer: Layer) -> None:
+    for call in (srelu24.ffn, srelu24.explain):
+        with pytest.raises(Unsupported, match=words):
+            call(*layer.all, **arguments)  # type: ignore[operator]

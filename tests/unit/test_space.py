@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 from hypothesis import given
@@ -40,16 +41,17 @@ THREAD = Producer.THREAD
         (Problem(dataclasses.replace(DENSE, count_nonzeros=True), 1, 8, 8), "only gemm_relu2_24 counts.* not gemm"),
         (Problem(dataclasses.replace(FUSED, residual=True), 1, 8, 8), "only spgemm adds a residual"),
         (Problem(dataclasses.replace(PRUNE, bias=True), 1, 8), "sparsify24 takes no bias"),
-        (
-            Problem(dataclasses.replace(DENSE, tokens=True), 16, 64, 64),
-            "only GEMMs with a packed output pack along tokens",
-        ),
+        (Problem(dataclasses.replace(DENSE, tokens=True), 16, 64, 64), "only GEMMs with a packed output pack along"),
         (Problem(dataclasses.replace(PRUNE, permuted=True), 16, 64), "sparsify24 has no rows to permute"),
         (Problem(dataclasses.replace(RESIDUAL, permuted=True), 16, 64, 64), "spgemm with a residual has no rows"),
         (Problem(dataclasses.replace(DENSE, transposed=True), 16, 64, 64), "only spgemm_tokens has an output"),
         (Problem(dataclasses.replace(GRADIENT, tokens=False), 16, 64, 64), "always packs along tokens"),
         (Problem(dataclasses.replace(GRADIENT, bias=True), 16, 64, 64), "gemm_drelu2_24 takes no bias"),
         (Problem(dataclasses.replace(WEIGHTS, activation=RELU2), 64, 64, 16), "spgemm_tokens has no activation"),
+        (
+            Problem(dataclasses.replace(WEIGHTS, out=DType.FP16), 64, 64, 16),
+            "result of spgemm_tokens on bf16 is of its",
+        ),
         (Problem(GRADIENT, 24, 64, 64), "24 tokens are not a multiple of 16; pad the batch"),
         (Problem(WEIGHTS, 64, 64, 24), "24 tokens are not a multiple of 16"),
         (Problem(WEIGHTS, 72, 64, 16), "a width of 72 is not a multiple of 64"),
@@ -106,15 +108,12 @@ def test_a_producer_thread_needs_whole_blocks_of_b(family: Family, n: int, ok: b
     assert space.supports(Problem(family, 64, n, 64), KernelConfig(), H200).ok
 
 
-families = st.builds(
-    Family,
-    st.sampled_from((Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24)),
-    st.sampled_from(DType),
-    st.sampled_from(Activation),
-    st.booleans(),
-    st.booleans(),
-).filter(lambda family: space.supports_family(family).ok)
-widths = st.integers(1, 4000).map(lambda w: 8 * w)
+FLAGS, TYPES = (False, True), (None, *DType)
+every_family = itertools.starmap(
+    Family, itertools.product(Op, DType, Activation, FLAGS, FLAGS, (False,), TYPES, TYPES, FLAGS)
+)
+families = st.sampled_from([f for f in every_family if space.supports_family(f).ok and not space.trains(f)])
+widths = st.integers(1, 2000).map(lambda w: 16 * w)
 targets = st.sampled_from([TARGETS[key] for key in ("h200", "h100-pcie")])
 
 
@@ -122,15 +121,16 @@ targets = st.sampled_from([TARGETS[key] for key in ("h200", "h100-pcie")])
 def test_candidates_are_valid_distinct_and_start_with_the_default(
     family: Family, m: int, n: int, k: int, target: GpuTarget
 ) -> None:
-    problem = Problem(family, m, n, 0 if family.op is Op.SPARSIFY24 else k)
+    problem = Problem(family, m, n, k if family.op.multiplies else 0)
     found = space.candidates(problem, target)
     assert found[0] == space.default(problem, target)
     assert len(set(found)) == len(found)
     assert all(space.supports(problem, config, target).ok for config in found)
-    if family.op is Op.SPARSIFY24:
+    if not family.op.multiplies:
         assert found == [KernelConfig()]
     else:
-        assert len(found) > 4
+        assert len(found) > 1
+        assert {config.tile_k * family.dtype.bytes for config in found} == {128}
 
 
 def test_large_problems_try_several_rasters_and_small_ones_small_tiles() -> None:
@@ -161,3 +161,57 @@ def test_defaults(family: Family) -> None:
         assert config.stream_k
     assert space.default(Problem(family, 128, 256, 64), H200).cluster_m == 1
     assert space.default(Problem(family, 0, 256, 64), H200) in space.candidates(Problem(family, 0, 256, 64), H200)
+
+
+# ---------------------------------------------------------------------------------------------- 8-bit families
+
+E4M3 = DType.E4M3
+SPARSE8 = Family(Op.SPGEMM, E4M3, out=DType.BF16)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        (Family(Op.SPGEMM, E4M3), "the result of spgemm on e4m3 is bf16 or fp16, not of its own type"),
+        (Family(Op.SPGEMM, E4M3, out=E4M3), "bf16 or fp16, not e4m3"),
+        (Family(Op.GEMM_RELU2_24, E4M3, Activation.RELU2, out=DType.FP16), "is bf16 or e4m3, not fp16"),
+        (Family(Op.SPGEMM, DType.E5M2, out=DType.BF16), "spgemm does not take e5m2"),
+        (Family(Op.SPGEMM, E4M3, out=DType.BF16, weight=DType.BF16), "a weight beside e4m3 is e4m3 or e5m2"),
+        (Family(Op.SPGEMM, DType.BF16, out=DType.FP16), "of its own type, not fp16"),
+        (Family(Op.SPGEMM, DType.BF16, promote=True), "no promoted sums"),
+        (Family(Op.QUANTIZE_ROWS, E4M3, out=E4M3), "quantize_rows does not take e4m3"),
+        (Family(Op.SPARSIFY24, E4M3), "sparsify24 does not take e4m3"),
+        (
+            Family(Op.GEMM_RELU2_24, E4M3, Activation.RELU2, count_nonzeros=True, out=E4M3),
+            "does not count non-zeros",
+        ),
+    ],
+)
+def test_types_that_do_not_go_together(family: Family, words: str) -> None:
+    verdict = space.supports_family(family)
+    assert not verdict.ok
+    assert words in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "words"),
+    [
+        (SPARSE8, KernelConfig(), "tile_k = 64 is not 128, the 128-byte swizzle span of e4m3 B"),
+        (dataclasses.replace(SPARSE8, promote=True), KernelConfig(tile_k=128), "fit with tile_n = 128 only"),
+        (
+            dataclasses.replace(SPARSE8, bias=True),
+            KernelConfig(tile_m=192, tile_k=128, producer=THREAD),
+            "no registers left for scales and a bias",
+        ),
+    ],
+)
+def test_8_bit_configs_are_refused_with_the_reason(family: Family, config: KernelConfig, words: str) -> None:
+    verdict = space.supports_config(family, config, H200)
+    assert not verdict.ok
+    assert words in verdict.reason
+
+
+def test_8_bit_widths_are_multiples_of_16() -> None:
+    assert space.supports_problem(Problem(SPARSE8, 5, 48, 272), H200).ok
+    for n, k in ((40, 272), (48, 264)):
+        assert "is not a multiple of 16" in space.supports_problem(Problem(SPARSE8, 5, n, k), H200).reason

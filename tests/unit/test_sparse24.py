@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from srelu24.sparse24 import Sparse24, metadata_shape, pack_metadata, row_stride, unpack_metadata
+from srelu24.sparse24 import (
+    FP8_DTYPES,
+    FragmentOrder,
+    Sparse24,
+    metadata_shape,
+    pack_metadata,
+    row_stride,
+    unpack_metadata,
+)
 from srelu24_gen.errors import Unsupported
 
 LEGAL_NIBBLES = [i0 | i1 << 2 for i1 in range(4) for i0 in range(i1)]
@@ -66,16 +74,33 @@ def test_fragment_order_word_by_word(m: int, f: int) -> None:
                 assert int(e[i, j, thread, q]) & 0xFFFFFFFF == word
 
 
-@given(m=st.integers(0, 200), f8=st.integers(1, 80), seed=st.integers(0, 2**32))
-def test_metadata_is_a_bijection(m: int, f8: int, seed: int) -> None:
+@pytest.mark.parametrize(("m", "f"), [(1, 16), (63, 48), (65, 272), (70, 528)])
+def test_8_bit_fragment_order_word_by_word(m: int, f: int) -> None:
+    """Every word of E against the sentence in docs/fp8.md, padding included."""
+    nibbles = random_nibbles(m, f)
+    e = pack_metadata(nibbles, FragmentOrder.BITS8)
+    for i, j in torch.cartesian_prod(*map(torch.arange, e.shape[:2])).tolist():
+        for thread in range(128):
+            w, g, t = thread // 32, thread % 32 // 4, thread % 4
+            for q in range(4):
+                row, column = 64 * i + 16 * w + g + 8 * (t & 1), 256 * j + 64 * q + 32 * (t >> 1)
+                groups = [column // 4 + n for n in range(8)]
+                word = sum(
+                    (int(nibbles[row, c]) if row < m and c < f // 4 else 4) << 4 * n for n, c in enumerate(groups)
+                )
+                assert int(e[i, j, thread, q]) & 0xFFFFFFFF == word
+
+
+@given(m=st.integers(0, 200), f16=st.integers(1, 40), seed=st.integers(0, 2**32), order=st.sampled_from(FragmentOrder))
+def test_metadata_is_a_bijection(m: int, f16: int, seed: int, order: FragmentOrder) -> None:
     """Any 16 nibble values survive, so no two groups share bits; what is left over is zero groups."""
-    f = 8 * f8
+    f = order.granule * f16
     nibbles = torch.randint(16, (m, f // 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    e = pack_metadata(nibbles)
+    e = pack_metadata(nibbles, order)
     assert e.shape == metadata_shape(m, f)
-    assert torch.equal(unpack_metadata(e, m, f), nibbles)
+    assert torch.equal(unpack_metadata(e, m, f, order), nibbles)
     blocks_m, blocks_f = e.shape[:2]
-    everything = unpack_metadata(e, 64 * blocks_m, 256 * blocks_f)
+    everything = unpack_metadata(e, 64 * blocks_m, 256 * blocks_f, order)
     assert (everything[m:] == 4).all()
     assert (everything[:, f // 4 :] == 4).all()
 
@@ -247,9 +272,9 @@ def test_shapes_that_cannot_be(m: int, f: int) -> None:
         Sparse24.empty(m, f, torch.bfloat16, "cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.float8_e4m3fnuz])
 def test_dtypes_that_cannot_be(dtype: torch.dtype) -> None:
-    with pytest.raises(Unsupported, match=r"torch\.bfloat16 or torch\.float16"):
+    with pytest.raises(Unsupported, match=r"packed values are torch\..*torch\.bfloat16, torch\.float16"):
         Sparse24.empty(1, 8, dtype, "cpu")
 
 
@@ -330,3 +355,68 @@ def test_repr_is_short() -> None:
 
 def test_random_nibbles_cover_all_six() -> None:
     assert set(random_nibbles(8, 64).flatten().tolist()) == set(LEGAL_NIBBLES)
+
+
+# ---------------------------------------------------------------- 8-bit values
+
+
+def random_fp8(m: int, f: int, dtype: torch.dtype = torch.float8_e4m3fn) -> Sparse24:
+    packed = Sparse24.empty(m, f, dtype, "cpu")
+    bits = torch.randint(256, (m, f // 2), generator=torch.Generator().manual_seed(m + f), dtype=torch.uint8)
+    packed.values.copy_(bits.view(dtype))
+    packed.metadata.copy_(pack_metadata(random_nibbles(m, f), packed.order))
+    return packed
+
+
+@pytest.mark.parametrize("dtype", FP8_DTYPES)
+@pytest.mark.parametrize(("m", "f"), [(0, 16), (1, 16), (65, 48), (130, 1872)])
+def test_8_bit_values_to_dense_and_through_cutlass(m: int, f: int, dtype: torch.dtype) -> None:
+    packed = random_fp8(m, f, dtype)
+    assert packed.order is FragmentOrder.BITS8
+    assert packed.values.stride(0) % 16 == 0 or m < 2
+    nibbles = random_nibbles(m, f)
+    dense, kept = packed.to_dense().view(torch.uint8), packed.values.view(torch.uint8)
+    expected = torch.zeros(m, f // 4, 4, dtype=torch.uint8)
+    for value, position in ((kept[:, 0::2], nibbles & 3), (kept[:, 1::2], nibbles >> 2)):
+        expected.scatter_(2, position[..., None].long(), value[..., None])
+    assert torch.equal(dense, expected.view(m, f))
+    for tile_k in (64, 128, 256):
+        values, e = packed.to_cutlass(tile_k)
+        back = Sparse24.from_cutlass(values, e, (m, f), tile_k)
+        assert (back.order, back.dtype) == (packed.order, dtype)
+        assert torch.equal(back.metadata, packed.metadata)
+        assert torch.equal(back.values.view(torch.uint8), kept)
+
+
+@pytest.mark.parametrize(("m", "f"), [(1, 16), (65, 272)])
+def test_cutlass_8_bit_order_byte_by_byte(m: int, f: int) -> None:
+    """``TensorEAtom_8bit`` is row-major: 64 rows of 128 columns, a byte for each 8 of them."""
+    nibbles = random_nibbles(m, f)
+    e = random_fp8(m, f).to_cutlass(128)[1].view(torch.uint8).flatten()
+    rows = -(-m // 64) * 64
+    for row in range(m):
+        for column in range(0, f, 8):
+            byte = nibbles[row, column // 4] | nibbles[row, column // 4 + 1] << 4
+            assert e[column // 128 * rows * 16 + row * 16 + column % 128 // 8] == byte
+
+
+def test_16_bit_values_may_have_8_bit_metadata_but_not_the_reverse() -> None:
+    packed = Sparse24.empty(3, 32, torch.bfloat16, "cpu", FragmentOrder.BITS8)
+    assert repr(packed) == "Sparse24(3x32, torch.bfloat16, cpu, 8-bit metadata)"
+    packed.values.copy_(torch.arange(48.0).view(3, 16))
+    packed.metadata.copy_(pack_metadata(random_nibbles(3, 32), FragmentOrder.BITS8))
+    e = pack_metadata(random_nibbles(3, 32))
+    assert torch.equal(packed.to_dense(), Sparse24(packed.values, e, (3, 32)).to_dense())
+    assert torch.equal(packed.to_cutlass()[1], Sparse24(packed.values, e, (3, 32)).to_cutlass()[1])
+    with pytest.raises(Unsupported, match="16-bit order; 8-bit is needed"):
+        Sparse24.empty(3, 32, torch.float8_e4m3fn, "cpu", FragmentOrder.BITS16)
+    with pytest.raises(Unsupported, match="multiple of 16"):
+        Sparse24.empty(3, 24, torch.float8_e4m3fn, "cpu")
+    with pytest.raises(Unsupported, match=r"tile_k is 32; CUTLASS's 8-bit sparse GEMM needs a positive multiple of 64"):
+        random_fp8(3, 32).to_cutlass(32)
+
+
+def test_the_order_survives_a_pytree() -> None:
+    packed = random_fp8(5, 32)
+    again = pytree.tree_map(lambda t: t, packed)
+    assert again.order is FragmentOrder.BITS8

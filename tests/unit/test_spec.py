@@ -19,7 +19,10 @@ from srelu24_gen.space import supports_family
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 
 FLAGS = (False, True)
-every_family = itertools.starmap(Family, itertools.product(Op, DType, Activation, FLAGS, FLAGS, FLAGS))
+TYPES = (None, *DType)
+every_family = itertools.starmap(
+    Family, itertools.product(Op, DType, Activation, FLAGS, FLAGS, FLAGS, TYPES, TYPES, FLAGS)
+)
 families = st.sampled_from([family for family in every_family if supports_family(family).ok])
 configs = st.builds(
     KernelConfig,
@@ -34,7 +37,7 @@ configs = st.builds(
 
 
 def spec_of(family: Family, config: KernelConfig) -> KernelSpec:
-    return KernelSpec(family, KernelConfig() if family.op is Op.SPARSIFY24 else config)
+    return KernelSpec(family, config if family.op.multiplies else KernelConfig())
 
 
 specs = st.builds(spec_of, families, configs)

@@ -1,142 +1,30 @@
-"""The tuner on simulated GPUs, its decisions under noise, and the worker process with children that hang and crash."""
+"""The search on simulated GPUs."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
 import random
-import signal
-import subprocess
 import sys
-import textwrap
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from srelu24 import measure, noise, tune, verify, worker
-from srelu24.db import Database, Trial
-from srelu24.noise import choose_pair, speedup
+import fake_child
+from fake_gpu import DEFAULTS, GEMM1, GEMM2, GOOD, H200, NEXT, OTHERS, D, F, FakeGpu, M, better
+from srelu24 import tune
+from srelu24.db import Database
+from srelu24.dense import WAYS
+from srelu24.records import Trial
+from srelu24.search import FEWEST
 from srelu24.tune import tune_ffn
 from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted
-from srelu24.worker import (
-    Candidate,
-    Done,
-    Failed,
-    Job,
-    Outcome,
-    Progressed,
-    Reply,
-    Started,
-    Step,
-    Timed,
-    Verified,
-    Worker,
-)
-from srelu24_gen import space
-from srelu24_gen.errors import CompileError, LaunchError, Srelu24Error, Unsupported
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
-from srelu24_gen.target import TARGETS
-
-H200 = TARGETS["h200"]
-M, D, F = 4096, 2048, 8192
-GEMM1 = Problem(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), M, F, D)
-GEMM2 = Problem(Family(Op.SPGEMM, DType.BF16), M, D, F)
-DEFAULTS = (space.default(GEMM1, H200), space.default(GEMM2, H200))
-OTHERS = tuple([c for c in space.candidates(p, H200) if c != d] for p, d in zip((GEMM1, GEMM2), DEFAULTS, strict=True))
-NEXT = min(OTHERS[0], key=lambda c: (c.raster_group != DEFAULTS[0].raster_group, noise.changes(c, DEFAULTS[0])))
-"""The first to be tried after the default."""
-GOOD = tuple(max(o, key=functools.partial(noise.changes, d)) for o, d in zip(OTHERS, DEFAULTS, strict=True))
-"""As unlike the default as can be: another binary, and another raster."""
-
-
-class FakeGpu:
-    """A :class:`srelu24.search.Runner` that makes times up; every job and build passes its simulated seconds."""
-
-    def __init__(
-        self,
-        cost: Callable[[Problem, KernelConfig], float] = lambda problem, config: 1.0,
-        *,
-        pair_cost: Callable[[tuple[Step, ...]], float] | None = None,
-        sigma: float = 0.01,
-        drift: float = 0.1,
-        broken: Sequence[KernelConfig] = (),
-        build_seconds: float = 0.01,
-        overhead: float = 0.5,
-        version: str = "v1",
-        seed: int = 0,
-    ) -> None:
-        self.target = H200
-        self.cost, self.pair_cost, self.sigma, self.drift = cost, pair_cost, sigma, drift
-        self.broken, self.build_seconds, self.overhead, self.version = broken, build_seconds, overhead, version
-        self.unbuildable: Sequence[KernelConfig] = ()
-        self.interrupt_after: int | None = None
-        self.random = random.Random(seed)
-        self.clock = 0.0
-        self.jobs: list[Job] = []
-        self.closed = False
-
-    def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
-        for spec in specs:
-            self.clock += self.build_seconds
-            yield spec, CompileError("no such register") if spec.config in self.unbuildable else self.key(spec)
-
-    def key(self, spec: KernelSpec) -> str:
-        return f"{self.version}-{spec.digest}"
-
-    def run(self, job: Job) -> Iterator[Outcome]:
-        if self.interrupt_after is not None and len(self.jobs) >= self.interrupt_after:
-            raise KeyboardInterrupt
-        self.jobs.append(job)
-        self.clock += job.seconds + self.overhead
-        alive = []
-        for candidate in job.candidates:
-            if any(step.config in self.broken for step in candidate.steps):
-                yield Failed(candidate.name, "no answer within 30 s; the kernel hangs")
-            else:
-                alive.append(candidate)
-        rounds = max(job.min_rounds, int(job.seconds / (0.025 * max(len(alive), 1))))
-        samples: dict[str, list[float]] = {c.name: [] for c in alive}
-        clock = 1.0
-        for _ in range(rounds):
-            clock *= 1 + self.random.gauss(0, self.drift)  # all candidates of a round share the GPU's mood
-            for candidate in alive:
-                ms = sum(self.cost(step.problem, step.config) for step in candidate.steps)
-                if self.pair_cost and len(candidate.steps) == 2:
-                    ms = self.pair_cost(candidate.steps)
-                samples[candidate.name].append(ms * clock * (1 + self.random.gauss(0, self.sigma)))
-        yield Progressed(1.0)
-        for name, taken in samples.items():
-            yield Timed(name, sorted(taken)[len(taken) // 2], taken, sm_mhz=1500.0, watts=690.0)
-
-    def versions(self) -> dict[str, str]:
-        return {"driver": "580.1"}
-
-    def now(self) -> float:
-        return self.clock
-
-    def close(self) -> None:
-        self.closed = True
-
-    def timed(self, stage_rounds: int) -> set[tuple[Problem, KernelConfig]]:
-        """What ran in jobs of so many rounds at least: 5 is a screening."""
-        return {
-            (step.problem, step.config)
-            for job in self.jobs
-            if job.min_rounds == stage_rounds
-            for candidate in job.candidates
-            for step in candidate.steps
-        }
-
-
-def better(*configs: KernelConfig, factor: float = 0.95) -> Callable[[Problem, KernelConfig], float]:
-    return lambda problem, config: factor if config in configs else 1.0
+from srelu24.worker import Job, Outcome, Worker
+from srelu24_gen import cost, space
+from srelu24_gen.errors import CompileError, LaunchError, Unsupported
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
 
 
 @pytest.fixture
@@ -173,7 +61,7 @@ def test_the_fastest_pair_is_found_stored_and_found_again(db: Database, seed: in
         assert evidence.default_ms / evidence.ms == pytest.approx(1 / 0.95, rel=0.05)
         assert evidence.source_digest == gpu.key(KernelSpec(problem.family, config))
         assert evidence.versions == {"driver": "580.1"}
-        assert (evidence.sm_mhz, evidence.watts, evidence.dense_ms) == (1500.0, 690.0, None)
+        assert (evidence.sm_mhz, evidence.watts, evidence.throttled) == (1500.0, 690.0, False)
         assert evidence.pair_ms == report.pair_ms
         assert evidence.samples >= 8
 
@@ -192,17 +80,43 @@ def test_every_candidate_is_tried_and_every_trial_is_kept(db: Database) -> None:
     assert report.tried == len(trials(db))
 
 
-def test_every_binary_is_screened_before_any_variant_and_those_like_the_default_first(db: Database) -> None:
+def screening_order(gpu: FakeGpu, problem: Problem) -> list[KernelConfig]:
+    """Configurations besides the default in the order of their first timing."""
+    jobs = [[c.steps[0] for c in job.candidates] for job in gpu.jobs if job.min_rounds == 5]
+    return [step.config for steps in jobs for step in steps[1:] if step.problem == problem and step.config]
+
+
+def test_every_binary_is_screened_before_any_variant_and_the_model_decides_the_order(db: Database) -> None:
     gpu = FakeGpu()
     run(db, gpu)
     for problem, default, others in zip((GEMM1, GEMM2), DEFAULTS, OTHERS, strict=True):
-        jobs = [[c.steps[0] for c in job.candidates] for job in gpu.jobs if job.min_rounds == 5]
-        order = [step.config for steps in jobs for step in steps[1:] if step.problem == problem]
+        order = screening_order(gpu, problem)
         binaries = {c.compiled() for c in others} - {default.compiled()}
         first = order[: len(binaries)]
         assert {c.compiled() for c in first} == binaries
-        changed = [noise.changes(c, default) for c in first]
-        assert changed == sorted(changed)
+        predicted = [min(cost.cost(problem, o, H200).us for o in others if o.compiled() == c.compiled()) for c in first]
+        assert predicted == sorted(predicted)
+
+
+def test_little_time_goes_to_what_the_model_ranks_best(db: Database) -> None:
+    gpu = FakeGpu(overhead=0.05, build_seconds=0.0)
+    report = run(db, gpu, budget_s=3.5)
+    for problem, default in zip((GEMM1, GEMM2), DEFAULTS, strict=True):
+        order = screening_order(gpu, problem)
+        assert len(order) == FEWEST
+        best = next(c for c in cost.rank(problem, H200) if c.compiled() != default.compiled())
+        assert order[0].compiled() == best.compiled()
+    assert report.skipped == len(OTHERS[0]) + len(OTHERS[1]) - 2 * FEWEST
+    assert report.seconds < 8
+
+
+def test_winners_of_other_token_counts_are_tried_first_even_in_little_time(db: Database) -> None:
+    run(db, FakeGpu(better(*GOOD)))
+    gpu = FakeGpu(better(*GOOD), overhead=0.1)
+    report = tune_ffn(2 * M, D, F, DType.BF16, db=db, runner=gpu, budget_s=4.0)
+    assert [r.kernel_config() for r in report.records] == list(GOOD)
+    for problem, good in zip((GEMM1, GEMM2), GOOD, strict=True):
+        assert screening_order(gpu, dataclasses.replace(problem, m=2 * M))[0] == good
 
 
 def test_the_default_stays_when_all_are_equal(tmp_path: Path) -> None:
@@ -284,7 +198,7 @@ def test_an_interrupt_keeps_the_trials_and_the_next_run_takes_them_over(db: Data
     assert report.resumed == len(known) - 2
     assert [r.kernel_config() for r in report.records] == list(GOOD)
     assert [f.reason for f in report.failures] == ["no answer within 30 s; the kernel hangs"]
-    assert {f.reason for f in report.pruned} == {"its binary failed with another raster group"}
+    assert {f.reason for f in report.pruned} == {"its binary failed with other runtime fields"}
     assert len(report.pruned) == len(kin)
 
 
@@ -328,16 +242,98 @@ def test_the_nearest_record_is_tried_first(db: Database, like: KernelConfig) -> 
     assert first.candidates[1].steps[0].config == near
 
 
-def test_dense_kernels_are_tuned_and_timed_beside_the_sparse_ones(db: Database) -> None:
+def test_dense_ffns_are_timed_beside_the_pairs_in_every_search(db: Database) -> None:
     gpu = FakeGpu(lambda problem, config: 1.3 if problem.family.op is Op.GEMM else 1.0)
-    report = run(db, gpu, dense=True)
+    report = run(db, gpu)
+    expected = {"cublas": 1.5, "mixed": 1.4, "gemm": 1.3}  # FakeGpu.cublas is 1.5, the pair is 1.0 each
+    for record in report.records:
+        assert set(record.evidence.dense) == set(WAYS) == set(expected)
+        for way, dense in record.evidence.dense.items():
+            assert dense.speedup == pytest.approx(expected[way], rel=0.02)
+            assert 1 < dense.low <= dense.speedup
+            assert dense.ms / report.pair_ms == pytest.approx(expected[way], rel=0.1)
+        best = record.evidence.best_dense
+        assert best
+        assert best[0] == "gemm"
+    assert not [t for t in trials(db) if t.family.op is Op.GEMM], "they are no trials of this search"
+
+
+def test_a_dense_ffn_that_fails_costs_only_itself(db: Database) -> None:
+    first, _ = Shape(M, D, F).dense_gemms(DType.BF16)
+    gpu = FakeGpu()
+    gpu.hanging = [first]
+    report = run(db, gpu)
+    assert set(report.records[0].evidence.dense) == {"cublas"}
+    assert {f.reason for f in report.failures} == {"no answer within 30 s; the kernel hangs"}
+
+
+def test_dense_gemms_are_tuned_first_where_asked_for(db: Database) -> None:
+    report = run(db, FakeGpu(), dense=True)
     assert [r.family.op for r in report.records] == [Op.GEMM_RELU2_24, Op.SPGEMM, Op.GEMM, Op.GEMM]
-    for record in report.records[:2]:
-        assert record.evidence.dense_ms
-        assert record.evidence.dense_ms / record.evidence.ms == pytest.approx(1.3, rel=0.1)
-        assert record.evidence.pair_dense_ms
-        assert record.evidence.pair_dense_ms / report.pair_ms == pytest.approx(1.3, rel=0.1)
     assert report.seconds < 600 * 1.2
+
+
+def test_a_winner_that_is_wrong_at_full_size_makes_way_for_the_next(db: Database) -> None:
+    second = next(c for c in OTHERS[1] if c.compiled() != GOOD[1].compiled())
+    gpu = FakeGpu(lambda problem, config: {GOOD[0]: 0.9, GOOD[1]: 0.8, second: 0.85}.get(config, 1.0))
+    gpu.wrong_at_full_size = [GOOD[1]]
+    report = run(db, gpu)
+    assert [r.kernel_config() for r in report.records] == [GOOD[0], second]
+    assert "wrong result" in report.failures[-1].reason
+    assert [t.reason for t in trials(db) if t.stage == "pair" and t.outcome == "failed"]
+    gpu = FakeGpu()
+    gpu.wrong_at_full_size = [DEFAULTS[0]]
+    with pytest.raises(LaunchError, match=r"default.*wrong result"):
+        run(db, gpu, resume=False)
+
+
+def test_a_whole_search_survives_candidates_that_hang_crash_break_the_device_and_are_wrong(db: Database) -> None:
+    class RealWorker(FakeGpu):
+        """The tuner's own worker process, with a child whose device is made up."""
+
+        child = Worker("fake", step_seconds=0.5, command=(sys.executable, "-S", str(fake_child.__file__)))
+
+        def run(self, job: Job) -> Iterator[Outcome]:
+            self.clock += 0.1
+            return self.child.run(job)
+
+        def close(self) -> None:
+            self.child.close()
+
+    report = run(db, RealWorker(), budget_s=20.0)
+    fates = {fake_child.fate(t.config): t.reason for t in trials(db) if t.outcome == "failed"}
+    assert set(fates) == {"hangs", "crashes", "breaks", "wrong"}
+    assert "no answer within 0.5 s" in fates["hangs"]
+    assert "illegal memory access" in fates["crashes"]
+    assert "misaligned" in fates["breaks"]
+    assert "wrong result" in fates["wrong"]
+    right = [t for t in trials(db) if t.outcome == "ok"]
+    assert {fake_child.fate(t.config) for t in right} == {"right"}
+    assert len(right) > 40
+    assert len(report.records) == 2
+
+
+def test_throttling_spread_and_outliers_are_evidence(db: Database) -> None:
+    gpu = FakeGpu(drift=0.0)
+    gpu.throttled = True
+    evidence = run(db, gpu).records[0].evidence
+    assert evidence.throttled
+    assert all(t.throttled for t in trials(db) if t.outcome == "ok")
+    assert evidence.spread == pytest.approx(0.0135, rel=0.8), "1.35 sigma of 1 % noise"
+    assert evidence.outliers <= evidence.samples // 10
+    assert evidence.budget_s == 600
+
+
+def test_tuning_twice_gives_winners_within_2_percent(tmp_path: Path) -> None:
+    costs: dict[KernelConfig, float] = {}
+    rng = random.Random(5)
+    for config in (*OTHERS[0], *OTHERS[1], *DEFAULTS):
+        costs.setdefault(config, rng.uniform(0.93, 1.1))
+    chosen = []
+    for seed in range(4):
+        report = run(Database.open(tmp_path, tmp_path / f"{seed}.sqlite"), FakeGpu(lambda p, c: costs[c], seed=seed))
+        chosen.append(sum(costs[r.kernel_config()] for r in report.records))
+    assert max(chosen) / min(chosen) < 1.02
 
 
 def test_bias_is_part_of_the_problem(db: Database) -> None:
@@ -379,270 +375,10 @@ def test_events_tell_the_whole_story_and_the_live_view_takes_them(
     assert msgspec.json.decode(msgspec.json.encode(report))["speedup"] == report.speedup
 
 
-# --- is it really faster? ---
-
-
-def paired(rng: random.Random, rounds: int, factors: Sequence[float], sigma: float = 0.02) -> list[list[float]]:
-    mood = [1 + rng.gauss(0, 0.2) ** 2 for _ in range(rounds)]
-    return [[f * x * (1 + rng.gauss(0, sigma)) for x in mood] for f in factors]
-
-
-def test_equal_candidates_are_hardly_ever_told_apart() -> None:
-    rng = random.Random(0)
-    wrong = 0
-    for _ in range(300):
-        times = paired(rng, 30, [1.0] * 9)
-        pairs = [(DEFAULTS[0], c) for c in [DEFAULTS[1], *OTHERS[1][:8]]]
-        wrong += choose_pair(dict(zip(pairs, times, strict=True)), pairs[0])[0] != pairs[0]
-    assert wrong <= 6  # 1 % of 300 is 3
-
-
-def test_a_clear_gain_is_seen_in_spite_of_drift() -> None:
-    rng = random.Random(0)
-    seen = 0
-    for _ in range(50):
-        default, good = paired(rng, 40, [1.0, 0.97])
-        found = speedup(default, good)
-        seen += found.low > 1
-        assert found.low <= found.median <= found.high
-        assert found.median == pytest.approx(1 / 0.97, abs=0.015)
-    assert seen >= 48
-
-
-@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
-def test_the_interval_holds_the_median_and_turns_around(samples: list[float]) -> None:
-    ones = [1.0] * len(samples)
-    there, back = speedup(samples, ones), speedup(ones, samples)
-    assert there.low <= there.median <= there.high
-    if there.low > 0:
-        assert back.high == pytest.approx(1 / there.low)
-    if len(samples) < 5:
-        assert there.low == 0, "so few rounds prove nothing"
-
-
-def test_a_tiny_gain_is_not_worth_a_change() -> None:
-    pair = (DEFAULTS[0], OTHERS[1][0])
-    tiny = 1 / (1 + (noise.MIN_GAIN - 1) / 2)
-    assert choose_pair({DEFAULTS: [1.0] * 40, pair: [tiny] * 40}, DEFAULTS)[0] == DEFAULTS
-
-
-def test_of_equals_the_one_nearest_to_the_default_is_kept() -> None:
-    rng = random.Random(1)
-    near = (DEFAULTS[0], dataclasses.replace(DEFAULTS[1], raster_group=4))
-    far = (dataclasses.replace(DEFAULTS[0], raster_group=4, stages=3), near[1])
-    default, a, b, c = paired(rng, 40, [1.0, 0.94, 0.9399, 0.8])
-    assert choose_pair({DEFAULTS: default, far: b, near: a}, DEFAULTS)[0] == near
-    assert choose_pair({DEFAULTS: default, far: c, near: a}, DEFAULTS)[0] == far
-
-
-# --- the worker process: the parent's end ---
-
-CHILD = """
-import json, os, signal, sys, time
-send = lambda **fields: print(json.dumps(fields), flush=True)
-send(type="Ready")
-for line in sys.stdin:
-    names = [c["name"] for c in json.loads(line)["candidates"]]
-    alive = []
-    for name in names:
-        send(type="Started", name=name)
-        if name.startswith("hangs"): time.sleep(60)
-        if name.startswith("crashes"): print("CUDA error: illegal access", file=sys.stderr, flush=True); os.abort()
-        if name.startswith("babbles"): print("warning: hello", flush=True)
-        if name.startswith("breaks"):
-            send(type="Failed", name=name, reason="illegal access", broken=True); sys.exit(1)
-        if name.startswith("wrong"): send(type="Failed", name=name, reason="wrong result"); continue
-        send(type="Verified", name=name); alive.append(name)
-    for name in alive:
-        if name.startswith("races"): time.sleep(60)
-        if name.startswith("meets") and len(alive) > 1: os._exit(7)
-    send(type="Progressed", fraction=1.0)
-    for name in alive: send(type="Timed", name=name, ms=1.0, samples=[float(os.getpid())])
-    send(type="Done")
-"""
-
-
-@pytest.fixture
-def children(tmp_path: Path) -> Iterator[Worker]:
-    script = tmp_path / "child.py"
-    script.write_text(textwrap.dedent(CHILD))
-    with Worker("cpu", step_seconds=0.4, start_seconds=20, command=(sys.executable, "-S", str(script))) as found:
-        yield found
-
-
-def job(*names: str) -> Job:
-    return Job(tuple(Candidate(name, (Step(GEMM2, DEFAULTS[1]),)) for name in names), 0.1, 1.0, 5)
-
-
-def outcomes(child: Worker, *names: str) -> tuple[list[str], dict[str, str]]:
-    """Who was timed, and why the others were not; each name must have exactly one end."""
-    found = list(child.run(job(*names)))
-    timed = [o.name for o in found if isinstance(o, Timed)]
-    failed = {o.name: o.reason for o in found if isinstance(o, Failed)}
-    ends = [o.name for o in found if isinstance(o, Timed | Failed)]
-    assert sorted(ends) == sorted(names)
-    return timed, failed
-
-
-def test_candidates_that_fail_are_left_out_and_the_others_are_timed(children: Worker) -> None:
-    timed, failed = outcomes(children, "a", "hangs 1", "b", "crashes", "wrong", "babbles", "breaks", "c", "hangs 2")
-    assert timed == ["a", "b", "c"]
-    assert "no answer within 0.4 s" in failed["hangs 1"]
-    assert failed["hangs 2"] == failed["hangs 1"]
-    assert failed["crashes"] == f"the worker ended by signal {signal.SIGABRT}: CUDA error: illegal access"
-    assert failed["wrong"] == "wrong result"
-    assert failed["breaks"] == "illegal access"
-    assert "warning: hello" in failed["babbles"]
-
-
-def test_one_child_serves_many_jobs(children: Worker) -> None:
-    pids = {o.samples[0] for _ in range(3) for o in children.run(job("a")) if isinstance(o, Timed)}
-    assert len(pids) == 1
-
-
-def test_a_loss_while_timing_is_traced_by_timing_alone(children: Worker) -> None:
-    timed, failed = outcomes(children, "a", "races", "b")
-    assert timed == ["a", "b"]
-    assert "hangs" in failed["races"]
-
-
-def test_those_that_only_fail_together_are_given_up(children: Worker) -> None:
-    timed, failed = outcomes(children, "meets", "a", "wrong")
-    assert timed == []
-    assert failed["meets"] == failed["a"] == "the worker ended with status 7"
-    assert outcomes(children, "b") == (["b"], {})
-
-
-def test_a_child_killed_between_jobs_is_replaced(children: Worker) -> None:
-    (first,) = [o for o in children.run(job("a")) if isinstance(o, Timed)]
-    os.kill(int(first.samples[0]), signal.SIGKILL)
-    time.sleep(0.1)
-    assert outcomes(children, "a") == (["a"], {})
-
-
-def test_an_abandoned_job_does_not_answer_the_next_one(children: Worker) -> None:
-    for outcome in children.run(job("wrong", "a")):
-        assert isinstance(outcome, Failed)
-        break
-    assert outcomes(children, "b") == (["b"], {})
-
-
-def test_a_child_that_cannot_start_is_an_error_with_its_last_words(tmp_path: Path) -> None:
-    script = tmp_path / "child.py"
-    script.write_text("raise SystemExit('no CUDA driver')")
-    child = Worker("cpu", command=(sys.executable, str(script)))
-    with pytest.raises(LaunchError, match=r"did not start: .*no CUDA driver"):
-        list(child.run(job("a")))
-
-
-def test_the_child_is_gone_after_close(children: Worker) -> None:
-    (timed,) = [o for o in children.run(job("a")) if isinstance(o, Timed)]
-    children.close()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(timed.samples[0]), 0)
-
-
-# --- the worker process: the child's end ---
-
-
-def test_the_child_verifies_then_times_and_chains_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    small1, small2 = (dataclasses.replace(GEMM1, m=64, n=256, k=64), dataclasses.replace(GEMM2, m=64, n=64, k=256))
-    wrong = dataclasses.replace(DEFAULTS[1], stages=2)
-    verified: list[tuple[Problem, KernelConfig]] = []
-    launched: list[tuple[Op, object, object]] = []
-
-    def fake_verify(
-        problem: Problem, config: KernelConfig, operands: worker.launch.Operands, arch: str
-    ) -> verify.Check:
-        verified.append((problem, config))
-        return verify.Check(config != wrong, 0.5, "the first at row 3")
-
-    monkeypatch.setattr(worker, "verify", fake_verify)
-    monkeypatch.setattr(worker.launch, "run", lambda spec, o: launched.append((spec.family.op, o.a, o.out)))
-
-    def fake_interleave(
-        calls: dict[str, Callable[[], None]], *, on_progress: Callable[[measure.Progress], None], **_: object
-    ) -> dict[str, measure.Timing]:
-        launched.clear()
-        for call in calls.values():
-            call()
-        on_progress(measure.Progress(1, 1.0))
-        return {name: measure.Timing(2.0, [2.0, 2.0]) for name in calls}
-
-    monkeypatch.setattr(worker, "interleave", fake_interleave)
-    replies: list[Reply] = []
-    session = worker.Session("cpu", replies.append)
-    chain = (Step(small1, DEFAULTS[0]), Step(small2, DEFAULTS[1]))
-    for _ in range(2):
-        session.run(Job((Candidate("chain", chain), Candidate("bad", (Step(small2, wrong),))), 0.5, 1.0, 5))
-    half = len(replies) // 2
-    assert (
-        replies[:half]
-        == replies[half:]
-        == [
-            Started("chain"),
-            Verified("chain"),
-            Started("bad"),
-            Failed("bad", "wrong result: the first at row 3"),
-            Progressed(1.0),
-            Timed("chain", 2.0, [2.0, 2.0]),
-            Done(),
-        ]
-    )
-    assert verified.count((small1, DEFAULTS[0])) == 1, "once is enough"
-    (first, _, out1), (second, a2, _) = launched
-    assert (first, second) == (Op.GEMM_RELU2_24, Op.SPGEMM)
-    assert a2 is out1
-
-
-def test_the_real_child_answers_survives_an_error_and_dies_with_its_parent() -> None:
-    command = [*worker.COMMAND, "cpu"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=worker.child_environment(), **pipes) as child:
-        assert child.stdin
-        assert child.stdout
-        assert msgspec.json.decode(child.stdout.readline(), type=Reply) == worker.Ready()
-        for _ in range(2):
-            impossible = msgspec.structs.replace(job("a"), density=2.0)  # no data has this density
-            child.stdin.write(msgspec.json.encode(impossible) + b"\n")
-            child.stdin.flush()
-            replies = [msgspec.json.decode(child.stdout.readline(), type=Reply) for _ in range(3)]
-            assert isinstance(replies[1], Failed)
-            assert "density" in replies[1].reason
-            assert replies[2] == Done()
-        child.stdin.close()
-        assert child.wait(timeout=10) == 0
-
-
-# --- the real runner, as far as it goes without a GPU ---
-
-
-def test_builds_come_as_they_are_done_and_stop_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = [KernelSpec(GEMM2.family, c) for c in OTHERS[1][:5]]
-    attempted: list[KernelSpec] = []
-
-    def fake_build_many(wanted: Sequence[KernelSpec], *, jobs: int, on_done: Callable[..., None]) -> None:
-        assert jobs >= 1
-        for spec in wanted:
-            attempted.append(spec)
-            on_done(spec, CompileError(spec.name))
-            time.sleep(0.05)
-
-    monkeypatch.setattr(tune, "build_many", fake_build_many)
-    monkeypatch.setattr(tune, "gpu_of", lambda device: H200)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    gpu = tune.GpuRunner(torch.device("cuda:0"))
-    assert [(spec, str(error)) for spec, error in gpu.build(specs)] == [(spec, spec.name) for spec in specs]
-
-    attempted.clear()
-    for _ in gpu.build(specs):
-        break
-    time.sleep(0.3)
-    assert len(attempted) < len(specs)
-
-    def fails(*_: object, **__: object) -> None:
-        raise CompileError("nothing can be built")
-
-    monkeypatch.setattr(tune, "build_many", fails)
-    with pytest.raises(CompileError, match="nothing can be built"):
-        list(gpu.build(specs))
+def test_8_bit_kernels_are_searched_without_dense_ffns_beside_them(db: Database) -> None:
+    gpu = FakeGpu()
+    report = tune_ffn(M, D, F, DType.E4M3, db=db, runner=gpu, budget_s=600.0)
+    assert [record.family.name for record in report.records] == ["gemm_relu2_24_e4m3_to_e4m3", "spgemm_e4m3_to_bf16"]
+    steps = [step for job in gpu.jobs for candidate in job.candidates for step in candidate.steps]
+    assert {step.problem.family.op for step in steps} == {Op.GEMM_RELU2_24, Op.SPGEMM}
+    assert {step.config.tile_k for step in steps if step.config} == {128}

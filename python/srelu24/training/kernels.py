@@ -20,7 +20,7 @@ from srelu24.tensor_map import tensor_map
 from srelu24.training.order import BLOCK, NATURAL, widest_stride
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.errors import LaunchError, Unsupported
-from srelu24_gen.spec import Activation, Family, KernelSpec, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
 
 
 def pruned_hidden(
@@ -139,7 +139,7 @@ def weight_gradient(
     family = Family(
         Op.SPGEMM_TOKENS,
         DTYPES[b.dtype],
-        fp32=out.dtype is torch.float32,
+        out=DType.FP32 if out.dtype is torch.float32 else None,
         accumulate=accumulate,
         transposed=transposed,
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from srelu24.fallback import FallbackWarning
-from srelu24.operands import check_ffn
+from srelu24.operands import autocast, check_ffn, differentiated
 from srelu24.training import reference, step
 from srelu24.training.recipe import LayerState
 from srelu24.training.reference import Gradients, Needed, Pruning
@@ -50,7 +50,7 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     Raises:
         Unsupported: ranks, sizes, types or devices do not fit together, or not with the layer's state.
     """
-    x, w1, w2, b1, b2 = _autocast(x, w1, w2, b1, b2)
+    x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     f, flag = w1.shape[0], layer.recipe.sparse_flag
     if f != len(layer.counts) or layer.counts.device != x.device:
@@ -59,7 +59,7 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
             f"F = {f} on {x.device}; make the recipe's layers when the model is where it will train."
         )
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w1, w2, b1, b2)):
+    if differentiated(x, w1, w2, b1, b2):
         pruning = (flag, layer.dense_features, layer.recipe.token_stride)
         y, hidden, counts = torch.ops.srelu24.ffn_train(rows, w1, w2, b1, b2, *pruning, layer.w1_grad, layer.w2_grad)
         layer.count(counts, rows.shape[0])
@@ -280,15 +280,6 @@ torch.library.register_autograd("srelu24::ffn_train_backward", _refuse_double_ba
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    """The operands as autocast wants those of a matrix product."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
 
 
 @functools.cache

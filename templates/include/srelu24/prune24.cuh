@@ -47,9 +47,9 @@ __device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t
 }
 
 /// Prune 16 neighbouring features: `value[f]` holds feature f of both rows.
-/// With Relu2 the values are relu(y), non-negative, and the kept ones are squared;
-/// without it selection is by magnitude and kept values keep their bits.
-template <class Element, bool Relu2>
+/// With Relu the values are relu(y), non-negative; without it selection is by magnitude. Kept values are squared, or
+/// keep their bits.
+template <class Element, bool Relu, bool Square>
 __device__ __forceinline__ uint32_t prune16(uint32_t const (&value)[16], uint4& row_low, uint4& row_high) {
   using P = Packed<Element>;
   uint32_t low[4], high[4], word = 0;
@@ -59,10 +59,10 @@ __device__ __forceinline__ uint32_t prune16(uint32_t const (&value)[16], uint4& 
     for (int i = 0; i < 4; ++i) {
       v[i] = value[4 * G + i];
       // relu leaves +0 and one canonical NaN; elsewhere drop the sign and make all NaNs tie.
-      magnitude[i] = Relu2 ? v[i] : __vminu2(v[i] & 0x7fff7fffu, P::kInfinity + 0x00010001u);
+      magnitude[i] = Relu ? v[i] : __vminu2(v[i] & 0x7fff7fffu, P::kInfinity + 0x00010001u);
     }
     prune_group<4 * G>(v, magnitude, kept0, kept1, word);
-    if constexpr (Relu2) {
+    if constexpr (Square) {
       kept0 = P::square(kept0);
       kept1 = P::square(kept1);
     }

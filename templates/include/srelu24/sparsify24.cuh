@@ -47,7 +47,7 @@ __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {
       }
     }
     uint4 kept_low, kept_high;
-    words[q] = prune16<Element, Relu2>(value, kept_low, kept_high);
+    words[q] = prune16<Element, Relu2, Relu2>(value, kept_low, kept_high);
     int const c = column + 64 * q;
     if (c < p.n) {
       auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(row) * p.out_stride + c / 2;

@@ -25,7 +25,11 @@ FLAGS = (
     *("-std=c++17", "-O1", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
     *("-shared", "-Xcompiler=-fPIC"),
 )
-KERNELS = {torch.bfloat16: ("spgemm_bf16_k64", 64), torch.float16: ("spgemm_fp16_k128", 128)}
+KERNELS = {
+    torch.bfloat16: ("spgemm_bf16_k64", 64),
+    torch.float16: ("spgemm_fp16_k128", 128),
+    torch.float8_e4m3fn: ("spgemm_e4m3_k128", 128),
+}
 """Function for each type, and the K of its tile, which decides E's order."""
 
 
@@ -73,7 +77,7 @@ class CutlassSpgemm:
         self._library.spgemm_status.restype = ctypes.c_char_p
 
     def __call__(self, s: Sparse24, b: Tensor) -> Tensor:
-        """S [M, F] packed times b [N, F] -> [M, N] on torch's current stream, without synchronising.
+        """S [M, F] packed times b [N, F] -> [M, N] on torch's current stream, without synchronising; bf16 from e4m3.
 
         M >= 1, N a multiple of 8.
 
@@ -83,9 +87,11 @@ class CutlassSpgemm:
         name, tile_k = KERNELS[s.dtype]
         m, f = s.shape
         values, e = s.to_cutlass(tile_k)
-        # CUTLASS takes a K that is a multiple of 16. The values come padded to one.
-        b = torch.nn.functional.pad(b, (0, f % 16)).contiguous()
-        y = torch.full((m, b.shape[0]), torch.nan, dtype=s.dtype, device=s.device)
+        # CUTLASS takes a K that is a multiple of 16, of 32 in 8 bits. The values come padded to one.
+        bits = b.view(torch.uint8 if b.itemsize == 1 else torch.int16)
+        b = torch.nn.functional.pad(bits, (0, -f % (32 // b.itemsize))).contiguous()
+        y_dtype = torch.bfloat16 if s.values.itemsize == 1 else s.dtype
+        y = torch.full((m, b.shape[0]), torch.nan, dtype=y_dtype, device=s.device)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, e, b, y)]
         stream = ctypes.c_void_p(torch.cuda.current_stream(s.device).cuda_stream)
         status = getattr(self._library, name)(*pointers, m, b.shape[0], b.shape[1], stream)

@@ -16,15 +16,15 @@ namespace {
 
 using namespace cute;
 
-// Y [M, N] row-major = S [M, K] B^T, B [N, K] row-major; fp32 sums, inputs and output of type Element.
-template <class Element, class TileShape, class ClusterShape>
+// Y [M, N] row-major = S [M, K] B^T, B [N, K] row-major; fp32 sums.
+template <class Element, class Output, class TileShape, class ClusterShape>
 struct Spgemm {
-  static constexpr int kAlignment = 16 / sizeof(Element);
+  static constexpr int kAlignment = 16 / sizeof(Element), kOutputAlignment = 16 / sizeof(Output);
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor, kAlignment,
-      Element, cutlass::layout::RowMajor, kAlignment,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor, kOutputAlignment,
+      Output, cutlass::layout::RowMajor, kOutputAlignment,
       cutlass::epilogue::collective::EpilogueScheduleAuto>::CollectiveOp;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
@@ -51,7 +51,7 @@ struct Spgemm {
         problem,
         {static_cast<Element const*>(values), Config::fill_layoutA(problem), static_cast<Element const*>(b), stride_b,
          static_cast<typename Mainloop::ElementE const*>(e), Config::fill_layoutE(problem)},
-        {{1.0f, 0.0f}, nullptr, {}, static_cast<Element*>(y), stride_y}};
+        {{1.0f, 0.0f}, nullptr, {}, static_cast<Output*>(y), stride_y}};
 
     // Refused here: sizes that CUTLASS does not take, such as a K that is no multiple of 16. No workspace is given.
     if (auto status = Gemm::can_implement(arguments); status != cutlass::Status::kSuccess) return status;
@@ -62,8 +62,9 @@ struct Spgemm {
 };
 
 // One kernel for each width of E's atom that our tiles could use; element type and cluster differ as well.
-using Bf16K64 = Spgemm<cutlass::bfloat16_t, Shape<_128, _256, _64>, Shape<_2, _1, _1>>;
-using Fp16K128 = Spgemm<cutlass::half_t, Shape<_128, _128, _128>, Shape<_1, _1, _1>>;
+using Bf16K64 = Spgemm<cutlass::bfloat16_t, cutlass::bfloat16_t, Shape<_128, _256, _64>, Shape<_2, _1, _1>>;
+using Fp16K128 = Spgemm<cutlass::half_t, cutlass::half_t, Shape<_128, _128, _128>, Shape<_1, _1, _1>>;
+using E4m3K128 = Spgemm<cutlass::float_e4m3_t, cutlass::bfloat16_t, Shape<_128, _256, _128>, Shape<_2, _1, _1>>;
 
 }  // namespace
 
@@ -74,6 +75,7 @@ using Fp16K128 = Spgemm<cutlass::half_t, Shape<_128, _128, _128>, Shape<_1, _1, 
 
 SPGEMM(spgemm_bf16_k64, Bf16K64)
 SPGEMM(spgemm_fp16_k128, Fp16K128)
+SPGEMM(spgemm_e4m3_k128, E4m3K128)
 
 extern "C" char const* spgemm_status(int status) {
   return cutlass::cutlassGetStatusString(static_cast<cutlass::Status>(status));

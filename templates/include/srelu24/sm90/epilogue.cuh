@@ -30,14 +30,16 @@ __device__ __forceinline__ int column_of(BlockPosition const& at, int i) {
   return at.column + (Config::kLoadOrder == LoadOrder::kOwn16 ? 64 * (i / 2) + 16 * t + 8 * (i % 2) : 32 * i + 8 * t);
 }
 
-/// accumulators = bias + residual, where the kernel has them and this is the tile's first piece along K, else 0. Loaded
+/// accumulators = bias + residual, where the kernel has them, no scales follow and this is the tile's first piece
+/// along K, else 0. Loaded
 /// straight into the accumulators, before the mainloop, they take no registers of their own. Zeros are set too, rather
 /// than told to the first MMA: it names the accumulators as inputs anyway, which would keep their registers taken
 /// between tiles, where the work is decoded.
 template <class Config>
 __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], GemmParams const& p,
                                            BlockPosition const& at, bool first_piece) {
-  using Element = typename Config::Element;
+  using Element = typename Config::Output;
+  constexpr bool kBias = Config::kBias && !Config::kScaled, kResidual = Config::kResidual && !Config::kScaled;
 #pragma unroll
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
@@ -46,8 +48,10 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
     for (int h = 0; h < 2; ++h) {
       int64_t const row = at.row + 8 * h;
       float x[8] = {};
-      if (Config::kResidual && inside && row < p.m) {
-        load8<Element>(x, static_cast<Element const*>(p.residual) + row * p.residual_stride + column);
+      if constexpr (kResidual) {
+        if (inside && row < p.m) {
+          load8<Element>(x, static_cast<Element const*>(p.residual) + row * p.residual_stride + column);
+        }
       }
 #pragma unroll
       for (int c = 0; c < 8; ++c) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] = x[c];
@@ -57,8 +61,9 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
     float bias[8] = {};
-    if (Config::kBias && column < p.n && first_piece)
-      load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
+    if constexpr (kBias) {
+      if (column < p.n && first_piece) load8<Element>(bias, static_cast<Element const*>(p.bias) + column);
+    }
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
 #pragma unroll
@@ -67,17 +72,74 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Gem
   }
 }
 
+/// What 8-bit sums stand for: acc * b_scale * a_scale + bias + residual, each operation rounded by itself. Applied to
+/// a few accumulators at a time, right before they are stored, since registers are short.
+template <class Config>
+struct Scaling {
+  using Output = typename Config::Output;
+  GemmParams const& p;
+  BlockPosition const& at;
+  float row_scale[2];
+
+  __device__ __forceinline__ Scaling(GemmParams const& params, BlockPosition const& position)
+      : p(params), at(position) {
+    if constexpr (Config::kScaled) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        row_scale[h] = at.row + 8 * h < p.m ? __ldg(p.scale.a + (at.row + 8 * h) * p.scale.a_step) : 0.f;
+      }
+    }
+  }
+
+  /// To accumulators [16i, 16i + 16).
+  __device__ __forceinline__ void apply(float (&acc)[Config::kTileN / 2], int i) const {
+    int const column = column_of<Config>(at, i);
+    if (!Config::kScaled || column >= p.n) return;
+    auto const* const bias = static_cast<float const*>(p.bias) + column;
+#pragma unroll
+    for (int c = 0; c < 8; c += 4) {
+      float4 const s = __ldg(reinterpret_cast<float4 const*>(p.scale.b + column + c));
+      float4 const b = Config::kBias ? __ldg(reinterpret_cast<float4 const*>(bias + c)) : float4{};
+      float const scales[4] = {s.x, s.y, s.z, s.w}, biases[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float& x = acc[16 * i + 4 * ((c + j) / 2) + 2 * h + j % 2];
+          x = __fmul_rn(__fmul_rn(x, scales[j]), row_scale[h]);
+          if constexpr (Config::kBias) x = __fadd_rn(x, biases[j]);
+        }
+      }
+    }
+    if constexpr (Config::kResidual) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int64_t const row = at.row + 8 * h;
+        float r[8] = {};
+        if (row < p.m) load8<Output>(r, static_cast<Output const*>(p.residual) + row * p.residual_stride + column);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          float& x = acc[16 * i + 4 * (c / 2) + 2 * h + c % 2];
+          x = __fadd_rn(x, r[c]);
+        }
+      }
+    }
+  }
+};
+
 /// out = act(accumulators), row-major, LoadOrder::kOwn8: eight columns a store.
 template <class Config>
 __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], GemmParams const& p,
                                             BlockPosition const& at) {
-  using Element = typename Config::Element;
+  using Element = typename Config::Output;
   using P = Packed<Element>;
   auto* out = static_cast<Element*>(p.out);
+  Scaling<Config> const scaling(p, at);
 #pragma unroll
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
     if (column >= p.n) continue;
+    scaling.apply(acc, i);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int64_t const row = at.row + 8 * h;
@@ -118,7 +180,7 @@ __device__ __forceinline__ void count_nonzeros16(uint32_t const (&value)[16], in
 template <class Config>
 __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], GemmParams const& p,
                                              BlockPosition const& at) {
-  using Element = typename Config::Element;
+  using Element = typename Config::Output;
   using P = Packed<Element>;
   static_assert(Config::kTileN == 256, "one 16-byte vector of E covers 256 columns");
   // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
@@ -137,7 +199,7 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], G
     int const feature = at.column + 64 * q + at.thread % 4 * 16;
     if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);
     uint4 low, high;
-    words[q] = prune16<Element, true>(value, low, high);
+    words[q] = prune16<Element, true, true>(value, low, high);
     auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
     store16(out, low, feature < p.n && at.row < p.m);
     store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);

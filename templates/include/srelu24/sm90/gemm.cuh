@@ -9,7 +9,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/cluster_sm90.hpp>
 
-#include <srelu24/sm90/epilogue.cuh>
+#include <srelu24/sm90/epilogue_scaled.cuh>
 #include <srelu24/sm90/mainloop.cuh>
 #include <srelu24/sm90/stream_k.cuh>
 #include <srelu24/sm90/tile_load.cuh>
@@ -32,7 +32,7 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
   };
   auto metadata = [&](Piece const& piece) {  // rows beyond M read the last block's E; their result is dropped
     int64_t const block = min(piece.row, p.m - 1) / 64;
-    return p.metadata + (block * ((p.k + 255) / 256) + piece.k_begin / 4) * 128 + threadIdx.x % 128;
+    return p.metadata + (block * ((p.k + 255) / 256) + piece.k_begin / kVectorBlocks<Config>)*128 + threadIdx.x % 128;
   };
 
   pieces.advance(-1, piece(0));
@@ -53,21 +53,26 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
     }
     bool whole = true;
     if constexpr (Config::kStreamK) whole = reduce<Config>(accumulators, p, pieces.now, cta, consumer);
-    if constexpr (Config::kSparse) {  // the next E arrives while this tile is stored
+    auto load_next_metadata = [&] {
       if (pieces.next.exists()) Mainloop<Config>::load_vector(e, metadata(pieces.next));
-    }
+    };
+    // The next E arrives while this tile is stored, unless scales take its registers then.
+    if constexpr (Config::kSparse && !Config::kScaled) load_next_metadata();
     if (whole && pieces.now.row < p.m) {
       BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
       if constexpr (Config::kHiddenGradient) {
         store_hidden_gradient<Config>(accumulators, p, at);
       } else if constexpr (Config::kAlongTokens) {
         store_weight_gradient<Config>(accumulators, p, at);
+      } else if constexpr (Config::kScaled && Config::kPrune) {
+        store_pruned_scaled<Config>(accumulators, p, at);
       } else if constexpr (Config::kPrune) {
         store_pruned<Config>(accumulators, p, at);
       } else {
         store_dense<Config>(accumulators, p, at);
       }
     }
+    if constexpr (Config::kSparse && Config::kScaled) load_next_metadata();
   }
 }
 

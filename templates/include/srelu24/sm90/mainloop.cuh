@@ -60,6 +60,8 @@ struct Mainloop {
   static constexpr int kAccumulators = Config::kTileN / 2;
   using Accumulators = float[kAccumulators];
   static constexpr int kSpanA = Config::kSparse ? 64 : 128;
+  static constexpr int kPromotedBlocks = Config::kPromotedBlocks;
+  static constexpr bool kPromotes = kPromotedBlocks > 0;
   using DescriptorA =
       cuda::std::conditional_t<Config::kAlongTokens, MnMajorDescriptor<32 * 128>, MatrixDescriptor<kSpanA>>;
   using DescriptorB =
@@ -74,31 +76,41 @@ struct Mainloop {
   /// accumulators += A B^T over `k_blocks` k-blocks, dense A. The producer's turn comes once per step, while MMAs fly.
   template <class Producer>
   __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Producer& producer) {
+    Accumulators own;
+    Accumulators& sums = sums_of(accumulators, own);
     bool first = true;
 #pragma unroll 1
     for (; k_blocks > 0; --k_blocks) {
-      step(accumulators, first, producer, [&](DescriptorA a, DescriptorB b) {
+      step(sums, first, producer, [&](DescriptorA a, DescriptorB b) {
 #pragma unroll
-        for (int k = 0; k < Config::kTileK / 16; ++k) {  // 16 of K: 32 bytes
-          fma<typename Config::Mma>(accumulators, a.at(32 * k), b.at(32 * k));
+        for (int k = 0; k < 4; ++k) {  // an instruction takes 32 bytes: 16 of K, or 32 in 8 bits
+          fma<typename Config::Mma>(sums, a.at(32 * k), b.at(32 * k));
         }
       });
-      first = false;
+      first = kPromotes && k_blocks % (kPromotes ? kPromotedBlocks : 1) == 1;
+      if (first && k_blocks > 1) promote(accumulators, sums);
     }
-    drain(accumulators);
+    drain(accumulators, sums);
   }
 
-  /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds four
-  /// k-blocks, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
+  /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds 256 of
+  /// K, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
   template <class Producer>
   __device__ __forceinline__ void sparse(Accumulators& accumulators, int k_blocks, uint4 const* metadata,
                                          uint32_t (&e)[4], Producer& producer) {
+    static_assert(!kPromotes || kPromotedBlocks == 2 * kVectorBlocks<Config>, "promoted after two vectors of E");
+    Accumulators own;
+    Accumulators& sums = sums_of(accumulators, own);
     uint32_t other[4];  // two vectors take turns: one feeds the MMAs while the next arrives
     bool first = true;
-    while (!sparse_vector(accumulators, first, k_blocks, metadata, e, other, producer) &&
-           !sparse_vector(accumulators, first, k_blocks, metadata, other, e, producer)) {
+    while (!sparse_vector(sums, first, k_blocks, metadata, e, other, producer) &&
+           !sparse_vector(sums, first, k_blocks, metadata, other, e, producer)) {
+      if constexpr (kPromotes) {
+        promote(accumulators, sums);
+        first = true;
+      }
     }
-    drain(accumulators);
+    drain(accumulators, sums);
   }
 
   /// E is read once: keep it out of L1.
@@ -116,15 +128,16 @@ struct Mainloop {
                                                 Producer& producer) {
     metadata += 128;
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
+    for (int q = 0; q < kVectorBlocks<Config>; ++q) {
       step(accumulators, first, producer, [&](DescriptorA a, DescriptorB b) {
-        // 32 of K: 32 bytes of packed A, 64 of B. One register of E serves both halves of the k-block: lanes
-        // t = 0, 1 supply the first, t = 2, 3 the second.
-        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[q]);
-        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[q]);
+        // An instruction takes 32 bytes of packed A and 64 of B. In 16 bits one register of E serves both halves of the
+        // k-block: lanes t = 0, 1 supply the first, t = 2, 3 the second. In 8 bits each half has a register.
+        constexpr int kRegisters = 4 / kVectorBlocks<Config>;
+        sparse_fma<typename Config::Mma>(accumulators, a.at(0), b.at(0), e[kRegisters * q]);
+        sparse_fma<typename Config::MmaUpper>(accumulators, a.at(32), b.at(64), e[kRegisters * q + kRegisters - 1]);
       });
       // Only now has every MMA that reads `next` retired.
-      if (q == 0 && left > 4) load_vector(next, metadata);
+      if (q == 0 && left > kVectorBlocks<Config>) load_vector(next, metadata);
       first = false;
       if (--left == 0) return true;
     }
@@ -148,10 +161,32 @@ struct Mainloop {
     ring.advance();
   }
 
-  __device__ __forceinline__ void drain(Accumulators& accumulators) {
+  __device__ __forceinline__ void drain(Accumulators& accumulators, Accumulators& sums) {
     cute::warpgroup_wait<0>();
-    fence(accumulators);
+    fence(sums);
     release(ring.previous());
+    if constexpr (kPromotes) {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; ++i) accumulators[i] += sums[i];
+    }
+  }
+
+  /// Where the tensor cores sum. They keep fewer bits of 8-bit sums than fp32 has, so with kPromotedBlocks they sum that
+  /// many k-blocks into accumulators of their own, which are then added in fp32.
+  static __device__ __forceinline__ Accumulators& sums_of(Accumulators& accumulators, Accumulators& own) {
+    if constexpr (!kPromotes) return accumulators;
+    zero(own);
+    return own;
+  }
+
+  __device__ __forceinline__ void promote(Accumulators& accumulators, Accumulators& sums) {
+    drain(accumulators, sums);
+    zero(sums);
+  }
+
+  static __device__ __forceinline__ void zero(Accumulators& sums) {
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = 0.f;
   }
 
   /// Give the retired stage back: warp w tells CTA w of the cluster, whose producer writes into this one's B.

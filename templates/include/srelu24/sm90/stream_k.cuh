@@ -71,7 +71,7 @@ __device__ __forceinline__ bool reduce(float (&acc)[Config::kTileN / 2], GemmPar
     return false;
   }
   if (piece.k_begin > 0) {  // then the piece starts where this cluster's share does
-    int const tile_begin = first_unit(p.split, cluster) - piece.k_begin / 4;
+    int const tile_begin = first_unit(p.split, cluster) - piece.k_begin / kVectorBlocks<Config>;
     for (int other = cluster - 1; other >= 0 && first_unit(p.split, other + 1) > tile_begin; --other) {
       PartialSlot<Config>(p.split, other, cta, consumer).add_to(acc);
     }

@@ -32,6 +32,10 @@ __device__ __forceinline__ int first_unit(SplitParams const& p, int cluster) {
   return cluster * p.units + min(cluster, p.extra);
 }
 
+/// k-blocks that a vector of E feeds. Split tiles are cut between vectors, whether A is sparse or not.
+template <class Config>
+inline constexpr int kVectorBlocks = 256 / Config::kTileK;
+
 /// The work at `index`. A cluster walks cluster, cluster + clusters, ...: first whole tiles; then, with
 /// stream-K, its even share of the remaining tiles' K: no more than a tile, so it lies in one or in two. The
 /// piece in the later tile comes first (stream_k.cuh says why).
@@ -40,7 +44,7 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   if (!Config::kStreamK || index < p.split.first_tile) {
     return {raster(p.raster, index), 0, index < p.raster.tiles ? p.k_blocks : 0};
   }
-  constexpr int kUnit = 4;
+  constexpr int kUnit = kVectorBlocks<Config>;
   int const clusters = gridDim.x / Config::kClusterM, cluster = blockIdx.x / Config::kClusterM;
   int const begin = first_unit(p.split, cluster), end = first_unit(p.split, cluster + 1);
   int tile, unit_end;  // the last unit's tile, and the unit in it

@@ -1,0 +1,169 @@
+"""An analytic model of a GEMM's time: ranks configurations before anything is timed, and explains a ranking.
+
+A kernel takes as long as the slowest of three things, plus what no load can hide:
+
+- *steps*: k-blocks that the busiest cluster works through, one after the other. Whole waves of tiles count whole, a
+  short last wave too; stream-K spreads it. A step lasts as long as its MMAs, or as a load that was issued
+  ``stages`` - 1 k-blocks ahead takes to arrive. A producer thread holds up its warpgroup's MMAs in every step.
+- *memory*: bytes from DRAM. A band of ``raster_group`` cluster tiles stays in L2 while B streams past, so B is read
+  once per band, and A once, as long as the band fits.
+- *energy*: what the MMAs, the way from L2 to shared memory and DRAM cost, over the power limit. This is what bounds a
+  large GEMM on real data.
+
+The constants are fitted by eye to ``docs/measurements/stream_k.json`` (H200, 10 % density); docs/performance-log.md has
+the rankings that the tests hold the model to. It is right to about 12 % there. Rank with it; do not quote it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+from srelu24_gen import space
+from srelu24_gen.bindings import footprint
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelConfig, Op, Problem, Producer
+from srelu24_gen.target import GpuTarget
+
+CLOCK_HZ = 1.75e9
+"""Of an SM that nothing holds back."""
+LATENCY_CYCLES = 2000
+"""From the issue of a load to its arrival under load."""
+STALL_CYCLES = {"dense": 150, "sparse": 350}
+"""What a step loses to loads that a producer thread issues between two groups of MMAs."""
+L2_SHARE = 0.6
+"""Of L2 that a band can hold on to while B and the output stream past."""
+DRAM_SHARE = 0.85
+"""Of the peak bandwidth that a kernel reaches."""
+PICOJOULES = {"dense": 0.62, "sparse": 0.37, "l2": 20.0, "dram": 60.0}
+"""Per dense-equivalent 16-bit operation of either MMA (half in 8 bits), per byte from L2 to an SM and from DRAM."""
+STATIC_WATTS = 130
+FIXED_US = 4.0
+"""Launch, the first load, the last epilogue."""
+SPLIT_US = 4.0
+"""More where tiles are split along K: partial sums through L2, and waiting for them."""
+UNIT = 256
+"""Of K: stream-K cuts no finer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A prediction, in microseconds."""
+
+    us: float
+    steps_us: float
+    memory_us: float
+    energy_us: float
+    fixed_us: float
+    occupancy: float
+    """Work over the room for it until the busiest cluster is done: 1 where all finish together."""
+
+    @property
+    def bound(self) -> str:
+        """What holds the kernel back."""
+        parts = {"steps": self.steps_us, "memory": self.memory_us, "energy": self.energy_us}
+        longest = max(parts, key=parts.__getitem__)
+        return longest if parts[longest] > self.fixed_us else "launch"
+
+
+@functools.lru_cache(maxsize=65536)
+def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
+    """The model's answer for a configuration that ``space.supports()`` accepts. Pruning and biases count as free."""
+    problem = dataclasses.replace(problem, m=max(problem.m, 1))
+    family = problem.family
+    bytes_a, bytes_b, bytes_out = _operand_bytes(problem)
+    if not family.op.multiplies:
+        memory = 1e6 * (bytes_a + bytes_out) / _bandwidth(target)
+        return Cost(FIXED_US + memory, 0.0, memory, 0.0, FIXED_US, 1.0)
+    c, sparse = config, family.op is Op.SPGEMM
+    size = footprint(family.op, family.dtype, c)
+    tiles_m, tiles_n = -(-problem.m // (c.tile_m * c.cluster_m)), -(-problem.n // c.tile_n)
+    k_blocks = -(-problem.k // c.tile_k)
+    clusters = target.sm_count // c.cluster_m
+    steps, split = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
+
+    width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
+    mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
+    step = max(mma, LATENCY_CYCLES / max(1, c.stages - 1))
+    steps_us = 1e6 * steps * step / CLOCK_HZ
+    stall = STALL_CYCLES["sparse" if sparse else "dense"] if c.producer is Producer.THREAD else 0
+    stall_us = 1e6 * steps * stall / CLOCK_HZ
+
+    band = min(c.raster_group, tiles_m) * c.tile_m * c.cluster_m * bytes_a / problem.m
+    kept = L2_SHARE * target.l2_bytes
+    passes_b = 1 if bytes_b <= kept else -(-tiles_m // min(c.raster_group, tiles_m))
+    across = max(1, clusters // min(c.raster_group, tiles_m))  # tiles of one wave along N
+    passes_a = 1 if band <= kept else -(-tiles_n // across)
+    dram = bytes_a * passes_a + bytes_b * passes_b + bytes_out
+    memory_us = 1e6 * dram / _bandwidth(target)
+
+    work = tiles_m * tiles_n * c.cluster_m * k_blocks  # steps of all CTAs
+    l2 = work * (size.stage_bytes_a + size.stage_bytes_b / c.cluster_m)
+    flops = work * 2 * c.tile_m * c.tile_n * c.tile_k
+    joules = 1e-12 * (width * flops * PICOJOULES["sparse" if sparse else "dense"] + l2 * PICOJOULES["l2"])
+    joules += 1e-12 * dram * PICOJOULES["dram"]
+    energy_us = 1e6 * joules / (target.watts - STATIC_WATTS)
+
+    occupancy = tiles_m * tiles_n * k_blocks / (steps * clusters)
+    # Idle multiprocessors draw less, so the clock of the others rises and makes good a part of a short wave.
+    even = steps_us * occupancy
+    busy = max(even, energy_us) + (steps_us - even) + stall_us
+    fixed = FIXED_US + SPLIT_US * split
+    return Cost(max(busy, memory_us) + fixed, steps_us + stall_us, memory_us, energy_us, fixed, occupancy)
+
+
+def rank(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
+    """The candidates of ``space``, the fastest by this model first; of equals the one that ``space`` lists first.
+
+    Raises:
+        Unsupported: no kernel computes the problem.
+    """
+    return sorted(space.candidates(problem, target), key=lambda config: cost(problem, config, target).us)
+
+
+def ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
+    """How many times faster than the best dense FFN the sparse one is, by this model; 0 where no kernel computes it.
+
+    The sparse one with its default configurations, the dense one with the best of all candidates. M counts as the next
+    multiple of 64, the rows of a warpgroup: what varies in between is not worth another answer.
+    """
+    return _ffn_gain(shape._replace(m=-(-max(shape.m, 1) // 64) * 64), dtype, target)
+
+
+@functools.lru_cache(maxsize=8192)
+def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
+    try:
+        sparse = sum(cost(p, space.default(p, target), target).us for p in shape.gemms(dtype))
+        dense = sum(cost(p, rank(p, target)[0], target).us for p in shape.dense_gemms(dtype))
+    except Unsupported:
+        return 0.0
+    return dense / sparse
+
+
+def _steps(config: KernelConfig, tiles: int, clusters: int, k_blocks: int) -> tuple[float, bool]:
+    """k-blocks of the busiest cluster, and whether tiles are split along K."""
+    whole, rest = divmod(tiles, clusters)
+    if not rest:
+        return float(whole * k_blocks), False
+    if not config.stream_k:
+        return float((whole + 1) * k_blocks), False
+    unit = UNIT // config.tile_k
+    units = -(-rest * -(-k_blocks // unit) // clusters)
+    return float(whole * k_blocks + min(units * unit, k_blocks)), True
+
+
+def _operand_bytes(problem: Problem) -> tuple[float, float, float]:
+    """A, B and the output in memory. A packed matrix has half the values and a bit of metadata per element."""
+    element, result = problem.family.dtype.bytes, (problem.family.out or problem.family.dtype).bytes
+    packed, packed_result = (bytes_ / 2 + 1 / 8 for bytes_ in (element, result))
+    m, n, k, op = problem.m, problem.n, problem.k, problem.family.op
+    if not op.multiplies:  # X and its copy in e4m3, or a matrix and its packed form
+        return m * n * element, 0.0, m * n * (packed if op is Op.SPARSIFY24 else result)
+    a = m * k * (packed if op is Op.SPGEMM else element)
+    return a, n * k * element, m * n * (packed_result if op is Op.GEMM_RELU2_24 else result)
+
+
+def _bandwidth(target: GpuTarget) -> float:
+    return DRAM_SHARE * 1e9 * target.dram_gbps

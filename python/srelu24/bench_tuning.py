@@ -1,0 +1,167 @@
+"""What tuning is worth: tuned kernels against the defaults, and winners of other token counts against their own.
+
+Pairs of GEMMs are timed chained, as the tuner times them, on any :class:`~srelu24.search.Runner`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from srelu24.bench import BenchEvent
+from srelu24.db import Database
+from srelu24.noise import speedup
+from srelu24.results import BenchFile, Candidate, Row
+from srelu24.search import Runner
+from srelu24.tune import Lent, tune_ffn
+from srelu24.worker import Candidate as Chain
+from srelu24.worker import Failed, Job, Step, Timed
+from srelu24_gen import space
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelConfig
+
+Pair = tuple[KernelConfig, KernelConfig]
+MIN_ROUNDS = 16
+
+
+def bench_tuning(
+    shapes: Sequence[Shape],
+    held_out: Sequence[Shape],
+    dtype: DType,
+    runner: Runner,
+    *,
+    density: float = 0.1,
+    seconds_per_shape: float = 3.0,
+    tune_s: float = 30.0,
+    db: Database | None = None,
+    env: dict[str, Any] | None = None,
+    json_path: Path | None = None,
+    on_event: Callable[[BenchEvent], None] = lambda event: None,
+) -> BenchFile:
+    """Rows "tuning": the recorded pair ("srelu24") against "default". Rows "fallback": what another token count's
+    record gives ("srelu24") against the pair that is "tuned" now for this one, in a database that is thrown away.
+
+    Args:
+        shapes: with a record each on this GPU.
+        held_out: without one; each is tuned for ``tune_s`` seconds.
+        runner: is closed at the end.
+        env: of :func:`srelu24.measure.environment`.
+        json_path: result file, written anew after every row.
+
+    Raises:
+        Unsupported: a shape has no record, or a held-out one has.
+    """
+    db = db or Database.open()
+    file = BenchFile(env=env or {}, rows=[])
+    try:
+        for number, shape in enumerate((*shapes, *held_out)):
+            held = number >= len(shapes)
+            ours = _recorded(shape, dtype, runner, db, "nearest" if held else "exact")
+            op, name = ("fallback", "tuned") if held else ("tuning", "default")
+            other = _tuned(shape, dtype, runner, db, density, tune_s) if held else _default(shape, dtype, runner)
+            row = _compare(op, name, shape, dtype, runner, ours, other, density, seconds_per_shape)
+            file.rows.append(row)
+            if json_path is not None:
+                file.save(json_path)
+            fraction = (number + 1) / (len(shapes) + len(held_out))
+            on_event(BenchEvent("row", f"{op} {shape}: {row.speedup}", fraction, row))
+    finally:
+        runner.close()
+    return file
+
+
+def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float, str]]:
+    """By op, over all rows with a time: geometric mean and worst of the speed-up, and the shape of the worst."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    for row in rows:
+        for ratio in row.speedup.values():
+            found.setdefault(row.op, []).append((ratio, row.shape))
+    return {op: (geometric_mean(r for r, _ in ratios), *min(ratios)) for op, ratios in found.items()}
+
+
+def _default(shape: Shape, dtype: DType, runner: Runner) -> Pair:
+    first, second = (space.default(p, runner.target) for p in shape.gemms(dtype))
+    return first, second
+
+
+def _recorded(shape: Shape, dtype: DType, runner: Runner, db: Database, how: str) -> Pair:
+    found = []
+    for problem in shape.gemms(dtype):
+        match = db.find(problem, runner.target)
+        if match is None or match.how != how:
+            has = f"is answered by {match.how}" if match else "has no record"
+            raise Unsupported(
+                f"{problem} {has} on {runner.target.name}, and {how} is needed; "
+                + ("tune it first" if how == "exact" else "hold out another number of tokens")
+            )
+        found.append(match.config)
+    return found[0], found[1]
+
+
+def _tuned(shape: Shape, dtype: DType, runner: Runner, db: Database, density: float, seconds: float) -> Pair:
+    with tempfile.TemporaryDirectory() as folder:
+        aside = Database(db.shipped_folder, Path(folder) / "tuning.sqlite")
+        aside.take(db.user_records())
+        report = tune_ffn(*shape, dtype, density=density, budget_s=seconds, db=aside, runner=Lent(runner))
+    first, second = (record.kernel_config() for record in report.records[:2])
+    return first, second
+
+
+def _compare(
+    op: str,
+    name: str,
+    shape: Shape,
+    dtype: DType,
+    runner: Runner,
+    ours: Pair,
+    other: Pair,
+    density: float,
+    seconds: float,
+) -> Row:
+    problems = shape.gemms(dtype)
+    pairs = {"srelu24": ours, name: other} if ours != other else {"srelu24": ours}
+    chains = tuple(Chain(each, tuple(map(Step, problems, pair))) for each, pair in pairs.items())
+    job = Job(chains, density, seconds, MIN_ROUNDS, check="small", arch=runner.target.arch)
+    timed: dict[str, Timed] = {}
+    errors: dict[str, str] = {}
+    for outcome in runner.run(job):
+        if isinstance(outcome, Timed):
+            timed[outcome.name] = outcome
+        elif isinstance(outcome, Failed):
+            errors[outcome.name] = outcome.reason
+    if ours == other and "srelu24" in timed:
+        timed[name] = timed["srelu24"]
+    flops = sum(p.flops for p in problems)
+    row = Row(
+        op=op,
+        dtype=dtype.value,
+        shape=str(shape),
+        density=density,
+        candidates={each: _candidate(timed.get(each), errors.get(each, ""), flops) for each in ("srelu24", name)},
+        speedup={},
+    )
+    if len(timed) == 2:
+        row.speedup[name] = speedup(timed[name].samples, timed["srelu24"].samples).median
+    if ours == other:
+        row.candidates[name].note = "the same kernels"
+    return row
+
+
+def _candidate(timed: Timed | None, error: str, flops: int) -> Candidate:
+    if timed is None:
+        return Candidate(ms=None, tflops=None, joules=None, sm_mhz=None, watts=None, samples=0, error=error)
+    found = Candidate(
+        ms=timed.ms,
+        tflops=flops / timed.ms / 1e9,
+        joules=None if timed.watts is None else timed.watts * timed.ms / 1000,
+        sm_mhz=timed.sm_mhz,
+        watts=timed.watts,
+        samples=len(timed.samples),
+    )
+    if timed.throttled:
+        found.throttled = True
+    return found

@@ -1,0 +1,131 @@
+"""``srelu24.ffn(..., recipe=...)``: the 8-bit forward as a torch.library op. CUDA tensors run the kernels, CPU
+tensors the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srelu24.fallback import warn_dense
+from srelu24.fp8 import kernels, recipes, reference
+from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
+from srelu24.fp8.recipes import Recipe, Rowwise, Static
+from srelu24.operands import ALIGNMENT, DISABLED, check_vector, kernel_reason
+from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
+from srelu24_gen.errors import Unsupported
+
+_library = torch.library.Library("srelu24", "FRAGMENT")
+_library.define(
+    "ffn_fp8(Tensor x, Tensor w1, Tensor w1_scale, Tensor w2, Tensor w2_scale, Tensor? b1, Tensor? b2, str recipe, "
+    "Tensor basis, Tensor(a!) saturated) -> Tensor"
+)
+
+
+def ffn(
+    x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
+    recipe: Recipe | str | None,
+) -> Tensor:  # fmt: skip
+    """:func:`srelu24.ffn` with quantised weights: x [..., D] -> [..., D] in the type of x.
+
+    Raises:
+        Unsupported: operands or recipe do not fit together.
+    """
+    q1, q2, recipe = check(x, w1, w2, b1, b2, recipe)
+    rows = x.reshape(-1, x.shape[-1])
+    reason = dense_reason(x, q1, q2, b1, b2)
+    if reason is not None:
+        warn_dense(reason)
+        return _dense(x, q1, q2, b1, b2)
+    if isinstance(recipe, Static) and recipes.calibrating():
+        recipes.observe(recipe, _row_amax(rows, q1, b1))
+        recipe = recipes.resolve(Rowwise.name)
+    # What the recipe's scale follows from, besides the row itself.
+    basis = recipe.scales_on(x.device) if isinstance(recipe, Static) else q1.row_norm
+    y: Tensor = torch.ops.srelu24.ffn_fp8(
+        rows, q1.values, q1.scale, q2.values, q2.scale, b1, b2, recipe.name, basis, recipe.counter(x.device)
+    )
+    return y.view(*x.shape[:-1], q2.shape[0])
+
+
+def check(
+    x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
+    recipe: Recipe | str | None,
+) -> tuple[QuantizedWeight, QuantizedWeight, Recipe]:  # fmt: skip
+    """Weights and recipe, known to fit x.
+
+    Raises:
+        Unsupported: they do not fit together.
+    """
+    if recipe is None:
+        raise Unsupported("the weights are quantised and there is no recipe; give recipe='rowwise', for example")
+    known = recipes.resolve(recipe)
+    if not isinstance(w1, QuantizedWeight) or not isinstance(w2, QuantizedWeight):
+        raise Unsupported(f"recipe {known.name!r} needs quantised weights; prepare both with srelu24.quantize_weight")
+    if x.dim() < 1 or not x.dtype.is_floating_point:
+        raise Unsupported(f"x is {x.dtype} {list(x.shape)}; floating-point [..., D] is needed.")
+    d, f = x.shape[-1], w1.shape[0]
+    for name, weight, shape in (("w1", w1, (f, d)), ("w2", w2, (d, f))):
+        if tuple(weight.shape) != shape:
+            raise Unsupported(f"{name} has shape {list(weight.shape)}; {list(shape)} is needed.")
+        if weight.device != x.device:
+            raise Unsupported(f"{name} is on {weight.device} and x on {x.device}; move both to one device.")
+    check_vector("b1", b1, f, x)
+    check_vector("b2", b2, d, x)
+    return w1, w2, known
+
+
+def dense_reason(
+    x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None
+) -> str | None:
+    """Why a call that fits together runs dense and in the type of x, or None."""
+    if DISABLED:
+        return "SRELU24_DISABLE is set"
+    if x.dtype not in STORAGE_DTYPES:
+        return f"the type of x is {x.dtype}, and the 8-bit forward takes bfloat16 and float16"
+    for name, width in (("D", x.shape[-1]), ("F", w1.shape[0])):
+        if width == 0 or width % FragmentOrder.BITS8.granule:
+            return f"{name} = {width} is not a positive multiple of {FragmentOrder.BITS8.granule}"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b1, b2)):
+        return "gradients are recorded, and the 8-bit forward has no backward; wrap inference in torch.no_grad()"
+    if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in (w1, w2) for t in (w.values, w.scale)):
+        return f"a quantised weight does not start at a multiple of {ALIGNMENT} bytes"
+    return kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
+
+
+def _dense(x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+    """Unpruned, the weights widened to the type of x."""
+    h = torch.nn.functional.linear(x, w1.dequantize(x.dtype), b1).relu().square()
+    return torch.nn.functional.linear(h, w2.dequantize(x.dtype), b2)
+
+
+def _row_amax(x: Tensor, w1: QuantizedWeight, b1: Tensor | None) -> Tensor:
+    if x.is_cuda:
+        return kernels.row_amax(x, w1.values, w1.scale, b1)
+    return reference.row_amax(reference.gemm_relu2_24(quantize_rows(x), w1, b1).values)
+
+
+def _ffn_cpu(
+    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
+    recipe: str, basis: Tensor, saturated: Tensor,
+) -> Tensor:  # fmt: skip
+    r = reference.gemm_relu2_24(quantize_rows(x), QuantizedRows(w1, w1_scale), b1)
+    if recipe == Static.name:
+        s_scale, inverse = basis
+    else:
+        amax = reference.row_amax(r.values) if recipe == Rowwise.name else reference.predicted_amax(x, basis, b1)
+        s_scale, inverse = scale(amax), inverse_scale(amax)
+    s, count = reference.square_to_e4m3(r, inverse)
+    saturated += count
+    return reference.spgemm(s, s_scale, QuantizedRows(w2, w2_scale), b2, dtype=x.dtype)
+
+
+def _ffn_fake(
+    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
+    recipe: str, basis: Tensor, saturated: Tensor,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], w2.shape[0]))
+
+
+_library.impl("ffn_fp8", kernels.forward, "CUDA")
+_library.impl("ffn_fp8", _ffn_cpu, "CPU")
+torch.library.register_fake("srelu24::ffn_fp8", _ffn_fake)

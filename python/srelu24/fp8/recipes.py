@@ -1,0 +1,183 @@
+"""Recipes: where the scale of the hidden S comes from. docs/fp8.md has their errors, and which to take.
+
+X is scaled row by row from its own largest magnitude in all of them, weights by output channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from srelu24.fp8.quantize import inverse_scale, scale
+from srelu24_gen.errors import Unsupported
+
+
+class Recipe:
+    """One way to scale S. Give its name or an instance to :func:`srelu24.ffn`.
+
+    Attributes:
+        name: what ``recipe=`` takes.
+        safe: no row of hidden values within 2^-48..2^63 can overflow, saturate or be lost.
+    """
+
+    name: ClassVar[str]
+    safe: ClassVar[bool]
+
+    def __init__(self) -> None:
+        self._counters: dict[torch.device, Tensor] = {}
+
+    def counter(self, device: torch.device) -> Tensor:
+        """int64 []: the calls on ``device`` add the number of saturated values of S to it."""
+        if device not in self._counters:
+            self._counters[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._counters[device]
+
+    @property
+    def saturated(self) -> int:
+        """Values of S that were too large for their scale, over all calls so far. Waits for the GPU."""
+        return sum(int(counter) for counter in self._counters.values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Rowwise(Recipe):
+    """Every row of S is scaled by its own largest magnitude. Exact, but S crosses memory twice."""
+
+    name = "rowwise"
+    safe = True
+
+
+class Predicted(Recipe):
+    """Every row of S is scaled by a bound that is known before the first GEMM: Cauchy-Schwarz, from the norm of the row
+    of X and the largest norm of a row of W1. Nothing can saturate. A row is lost where all its hidden values are less
+    than 1/677 of their bound, which is below the noise that 8 bits leave in X."""
+
+    name = "predicted"
+    safe = False
+
+
+class Static(Recipe):
+    """One scale for all of S, found by :func:`calibrate`: an instance for each layer.
+
+    Rows much larger than the calibration data saturate, rows much smaller are lost.
+
+    Args:
+        amax: the largest value of S to expect; None until :func:`calibrate` has set it.
+
+    Raises:
+        Unsupported: amax is not a positive finite number.
+    """
+
+    name = "static"
+    safe = False
+
+    def __init__(self, amax: float | None = None) -> None:
+        super().__init__()
+        self._amax = None if amax is None else _positive(amax)
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    @property
+    def amax(self) -> float | None:
+        """The largest value of S that the scale is made for."""
+        return self._amax
+
+    def scales_on(self, device: torch.device) -> Tensor:
+        """fp32 [2]: the scale of S and its inverse, on a device.
+
+        Raises:
+            Unsupported: not calibrated yet.
+        """
+        if self._amax is None:
+            raise Unsupported("this Static recipe has no scale yet; run srelu24.calibrate on some data first")
+        if device not in self._on_device:
+            amax = torch.tensor(self._amax)
+            self._on_device[device] = torch.stack((scale(amax), inverse_scale(amax))).to(device)
+        return self._on_device[device]
+
+    def calibrated(self, amax: float) -> None:
+        """Set the scale anew."""
+        self._amax = _positive(amax)
+        self._on_device.clear()
+
+    def __repr__(self) -> str:
+        return f"Static(amax={self._amax})"
+
+
+_NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (Rowwise(), Predicted())}
+_observed: dict[Static, Tensor] | None = None
+"""What a calibration under way has seen."""
+
+
+def resolve(recipe: Recipe | str) -> Recipe:
+    """The recipe of a name; instances pass.
+
+    Raises:
+        Unsupported: an unknown name, or "static", whose scale belongs to a layer.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe == Static.name:
+        raise Unsupported("recipe 'static' needs a scale for each layer; give a srelu24.Static() and calibrate it")
+    if recipe not in _NAMED:
+        raise Unsupported(f"recipe is {recipe!r}; {', '.join(_NAMED)} or a srelu24.Static() is needed")
+    return _NAMED[recipe]
+
+
+def calibrate(run: Callable[[Any], object], data: Iterable[Any]) -> list[Static]:
+    """Find the scales of every :class:`Static` recipe that ``run`` uses.
+
+    Meanwhile their layers run as ``rowwise``, so that they need no scale yet; gradients are off, and what
+    torch.compile has compiled runs eagerly. One calibration at a time in a process.
+
+    Args:
+        run: a module or a function; called with each item of ``data``.
+        data: batches like those to come.
+
+    Returns:
+        The recipes that were met, in order, now calibrated.
+
+    Raises:
+        Unsupported: no Static recipe was met, or a layer's S was zero throughout, or not finite.
+    """
+    global _observed
+    seen: dict[Static, Tensor] = {}
+    _observed = seen
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for item in data:
+                run(item)
+    finally:
+        _observed = None
+    if not seen:
+        raise Unsupported("calibration met no layer with a Static recipe; pass one as recipe= to srelu24.ffn")
+    largest = {recipe: float(amax) for recipe, amax in seen.items()}
+    for position, amax in enumerate(largest.values()):
+        if not math.isfinite(amax) or amax <= 0:
+            raise Unsupported(f"layer {position} had a largest hidden value of {amax}; calibrate on other data")
+    for recipe, amax in largest.items():
+        recipe.calibrated(amax)
+    return list(largest)
+
+
+def calibrating() -> bool:
+    """Whether a :func:`calibrate` is under way here."""
+    return _observed is not None
+
+
+def observe(recipe: Static, amax: Tensor) -> None:
+    """Tell the calibration under way the largest magnitudes of a layer's S, fp32 [M]."""
+    if _observed is None or amax.numel() == 0:
+        return
+    largest = amax.amax()
+    _observed[recipe] = torch.maximum(_observed[recipe], largest) if recipe in _observed else largest
+
+
+def _positive(amax: float) -> float:
+    if not math.isfinite(amax) or amax <= 0:
+        raise Unsupported(f"the largest hidden value is {amax}; a positive finite number is needed")
+    return amax

@@ -1,0 +1,82 @@
+"""Kernels of a model built and loaded ahead of serving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from srelu24.explanation import Explanation, explain
+from srelu24.modules import SquaredReLUFFN, is_plain
+from srelu24.pruned_linear import Linear24
+from srelu24_gen.compile import BuiltKernel, build_many
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """One size of FFN at one number of tokens; ``explanation`` is None for a :class:`Linear24`."""
+
+    shape: Shape
+    explanation: Explanation | None
+
+
+def warmup(model: nn.Module, tokens: Sequence[int]) -> list[Warmed]:
+    """Builds, side by side, and loads every kernel that the model's converted layers need, so that no request waits.
+
+    Each distinct layer then runs once on zeros. Call it on the serving process's device, after ``model.to``.
+
+    Args:
+        model: with :class:`SquaredReLUFFN` or :class:`Linear24` layers in it, such as :func:`srelu24.convert` makes.
+        tokens: numbers of rows M that serving will meet: batch times sequence length, and batch alone for decoding.
+
+    Returns:
+        What runs, by layer size and number of tokens; dense where no kernel serves, with the reason.
+
+    Raises:
+        Unsupported: no numbers of tokens, or one is not positive.
+        CompileError, LaunchError: a kernel could not be built or loaded.
+    """
+    if not tokens or min(tokens) < 1:
+        raise Unsupported(f"tokens are {list(tokens)}; at least one positive number of rows is needed.")
+    layers = list(_distinct(model))
+    with torch.no_grad():
+        warmed = [(layer, *_asked(layer, m)) for layer in layers for m in tokens]
+        specs = {k.spec for _, _, told in warmed if told.explanation is not None for k in told.explanation.kernels}
+        for outcome in build_many(specs) if specs else ():
+            if not isinstance(outcome, BuiltKernel):
+                raise outcome
+        for layer, x, _ in warmed:
+            layer(x)
+    for device in {x.device for _, x, _ in warmed if x.is_cuda}:
+        torch.cuda.synchronize(device)
+    return [told for _, _, told in warmed]
+
+
+def _asked(layer: SquaredReLUFFN | Linear24, m: int) -> tuple[torch.Tensor, Warmed]:
+    """Zeros to run the layer on, and what it will run."""
+    if isinstance(layer, Linear24):
+        x = layer.weight.new_zeros((m, layer.in_features))
+        return x, Warmed(Shape(m, layer.out_features, layer.in_features), None)
+    up, down = layer.up, layer.down
+    first = next(up.parameters())
+    x = first.new_zeros((m, int(up.in_features)))  # type: ignore[arg-type]
+    told = Explanation("dense", "a layer is more than a plain nn.Linear")
+    if is_plain(up) and is_plain(down):
+        told = explain(x, up.weight, down.weight, up.bias, down.bias, mode=layer.mode)  # type: ignore[arg-type]
+    return x, Warmed(Shape(m, int(up.in_features), int(up.out_features)), told)  # type: ignore[arg-type]
+
+
+def _distinct(model: nn.Module) -> Iterable[SquaredReLUFFN | Linear24]:
+    """One layer of each size, type and device: the others run the same kernels."""
+    seen = set()
+    for module in model.modules():
+        if not isinstance(module, SquaredReLUFFN | Linear24):
+            continue
+        key = module.mode, tuple((p.shape, p.dtype, p.device, name) for name, p in sorted(module.named_parameters()))
+        if (type(module), key) not in seen:
+            seen.add((type(module), key))
+            yield module

@@ -1,0 +1,71 @@
+"""How the clusters of a GEMM share its output tiles: RasterParams and SplitParams of ``params.cuh``."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+
+from srelu24_gen.bindings import E_VECTOR_COLUMNS
+from srelu24_gen.spec import KernelConfig
+
+_CACHED_PLANS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class WorkPlan:
+    """How the clusters share the output tiles: RasterParams and SplitParams of ``params.cuh``."""
+
+    tiles_m: int
+    """Cluster tiles along M."""
+    tiles_n: int
+    group: int
+    """Cluster tiles walked along M before moving on along N."""
+    clusters: int
+    """Clusters launched; each has work."""
+    k_blocks: int
+    first_tile: int
+    """Tiles from here on are split along K; ``tiles`` when none are."""
+    tile_units: int
+    """Units of 256 of K, a vector of E, in a tile."""
+    units: int
+    """Units of the split tiles that every cluster takes..."""
+    extra: int
+    """...and the first ``extra`` clusters one more."""
+
+    @property
+    def tiles(self) -> int:
+        return self.tiles_m * self.tiles_n
+
+
+@functools.lru_cache(maxsize=_CACHED_PLANS)
+def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:
+    """Share [m, n] over the multiprocessors. Whole waves of tiles stay whole; with ``stream_k`` the rest is split."""
+    tiles_m, tiles_n = -(-m // (config.tile_m * config.cluster_m)), -(-n // config.tile_n)
+    tiles, most = tiles_m * tiles_n, sm_count // config.cluster_m
+    k_blocks = -(-k // config.tile_k)
+    tile_units = -(-k // E_VECTOR_COLUMNS)
+    rest = tiles % most if config.stream_k else 0
+    units, extra = divmod(rest * tile_units, most)
+    if rest == tiles:  # nothing but split tiles: a cluster without a unit has no work
+        most = min(most, rest * tile_units)
+        units, extra = divmod(rest * tile_units, most)
+    return WorkPlan(
+        tiles_m=tiles_m,
+        tiles_n=tiles_n,
+        group=min(config.raster_group, tiles_m),
+        clusters=most if rest else min(most, tiles),
+        k_blocks=k_blocks,
+        first_tile=tiles - rest,
+        tile_units=tile_units,
+        units=units,
+        extra=extra,
+    )
+
+
+def fast_divmod(divisor: int) -> bytes:
+    """cutlass::FastDivmod (cutlass/fast_math.h): divides 31-bit numbers by a multiplication and a shift."""
+    if divisor == 1:
+        return struct.pack("<iII", 1, 0, 0)
+    power = 31 + (divisor - 1).bit_length()
+    return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)

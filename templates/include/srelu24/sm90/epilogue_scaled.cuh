@@ -1,0 +1,96 @@
+// The pruned output of 8-bit GEMMs: metadata in the 8-bit fragment order, values either as bf16 on their way to row-wise
+// scales or as scaled e4m3 (docs/fp8.md).
+#pragma once
+
+#include <srelu24/scale.cuh>
+#include <srelu24/sm90/epilogue.cuh>
+
+namespace srelu24 {
+
+/// Of 16 columns of rows g (low) and g + 8 (high) in every lane to 32 columns of one row: even lanes of a pair keep row
+/// g, odd lanes row g + 8. The left half of the columns comes first. E of the 8-bit instructions wants it so.
+__device__ __forceinline__ uint32_t trade(uint32_t low, uint32_t high, bool odd) {
+  return __shfl_xor_sync(~0u, odd ? low : high, 1);
+}
+
+/// prune24(relu(accumulators)) packed, LoadOrder::kOwn16, with E in the 8-bit order. To bf16: r as it is, and the
+/// largest r of each row. To e4m3: r * r, scaled; and how many values saturated.
+template <class Config>
+__device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN / 2], GemmParams const& p,
+                                                    BlockPosition const& at) {
+  using P = Packed<cutlass::bfloat16_t>;
+  constexpr bool kToE4m3 = sizeof(typename Config::Output) == 1;
+  bool const odd = at.thread % 2 != 0;
+  Scaling<Config> const scaling(p, at);
+  float inverse[2] = {};
+  if constexpr (kToE4m3) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (at.row + 8 * h < p.m) inverse[h] = __ldg(p.scale.s_inverse + (at.row + 8 * h) * p.scale.s_inverse_step);
+    }
+  }
+  // Rows beyond m hold zeros or another tile's padding: they become zero groups.
+  uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
+  uint32_t largest = 0, words[Config::kTileN / 64];
+  int saturated = 0;
+#pragma unroll
+  for (int q = 0; q < Config::kTileN / 64; ++q) {
+    scaling.apply(acc, 2 * q);
+    scaling.apply(acc, 2 * q + 1);
+    uint32_t value[16];
+#pragma unroll
+    for (int f = 0; f < 16; ++f) {
+      int const x = 4 * (8 * q + f / 2) + f % 2;
+      uint32_t const inside = column_of<Config>(at, 2 * q + f / 8) < p.n ? rows : 0u;
+      value[f] = P::round_relu(acc[x], acc[x + 2]) & inside;
+      if constexpr (!kToE4m3) largest = __vmaxu2(largest, value[f]);  // no value is negative, NaN is above infinity
+    }
+    uint4 low, high;  // eight kept r of each row
+    uint32_t const word = prune16<cutlass::bfloat16_t, true, false>(value, low, high);
+    uint32_t const other = __shfl_xor_sync(~0u, word, 1);
+    words[q] = odd ? high_halves(other, word) : low_halves(word, other);
+    if constexpr (kToE4m3) {
+      auto to_e4m3 = [&](uint4 const& r, float scale) {
+        float2 const a = scaled_squares(r.x, scale), b = scaled_squares(r.y, scale);
+        float2 const c = scaled_squares(r.z, scale), d = scaled_squares(r.w, scale);
+        for (float x : {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}) saturated += x > kUnreachableE4m3;
+        return uint2{round_e4m3(a.x, a.y, b.x, b.y), round_e4m3(c.x, c.y, d.x, d.y)};
+      };
+      uint2 const mine_low = to_e4m3(low, inverse[0]), mine_high = to_e4m3(high, inverse[1]);
+      uint32_t const x = trade(mine_low.x, mine_high.x, odd), y = trade(mine_low.y, mine_high.y, odd);
+      uint4 const kept = odd ? uint4{x, y, mine_high.x, mine_high.y} : uint4{mine_low.x, mine_low.y, x, y};
+      int const column = at.column + 64 * q + at.thread % 4 / 2 * 32;
+      int64_t const row = at.row + 8 * odd;
+      store16(static_cast<uint8_t*>(p.out) + row * p.out_stride + column / 2, kept, column < p.n && row < p.m);
+    } else {
+      int const column = at.column + 64 * q + at.thread % 4 * 16;
+      auto* out = static_cast<cutlass::bfloat16_t*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + column / 2;
+      store16(out, low, column < p.n && at.row < p.m);
+      store16(out + 8 * p.out_stride, high, column < p.n && at.row + 8 < p.m);
+    }
+  }
+  int64_t const vectors = (p.n + 255) / 256;
+  uint4* const metadata = p.out_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread;
+  if constexpr (Config::kTileN == 256) {
+    *metadata = make_uint4(words[0], words[1], words[2], words[3]);
+  } else {  // half a vector; nobody else writes the other half of the last one
+    static_assert(Config::kTileN == 128);
+    auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;
+    *half = make_uint2(words[0], words[1]);
+    if (at.column % 256 == 0 && at.column + 128 >= p.n) half[1] = make_uint2(0x44444444u, 0x44444444u);
+  }
+  if constexpr (kToE4m3) {
+    saturated = __reduce_add_sync(~0u, saturated);
+    if (saturated != 0 && at.thread % 32 == 0) atomicAdd(p.scale.saturated, static_cast<unsigned long long>(saturated));
+  } else {
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, lanes));
+    if (at.thread % 4 == 0) {
+      // Floats that are not negative order as their bits do.
+      if (at.row < p.m) atomicMax(p.scale.r_largest + at.row, largest << 16);
+      if (at.row + 8 < p.m) atomicMax(p.scale.r_largest + at.row + 8, largest & 0xffff0000u);
+    }
+  }
+}
+
+}  // namespace srelu24

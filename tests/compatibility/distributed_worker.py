@@ -1,0 +1,218 @@
+"""One of two processes: runs every case of test_distributed.py and leaves what it found, by the name of the case.
+
+python distributed_worker.py RANK RANKS FOLDER DEVICE
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import srelu24
+from srelu24.modules import SquaredReLUFFN
+from srelu24_gen.errors import Unsupported
+
+D, F = 32, 512
+
+
+class Block(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(D), SquaredReLUFFN(D, F, bias, mode="sparse")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def model(device: str, bias: bool = True) -> nn.Module:
+    """The same weights on every rank."""
+    torch.manual_seed(0)
+    return nn.Sequential(Block(bias), Block(bias)).bfloat16().to(device).eval()
+
+
+def tokens(device: str, rows: int = 128) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(rows, D).bfloat16().to(device)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def gradients(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    net(x).float().square().mean().backward()
+    return {name.removeprefix("module."): p.grad for name, p in net.named_parameters()}
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# --------------------------------------------------------------------------------------------- what is compared
+
+
+def ddp(mesh: DeviceMesh, device: str) -> float:
+    mine = tokens(device).chunk(mesh.size())[mesh.get_local_rank()]
+    with torch.no_grad():
+        pruned = distance(DistributedDataParallel(model(device))(mine), model(device)(mine))
+    ours = gradients(DistributedDataParallel(model(device)), mine)
+    alone = gradients(model(device), tokens(device))
+    return max(pruned, *(distance(ours[name], alone[name]) for name in alone))
+
+
+def fsdp2(mesh: DeviceMesh, device: str) -> float:
+    def sharded() -> nn.Module:
+        net = model(device)
+        for block in net:
+            fully_shard(block, mesh=mesh)
+        return fully_shard(net, mesh=mesh)
+
+    mine = tokens(device).chunk(mesh.size())[mesh.get_local_rank()]
+    with torch.no_grad():
+        pruned = distance(sharded()(mine), model(device)(mine))
+    ours = gradients(sharded(), mine)
+    alone = gradients(model(device), tokens(device))
+    return max(pruned, *(distance(full(ours[name]), alone[name]) for name in alone))
+
+
+def fsdp2_of_the_ffn(mesh: DeviceMesh, device: str) -> float:
+    net = model(device)
+    for block in net:
+        fully_shard(block.mlp, mesh=mesh)
+    with torch.no_grad():
+        return distance(net(tokens(device)), model(device)(tokens(device)))
+
+
+def tensor_parallel(mesh: DeviceMesh, device: str) -> float:
+    found = []
+    for bias in (False, True):
+        net = parallelize_module(model(device, bias), mesh, {"*.mlp": srelu24.SquaredReLUFFNParallel()})
+        local = net[0].mlp.up.weight.to_local()
+        assert local.shape == (F // mesh.size(), D), local.shape
+        with torch.no_grad():
+            found.append(distance(net(tokens(device)), model(device, bias)(tokens(device))))
+        ours, alone = gradients(net, tokens(device)), gradients(model(device, bias), tokens(device))
+        found += [distance(full(ours[name]), alone[name]) for name in alone]
+    return max(found)
+
+
+def tensor_parallel_collectives(mesh: DeviceMesh, device: str) -> float:
+    """One all-reduce of Y, and nothing else, crosses the ranks: S stays where it is."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    net = parallelize_module(model(device, False)[0].mlp, mesh, srelu24.SquaredReLUFFNParallel())
+    with torch.no_grad(), CommDebugMode() as seen:
+        net(tokens(device))
+    counts = {str(op).rsplit(".", 1)[-1]: n for op, n in seen.get_comm_counts().items()}
+    assert counts == {"all_reduce": 1} or mesh.size() == 1, counts
+    return 0.0
+
+
+def sequence_parallel(mesh: DeviceMesh, device: str) -> float:
+    style = srelu24.SquaredReLUFFNParallel(input_layouts=Shard(0), output_layouts=Shard(0))
+    ffn = parallelize_module(model(device)[0].mlp, mesh, style)
+    rank = mesh.get_local_rank()
+    with torch.no_grad():
+        whole = model(device)[0].mlp(tokens(device))
+        return distance(ffn(tokens(device).chunk(mesh.size())[rank]), whole.chunk(mesh.size())[rank])
+
+
+def styles_of_the_layers(mesh: DeviceMesh, device: str) -> float:
+    plan = {"*.mlp.up_proj": ColwiseParallel(), "*.mlp.down_proj": RowwiseParallel()}
+    net = parallelize_module(model(device), mesh, plan)
+    x = tokens(device)
+    with torch.no_grad():
+        found = net(x)
+    return distance(found, model(device)(x.requires_grad_()).detach())  # recorded, so dense
+
+
+def refused_widths(mesh: DeviceMesh, device: str) -> float:
+    for module, words in ((SquaredReLUFFN(D, 12 * mesh.size()), "multiple of 8"), (nn.Linear(8, 8), "convert")):
+        with pytest.raises(Unsupported, match=words):
+            parallelize_module(module, mesh, srelu24.SquaredReLUFFNParallel())
+    return 0.0
+
+
+def dtensor_ops(mesh: DeviceMesh, device: str) -> float:
+    """Every op on rows or columns spread over the ranks, against the op on one."""
+    x, residual = tokens(device), tokens(device).flip(0)
+    w1 = torch.randn(F, D, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
+    w2 = (torch.randn(D, F, generator=torch.Generator().manual_seed(3)) / 20).bfloat16().to(device)
+    b1, b2 = w2[0].clone(), w1[0].clone()
+    s = srelu24.gemm_relu2_24(x, w1, b1)
+    dense, ops = s.to_dense(), torch.ops.srelu24
+    rows, columns, every = [Shard(0)], [Shard(1)], [Replicate()]
+    cases: list[tuple[Callable[..., object], list[tuple[object, object]]]] = [
+        (ops.ffn, [(x, rows), (w1, every), (w2, every), (b1, every), (b2, every)]),
+        (ops.ffn, [(x, every), (w1, rows), (w2, columns), (b1, rows), (b2, every)]),
+        (ops.ffn, [(x, every), (w1, rows), (w2, columns), (None, None), (None, None)]),
+        (ops.linear, [(x, rows), (w1, every), (b1, every), ("relu2", None)]),
+        (ops.linear, [(x, every), (w1, rows), (b1, rows), ("relu2", None)]),
+        (ops.linear, [(dense, columns), (w2, columns), (b2, every), ("none", None)]),
+        (ops.linear24, [(dense, rows), (w2, every), (b2, every)]),
+        (ops.linear24, [(dense, columns), (w2, columns), (b2, every)]),
+        (ops.gemm_relu2_24, [(x, rows), (w1, every), (b1, every)]),
+        (ops.gemm_relu2_24, [(x, every), (w1, rows), (b1, rows)]),
+        (ops.gemm_relu2_24_count, [(x, rows), (w1, every), (None, None)]),
+        (ops.gemm_relu2_24_count, [(x, every), (w1, rows), (b1, rows)]),
+        (ops.sparsify24, [(dense, rows), ("none", None)]),
+        (ops.sparsify24, [(dense, columns), ("relu2", None)]),
+        (ops.matmul, [(s.values, rows), (s.metadata, rows), (w2, every), (b2, every), (residual, rows)]),
+        (ops.matmul, [(s.values, columns), (s.metadata, columns), (w2, columns), (b2, every), (residual, every)]),
+    ]
+    worst = 0.0
+    for op, arguments in cases:
+        spread = [distribute_tensor(t, mesh, p) if isinstance(t, Tensor) else t for t, p in arguments]
+        found, wanted = op(*spread), op(*(t for t, _ in arguments))
+        pairs = zip(found, wanted, strict=True) if isinstance(wanted, tuple | list) else [(found, wanted)]
+        worst = max(worst, *(distance(full(ours), alone) for ours, alone in pairs))
+    return worst
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        ddp,
+        fsdp2,
+        fsdp2_of_the_ffn,
+        tensor_parallel,
+        tensor_parallel_collectives,
+        sequence_parallel,
+        styles_of_the_layers,
+        refused_widths,
+        dtensor_ops,
+    )
+}
+
+
+def main(rank: int, ranks: int, folder: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    mesh = init_device_mesh(device, (ranks,))
+    for name, case in CASES.items():
+        try:
+            found = f"{case(mesh, device)}"
+        except Exception:
+            found = traceback.format_exc()
+        (folder / f"{name}.{rank}").write_text(found)
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that shuts down
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

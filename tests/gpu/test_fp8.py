@@ -1,0 +1,482 @@
+"""The 8-bit kernels against docs/fp8.md: bit by bit where sums are exact, within the tensor cores' noise elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import srelu24
+from srelu24 import launch
+from srelu24.fp8 import kernels, quantize, reference
+from srelu24.fp8.quantize import E4M3, E5M2, QuantizedRows
+from srelu24.launch import Operands, Scales
+from srelu24.reference import prune24
+from srelu24.sparse24 import FragmentOrder, Sparse24, row_stride
+from srelu24.workload import make_ffn
+from srelu24_gen import space
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.target import TARGETS
+
+TARGET = TARGETS["h200"]
+RELU2 = Activation.RELU2
+WIDE = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
+
+# ------------------------------------------------------------------------------------------------------- what is run
+
+
+def configs(family: Family) -> Iterator[KernelConfig]:
+    """Every tile, producer and cluster that the family has, with and without stream-K; raster groups take turns."""
+    groups = itertools.cycle((8, 1, 4, 2, 16))
+    shapes = itertools.product((64, 128, 192), (128, 256), (1, 2), Producer, (False, True))
+    for tile_m, tile_n, cluster_m, producer, stream_k in shapes:
+        c = KernelConfig(
+            tile_m, tile_n, 128, cluster_m, producer=producer, stream_k=stream_k, raster_group=next(groups)
+        )
+        c = dataclasses.replace(c, stages=space.max_stages(family, c, TARGET))
+        if space.supports_config(family, c, TARGET).ok:
+            yield c
+
+
+TO_E4M3 = Family(Op.GEMM_RELU2_24, DType.E4M3, RELU2, out=DType.E4M3)
+TO_BF16 = Family(Op.GEMM_RELU2_24, DType.E4M3, RELU2, out=DType.BF16)
+SPGEMM = Family(Op.SPGEMM, DType.E4M3, out=DType.BF16)
+DENSE = Family(Op.GEMM, DType.E4M3, out=DType.BF16)
+OPTIONS = [
+    dataclasses.replace(TO_E4M3, bias=True, weight=DType.E5M2),
+    dataclasses.replace(TO_BF16, bias=True),
+    dataclasses.replace(TO_E4M3, promote=True),
+    dataclasses.replace(TO_BF16, promote=True, bias=True),
+    dataclasses.replace(SPGEMM, bias=True, residual=True),
+    dataclasses.replace(SPGEMM, out=DType.FP16, residual=True, weight=DType.E5M2),
+    dataclasses.replace(SPGEMM, promote=True, bias=True),
+    dataclasses.replace(DENSE, promote=True),
+]
+
+
+def default(family: Family) -> KernelConfig:
+    return space.default(Problem(family, 4096, 4096, 4096), TARGET)
+
+
+GEMMS = [KernelSpec(family, c) for family in (TO_E4M3, TO_BF16, SPGEMM, DENSE) for c in configs(family)]
+GEMMS += [KernelSpec(family, default(family)) for family in OPTIONS]
+QUANTIZE = {dtype: KernelSpec(Family(Op.QUANTIZE_ROWS, dtype, out=DType.E4M3), KernelConfig()) for dtype in WIDE}
+SQUARE = KernelSpec(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), KernelConfig())
+SPECS = [*GEMMS, *QUANTIZE.values(), SQUARE]
+
+M, D, F = 300, 512, 1296
+PROBLEMS = [
+    Problem(family, m, F if family.op is Op.GEMM_RELU2_24 else D, D if family.op is Op.GEMM_RELU2_24 else F)
+    for m in (1, M)
+    for family in (TO_E4M3, TO_BF16, SPGEMM, *(dataclasses.replace(f, bias=True) for f in (TO_E4M3, TO_BF16, SPGEMM)))
+]
+
+# ---------------------------------------------------------------------------------------------------------- the data
+
+
+def seeded(seed: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def integers(low: int, high: int, *shape: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randint(low, high + 1, shape, generator=seeded(seed, device), device=device).float()
+
+
+def few(x: Tensor, seed: int) -> Tensor:
+    """At most about 24 non-zeros in a row: sums of small integers stay exact in the tensor cores' few bits."""
+    return x * (torch.rand(x.shape, generator=seeded(seed, x.device), device=x.device) < 24 / x.shape[1])
+
+
+def powers(n: int, low: int, high: int, seed: int, device: torch.device) -> Tensor:
+    return 2.0 ** integers(low, high, n, seed=seed, device=device)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def poisoned(m: int, f: int, dtype: torch.dtype, device: torch.device) -> Sparse24:
+    s = Sparse24.empty(m, f, dtype, device, FragmentOrder.BITS8)
+    s.values.view(torch.uint8).fill_(0x7F) if dtype == E4M3 else s.values.fill_(math.nan)
+    s.metadata.fill_(-1)
+    return s
+
+
+def padding(s: Sparse24) -> Tensor:
+    """What lies between the ends of the rows of values and their strides."""
+    m, f = s.shape
+    stride = row_stride(f, s.values.itemsize)
+    return s.values.as_strided((m, stride), (stride, 1))[:, f // 2 :].float()
+
+
+# ------------------------------------------------------------------------------------------------- row-wise scaling
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize(("m", "n"), [(1, 16), (7, 48), (64, 4096), (33, 8192), (5, 18432), (3, 20000)])
+def test_quantize_rows_bit_for_bit(dtype: DType, m: int, n: int, device: torch.device) -> None:
+    wide = torch.randn(m, n + 8, generator=seeded(m + n, device), device=device)
+    wide *= 10.0 ** integers(-3, 2, m, 1, seed=1, device=device)
+    x = wide.to(WIDE[dtype])[:, :n]  # rows are strided
+    if m > 4:
+        x[1] = 0
+        x[2, 3] = math.nan
+        x[3, n // 2] = math.inf
+    out = torch.empty(m, n, dtype=E4M3, device=device)
+    rows, r_largest = torch.full((2, m), math.nan, device=device)
+    launch.run(QUANTIZE[dtype], Operands(a=x, out=out, scales=Scales(rows=rows, r_largest=r_largest)))
+    expected = quantize.quantize_rows(x)
+    assert torch.equal(rows.nan_to_num(nan=-1.0), expected.scale.nan_to_num(nan=-1.0))
+    assert torch.equal(out.float().isnan(), expected.values.float().isnan())
+    assert torch.equal(out.float().nan_to_num(), expected.values.float().nan_to_num())
+    assert (r_largest == 0).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_predicted_scales(bias: bool, device: torch.device) -> None:
+    x = torch.randn(50, 4096, generator=seeded(0, device), device=device).bfloat16()
+    x[3] *= 1000
+    x[5] *= 1e-6
+    x[7] = 0
+    w1 = quantize.quantize_weight(torch.randn(64, 4096, generator=seeded(1, device), device=device))
+    b1 = torch.randn(64, generator=seeded(2, device), device=device).bfloat16() if bias else None
+    rows, s_scale, s_inverse = torch.full((3, 50), math.nan, device=device)
+    scales = Scales(rows=rows, row_norm=w1.row_norm, s_scale=s_scale, s_inverse=s_inverse)
+    scales.bias_largest = None if b1 is None else b1.float().abs().amax()
+    out = torch.empty(50, 4096, dtype=E4M3, device=device)
+    launch.run(QUANTIZE[DType.BF16], Operands(a=x, out=out, scales=scales))
+    amax = reference.predicted_amax(x, w1.row_norm, b1)
+    # The norm is summed in another order.
+    torch.testing.assert_close(s_scale, quantize.scale(amax), rtol=1e-5, atol=0)
+    torch.testing.assert_close(s_inverse, quantize.inverse_scale(amax), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("m", "f"), [(1, 16), (7, 48), (65, 1296), (64, 4096), (33, 18432)])
+def test_square_rows_bit_for_bit(m: int, f: int, device: torch.device) -> None:
+    r = poisoned(m, f, torch.bfloat16, device)
+    values = torch.randn(m, f // 2, generator=seeded(f, device), device=device).relu()
+    r.values.copy_(values * 10.0 ** integers(-8, 3, m, 1, seed=1, device=device))
+    if m > 4:
+        r.values[1] = 0
+        r.values[2, 3] = math.nan
+        r.values[3, 5] = math.inf
+    largest = torch.where(r.values.isnan().any(dim=1), math.nan, r.values.float().nan_to_num(nan=0.0).amax(dim=1))
+    largest = torch.where(r.values.isinf().any(dim=1), math.inf, largest)
+    s, rows = r.with_room_for(E4M3), torch.full((m,), math.nan, device=device)
+    launch.run(SQUARE, Operands(a=r, out=s, scales=Scales(r_largest=largest, rows=rows)))
+    amax = largest * largest
+    assert torch.equal(rows.nan_to_num(nan=-1.0), quantize.scale(amax).nan_to_num(nan=-1.0))
+    wide = r.values.float()
+    scaled = wide * wide * quantize.inverse_scale(amax)[:, None]
+    expected = quantize.saturate(scaled).float()
+    assert torch.equal(s.values.float().isnan(), expected.isnan())
+    assert torch.equal(s.values.float().nan_to_num(), expected.nan_to_num())
+    assert (padding(s) == 0).all()
+    assert s.metadata.data_ptr() == r.metadata.data_ptr()
+
+
+# ----------------------------------------------------------------------------------------- GEMMs, where sums are exact
+
+ROWS = (1, 7, 64, 129, 385, 700)
+WIDTHS = (16, 48, 256, 272, 1296, 1856)
+EXACT = [(spec, m, n, k) for spec, m, n, k in zip(
+    GEMMS * 4, itertools.cycle(ROWS), itertools.cycle(WIDTHS[::-1]), itertools.cycle((16, 512, 144, 2704, 128)),
+    strict=False,
+)]  # fmt: skip
+
+
+def shape_for(spec: KernelSpec, n: int) -> int:
+    """N that the configuration can load."""
+    while not space.supports(Problem(spec.family, 64, n, 16), spec.config, TARGET).ok:
+        n += 16
+    return n
+
+
+@pytest.mark.parametrize(
+    ("spec", "m", "n", "k"), EXACT, ids=[f"{s.name}-g{s.config.raster_group}-{m}x{n}x{k}" for s, m, n, k in EXACT]
+)
+def test_gemms_of_integers_bit_for_bit(spec: KernelSpec, m: int, n: int, k: int, device: torch.device) -> None:
+    """Every configuration: values, metadata with its padding, row maxima, saturations."""
+    family, n = spec.family, shape_for(spec, n)
+    weight_dtype = E5M2 if family.weight else E4M3
+    w = QuantizedRows(integers(-2, 2, n, k, seed=1, device=device).to(weight_dtype), powers(n, -1, 1, 2, device))
+    bias = integers(-8, 8, n, seed=3, device=device) if family.bias else None
+    out_dtype = launch.TORCH_DTYPE[family.out or family.dtype]
+    if family.op is Op.SPGEMM:
+        residual = integers(-8, 8, m, n, seed=4, device=device).to(out_dtype) if family.residual else None
+        check_spgemm(spec, m, n, k, w, bias, residual)
+        return
+    x = QuantizedRows(few(integers(-2, 2, m, k, seed=5, device=device), 6).to(E4M3), powers(m, -1, 2, 7, device))
+    if family.op is Op.GEMM:
+        out = torch.full((m, n), math.nan, dtype=out_dtype, device=device)
+        launch.run(spec, Operands(a=x.values, b=w.values, bias=bias, out=out, scales=Scales(a=x.scale, b=w.scale)))
+        expected = (x.values.double() @ w.values.double().T) * w.scale * x.scale[:, None]
+        assert torch.equal(out, (expected if bias is None else expected + bias).to(out_dtype))
+        return
+    r = reference.gemm_relu2_24(x, w, bias)
+    out24 = poisoned(m, n, out_dtype, device)
+    scales = Scales(a=x.scale, b=w.scale)
+    if family.out is DType.BF16:
+        scales.r_largest = torch.zeros(m, device=device)
+        expected24, saturations = r, None
+    else:
+        scales.s_inverse = powers(m, -3, 1, 8, device)
+        scales.saturated = torch.zeros((), dtype=torch.int64, device=device)
+        expected24, saturations = reference.square_to_e4m3(r, scales.s_inverse)
+    launch.run(spec, Operands(a=x.values, b=w.values, bias=bias, out=out24, scales=scales))
+    assert torch.equal(out24.metadata, expected24.metadata)
+    assert same_bits(out24.values, expected24.values)
+    assert (padding(out24) == 0).all()
+    if saturations is None:
+        assert torch.equal(scales.r_largest, r.values.float().amax(dim=1))  # type: ignore[arg-type]
+    else:
+        assert scales.saturated == saturations
+
+
+def check_spgemm(
+    spec: KernelSpec, m: int, n: int, k: int, w: QuantizedRows, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    device = w.values.device
+    r = few(integers(0, 2, m, k, seed=5, device=device), 6).bfloat16()
+    packed = prune24(r, square=False, order=FragmentOrder.BITS8)
+    s, _ = reference.square_to_e4m3(packed, torch.ones((), device=device))
+    s_scale = powers(m, -1, 1, 7, device)
+    out_dtype = launch.TORCH_DTYPE[spec.family.out or spec.family.dtype]
+    out = torch.full((m, n), math.nan, dtype=out_dtype, device=device)
+    o = Operands(a=s, b=w.values, bias=bias, residual=residual, out=out, scales=Scales(a=s_scale, b=w.scale))
+    launch.run(spec, o)
+    dense = s.to_dense().double()
+    assert dense.count_nonzero() or k < 64, "the data must say something"
+    expected = (dense @ w.values.double().T) * w.scale * s_scale[:, None]
+    for start in (bias, residual):
+        expected = expected if start is None else expected + start
+    assert torch.equal(out, expected.to(out_dtype))
+
+
+@pytest.mark.parametrize("spec", [KernelSpec(f, default(f)) for f in (TO_E4M3, TO_BF16)], ids=lambda s: s.name)
+def test_one_scale_for_all_rows_and_values_that_are_not_finite(spec: KernelSpec, device: torch.device) -> None:
+    """A NaN in a row of X stays in its row; ties keep the lower index; a single scale serves every row."""
+    m, n, k = 130, 272, 144
+    x = QuantizedRows(few(integers(-2, 2, m, k, seed=5, device=device), 6).to(E4M3), torch.ones(m, device=device))
+    w = QuantizedRows(integers(-2, 2, n, k, seed=1, device=device).to(E4M3), torch.ones(n, device=device))
+    x.values[3, 7] = torch.tensor(math.nan).to(E4M3)
+    x.scale[5] = math.inf
+    r = reference.gemm_relu2_24(x, w)
+    out = poisoned(m, n, launch.TORCH_DTYPE[spec.family.out or DType.E4M3], device)
+    scales = Scales(a=x.scale, b=w.scale, saturated=torch.zeros((), dtype=torch.int64, device=device))
+    scales.s_inverse, scales.r_largest = torch.tensor([0.25], device=device), torch.zeros(m, device=device)
+    launch.run(spec, Operands(a=x.values, b=w.values, out=out, scales=scales))
+    expected = r if out.dtype == torch.bfloat16 else reference.square_to_e4m3(r, scales.s_inverse[0])[0]
+    assert torch.equal(out.metadata, expected.metadata)
+    assert torch.equal(out.values.float().isnan(), expected.values.float().isnan())
+    assert torch.equal(out.values.float().nan_to_num(), expected.values.float().nan_to_num())
+    if out.dtype == torch.bfloat16:
+        assert scales.r_largest[3].isnan()
+        assert scales.r_largest[[0, 1, 2, 4]].isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------------- the whole forward
+
+
+@dataclasses.dataclass
+class Layer:
+    x: Tensor
+    w1: quantize.QuantizedWeight
+    w2: quantize.QuantizedWeight
+    b1: Tensor | None
+    b2: Tensor | None
+    amax: Tensor
+    """fp32 [], for the static recipe."""
+    saturated: Tensor
+
+    def run(self, recipe: str, x: Tensor | None = None) -> Tensor:
+        basis = self.w1.row_norm
+        if recipe == "static":
+            basis = torch.stack((quantize.scale(self.amax), quantize.inverse_scale(self.amax)))
+        return kernels.forward(
+            self.x if x is None else x, self.w1.values, self.w1.scale, self.w2.values, self.w2.scale, self.b1, self.b2,
+            recipe, basis, self.saturated,
+        )  # fmt: skip
+
+    def reference(self, recipe: str, accumulate: torch.dtype) -> Tensor:
+        r = reference.gemm_relu2_24(quantize.quantize_rows(self.x), self.w1, self.b1, accumulate=accumulate)
+        if recipe == "rowwise":
+            amax = reference.row_amax(r.values)
+        elif recipe == "predicted":
+            amax = reference.predicted_amax(self.x, self.w1.row_norm, self.b1)
+        else:
+            amax = self.amax
+        s, _ = reference.square_to_e4m3(r, quantize.inverse_scale(amax))
+        scale = quantize.scale(amax)
+        return reference.spgemm(s, scale, self.w2, self.b2, dtype=self.x.dtype, accumulate=accumulate)
+
+    def exact(self) -> Tensor:
+        """float64 with the quantised weights, pruned."""
+        h = self.x.double() @ self.w1.dequantize().double().T
+        h = (h if self.b1 is None else h + self.b1.double()).clamp(min=0)
+        groups = h.view(*h.shape[:-1], -1, 4)
+        kept = torch.zeros_like(groups).scatter_(-1, groups.topk(2).indices, 1.0)
+        y = (groups.square() * kept).view_as(h) @ self.w2.dequantize().double().T
+        return y if self.b2 is None else y + self.b2.double()
+
+
+def layer(
+    device: torch.device, dtype: DType = DType.BF16, m: int = M, d: int = D, f: int = F, density: float = 0.1,
+    bias: bool = False,
+) -> Layer:  # fmt: skip
+    data = make_ffn(m, d, f, dtype, density, device)
+    b1, b2 = (torch.randn(n, generator=seeded(n, device), device=device).mul(0.1).to(data.x.dtype) for n in (f, d))
+    w1, w2 = quantize.quantize_weight(data.w1), quantize.quantize_weight(data.w2)
+    amax = 1.5 * torch.nn.functional.linear(data.x, data.w1).relu().square().max().float()
+    saturated = torch.zeros((), dtype=torch.int64, device=device)
+    return Layer(data.x, w1, w2, b1 if bias else None, b2 if bias else None, amax, saturated)
+
+
+def row_errors(y: Tensor, truth: Tensor) -> Tensor:
+    return (y.double() - truth).norm(dim=1) / truth.norm(dim=1)
+
+
+RECIPES = ["rowwise", "predicted", "static"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("density", [0.1, 0.5])
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_forward_is_as_near_float64_as_the_reference(
+    recipe: str, dtype: DType, density: float, bias: bool, device: torch.device
+) -> None:
+    case = layer(device, dtype, density=density, bias=bias)
+    y, truth = case.run(recipe), case.exact()
+    ours, theirs = row_errors(y, truth), row_errors(case.reference(recipe, torch.float64), truth)
+    assert ours.median() < 1.1 * theirs.median()
+    assert (ours < 0.3).all()
+    assert case.saturated == 0
+    # And as near the reference as the tensor cores' short sums and the choices that follow allow.
+    assert row_errors(y, case.reference(recipe, torch.float64).double()).median() < 0.03
+
+
+@pytest.mark.parametrize("recipe", ["rowwise", "predicted"])
+def test_outlier_tiny_and_zero_rows(recipe: str, device: torch.device) -> None:
+    case = layer(device)
+    case.x[3] *= 1000
+    case.x[5] *= 1e-6
+    case.x[7] = 0
+    y, truth = case.run(recipe), case.exact()
+    assert row_errors(y, truth)[[3, 5, 20]].max() < 0.2
+    assert (y[7] == 0).all()
+    assert y.isfinite().all()
+    assert case.saturated == 0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_not_finite_stays_alone(recipe: str, bad: float, device: torch.device) -> None:
+    case = layer(device)
+    good = case.run(recipe)
+    case.x[11, 100] = bad
+    y = case.run(recipe)
+    others = torch.arange(M, device=device) != 11
+    assert torch.equal(y[others], good[others])
+    assert y[11].isnan().all()
+
+
+def test_static_counts_what_saturates(device: torch.device) -> None:
+    case = layer(device)
+    case.amax /= 50
+    y = case.run("static")
+    assert y.isfinite().all()
+    r = reference.gemm_relu2_24(quantize.quantize_rows(case.x), case.w1, accumulate=torch.float64)
+    _, expected = reference.square_to_e4m3(r, quantize.inverse_scale(case.amax))
+    assert expected > 100
+    assert abs(int(case.saturated) - int(expected)) <= 0.02 * int(expected) + 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_run_gives_the_same_bits(recipe: str, device: torch.device) -> None:
+    case = layer(device, m=1000)
+    first = case.run(recipe)
+    assert all(torch.equal(case.run(recipe), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_in_a_cuda_graph(recipe: str, device: torch.device) -> None:
+    case = layer(device, bias=True)
+    other = case.x.flip(0).contiguous()
+    eager = case.run(recipe, other)
+    static = case.x.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = case.run(recipe, static)
+    static.copy_(other)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(y, eager)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("m", [0, 1])
+def test_no_token_and_one(recipe: str, m: int, device: torch.device) -> None:
+    case = layer(device)
+    y = case.run(recipe, case.x[:m])
+    assert y.shape == (m, D)
+    assert torch.allclose(y, case.run(recipe)[:m], rtol=0.1, atol=0.1)  # tiles differ in the order of sums
+
+
+def test_promoted_sums_are_closer(device: torch.device) -> None:
+    """Positive products with a long K: what the tensor cores cut off adds up, unless sums are promoted."""
+    m, n, k = 256, 256, 16384
+    x, w = (torch.rand(256, k, generator=seeded(seed, device), device=device).to(E4M3) for seed in (0, 1))
+    exact = x.double() @ w.double().T
+    errors = {}
+    for family in (DENSE, dataclasses.replace(DENSE, promote=True)):
+        out = torch.empty(m, n, dtype=torch.bfloat16, device=device)
+        one = torch.full((m,), 2.0**-14, device=device)
+        launch.run(KernelSpec(family, default(family)), Operands(a=x, b=w, out=out, scales=Scales(a=one, b=one)))
+        errors[family.promote] = float(((out.double() * 2.0**28 - exact) / exact).abs().mean())
+    assert errors[True] < 2.0**-7  # each run of 512 still loses low bits
+    assert errors[True] <= errors[False]
+
+
+# ------------------------------------------------------------------------------------------------- the public function
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ffn_runs_these_kernels(recipe: str, device: torch.device) -> None:
+    case = layer(device, bias=True)
+    chosen = srelu24.Static(float(case.amax)) if recipe == "static" else recipe
+
+    def ffn(x: Tensor) -> Tensor:
+        return srelu24.ffn(x, case.w1, case.w2, case.b1, case.b2, recipe=chosen)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = ffn(case.x.view(3, M // 3, D))
+    assert torch.equal(y.view(M, D), case.run(recipe))
+    assert torch.equal(torch.compile(ffn, fullgraph=True, backend="aot_eager")(case.x), case.run(recipe))
+    found = srelu24.explain(case.x, case.w1, case.w2, case.b1, case.b2, recipe=chosen)
+    assert found.runs == "kernels"
+    assert len(found.kernels) == (4 if recipe == "rowwise" else 3)
+
+
+def test_calibration_on_the_gpu(device: torch.device) -> None:
+    case = layer(device)
+    static = srelu24.Static()
+    srelu24.calibrate(lambda x: srelu24.ffn(x, case.w1, case.w2, recipe=static), [case.x[:100], case.x])
+    r = reference.gemm_relu2_24(quantize.quantize_rows(case.x), case.w1, accumulate=torch.float64)
+    assert static.amax == pytest.approx(float(reference.row_amax(r.values).amax()), rel=0.03)
+
+
+def test_rows_that_the_kernels_cannot_read_run_dense(device: torch.device) -> None:
+    case = layer(device)
+    wide = torch.zeros(M, D + 4, dtype=case.x.dtype, device=device)
+    wide[:, :D] = case.x
+    with pytest.warns(srelu24.FallbackWarning, match="row stride"):
+        y = srelu24.ffn(wide[:, :D], case.w1, case.w2, recipe="rowwise")
+    assert y.shape == (M, D)

@@ -1,0 +1,100 @@
+"""What tuning is worth, on a simulated GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fake_gpu import H200, FakeGpu, better
+from srelu24.bench_tuning import bench_tuning, summary
+from srelu24.db import Database
+from srelu24.results import BenchFile
+from srelu24.tune_many import Budget, tune_shapes
+from srelu24_gen import space
+from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, KernelConfig, Problem
+
+SHAPES = [Shape(m, 1024, 4096) for m in (4096, 16384)]
+HELD_OUT = [Shape(8192, 1024, 4096)]
+
+
+def gpu(cost: object = None) -> FakeGpu:
+    return FakeGpu(cost or (lambda p, c: 1.0), overhead=0.05, build_seconds=0.0)  # type: ignore[arg-type]
+
+
+def unlike_the_default(problem: Problem) -> KernelConfig:
+    return next(c for c in space.candidates(problem, H200) if c.tile_m == 192)
+
+
+GOOD = [unlike_the_default(p) for p in SHAPES[1].gemms(DType.BF16)]
+"""Winners everywhere but, for the second GEMM, at the held-out number of tokens."""
+
+
+def cost(problem: Problem, config: KernelConfig) -> float:
+    if problem.m == HELD_OUT[0].m and config == GOOD[1]:
+        return 1.0
+    return better(*GOOD, factor=0.9)(problem, config)
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Database:
+    found = Database.open(tmp_path / "none", tmp_path / "tuning.sqlite")
+    tune_shapes(SHAPES, DType.BF16, [gpu(cost)], Budget(30.0), db=found, key=lambda spec: f"v1-{spec.digest}")
+    return found
+
+
+def test_tuned_against_default_and_the_nearest_record_against_tuning(db: Database, tmp_path: Path) -> None:
+    one, path = gpu(cost), tmp_path / "results" / "tuning.json"
+    before = db.user_records()
+    file = bench_tuning(SHAPES, HELD_OUT, DType.BF16, one, db=db, env={"gpu": "fake"}, json_path=path)
+    assert [(row.op, row.shape) for row in file.rows] == [
+        *(("tuning", str(s)) for s in SHAPES),
+        ("fallback", str(HELD_OUT[0])),
+    ]
+    for row in file.rows[:2]:
+        assert row.speedup["default"] == pytest.approx(1 / 0.9, rel=0.02)
+        assert row.candidates["srelu24"].samples >= 16
+    fallback = file.rows[2].speedup["tuned"]
+    assert fallback == pytest.approx(1.0, abs=0.02), "GEMM1's winner is right there, GEMM2's is like the default"
+    assert BenchFile.load(path).rows == file.rows
+    assert db.user_records() == before, "what is held out stays out"
+    assert one.closed
+    found = summary(file.rows)
+    assert found["tuning"][0] == pytest.approx(1 / 0.9, rel=0.02)
+    assert found["tuning"][1] <= found["tuning"][0]
+    assert found["fallback"][1:] == (fallback, str(HELD_OUT[0]))
+
+
+def test_a_winner_that_is_the_default_is_timed_once_and_says_so(tmp_path: Path) -> None:
+    db = Database.open(tmp_path / "none", tmp_path / "tuning.sqlite")
+    tune_shapes(SHAPES[:1], DType.BF16, [gpu()], Budget(8.0), db=db, key=lambda spec: "")
+    row = bench_tuning(SHAPES[:1], [], DType.BF16, gpu(), db=db).rows[0]
+    assert row.speedup == {"default": 1.0}
+    assert row.candidates["default"].note == "the same kernels"
+
+
+def test_a_pair_that_fails_has_its_reason_and_no_ratio(db: Database) -> None:
+    one = gpu()
+    one.broken = GOOD
+    row = bench_tuning(SHAPES[:1], [], DType.BF16, one, db=db).rows[0]
+    assert row.speedup == {}
+    assert "hangs" in str(row.candidates["srelu24"].error)
+    assert row.candidates["default"].ms
+
+
+@pytest.mark.parametrize(
+    ("shapes", "held_out", "reason"),
+    [
+        ([Shape(4096, 64, 256)], [], r"is answered by nearest.*tune it first"),
+        ([], SHAPES[:1], r"is answered by exact.*hold out another"),
+    ],
+)
+def test_shapes_must_be_recorded_and_held_out_ones_must_not(
+    shapes: list[Shape], held_out: list[Shape], reason: str, db: Database
+) -> None:
+    one = gpu()
+    with pytest.raises(Unsupported, match=reason):
+        bench_tuning(shapes, held_out, DType.BF16, one, db=db)
+    assert one.closed

@@ -1,0 +1,144 @@
+"""The analytic model: monotone where physics is, and right about the rankings that were measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from srelu24_gen import cost, space
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
+from srelu24_gen.target import TARGETS
+
+H200 = TARGETS["h200"]
+MEASURED: list[dict[str, Any]] = json.loads(
+    (Path(__file__).parents[2] / "docs" / "measurements" / "stream_k.json").read_text()
+)
+sizes = st.integers(1, 512).map(lambda i: 64 * i)
+
+
+def config(problem: Problem, tile_m: int = 128, producer: Producer = Producer.WARPGROUP, **more: Any) -> KernelConfig:
+    found = KernelConfig(tile_m=tile_m, producer=producer, **more)
+    return dataclasses.replace(found, stages=space.max_stages(problem.family, found, H200))
+
+
+def us(problem: Problem, chosen: KernelConfig) -> float:
+    return cost.cost(problem, chosen, H200).us
+
+
+def problems(shape: Shape) -> dict[str, Problem]:
+    """By the names of the measurement: fused GEMM1, sparse GEMM2, dense GEMM1."""
+    return {**dict(zip(("g1", "g2"), shape.gemms(DType.BF16), strict=True)), "dense": shape.dense_gemms(DType.BF16)[0]}
+
+
+# --- what was measured ---
+
+
+def measured(entry: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Name, milliseconds as measured and as predicted."""
+    found = []
+    for name, ms in entry["ms"].items():
+        which, _, variant = name.partition("_")
+        if which in ("g1", "g2", "dense"):
+            problem = problems(Shape(*entry["shape"]))[which]
+            tile, producer = int(variant[:3]), Producer.THREAD if "th" in variant else Producer.WARPGROUP
+            chosen = config(problem, tile, producer, stream_k=variant.endswith("_sk"))
+            found.append((name, ms, us(problem, chosen) / 1000))
+    return found
+
+
+@pytest.mark.parametrize("entry", MEASURED, ids=lambda e: "x".join(map(str, e["shape"])))
+def test_predictions_are_near_the_measured_times(entry: dict[str, Any]) -> None:
+    for name, ms, predicted in measured(entry):
+        assert predicted == pytest.approx(ms, rel=0.125), name
+
+
+@pytest.mark.parametrize("entry", MEASURED, ids=lambda e: "x".join(map(str, e["shape"])))
+@pytest.mark.parametrize("which", ["g1", "g2", "dense"])
+def test_clear_differences_are_ranked_as_measured(entry: dict[str, Any], which: str) -> None:
+    times = [(ms, predicted) for name, ms, predicted in measured(entry) if name.startswith(which)]
+    for ms, predicted in times:
+        for other_ms, other in times:
+            if ms < 0.9 * other_ms:
+                assert predicted < other
+
+
+def test_stream_k_helps_where_the_last_wave_is_short() -> None:
+    for which in ("g1", "g2"):
+        problem = problems(Shape(4096, 8192, 8192))[which]
+        assert us(problem, config(problem, stream_k=True)) < us(problem, config(problem, stream_k=False))
+
+
+# --- what must hold of any such model ---
+
+
+@given(sizes, sizes, sizes, st.sampled_from(["m", "n", "k"]), st.sampled_from([Op.GEMM, Op.SPGEMM]))
+def test_more_work_never_takes_less_time(m: int, n: int, k: int, which: str, op: Op) -> None:
+    family = next(p.family for p in problems(Shape(1, 8, 8)).values() if p.family.op is op)
+    small = Problem(family, m, n, k)
+    large = dataclasses.replace(small, **{which: 2 * getattr(small, which)})
+    for stream_k in (False, True):
+        chosen = config(small, stream_k=stream_k)
+        assert us(small, chosen) <= us(large, chosen) + cost.SPLIT_US
+
+
+@given(sizes, sizes, sizes, st.booleans())
+def test_occupancy_and_parts_make_sense(m: int, n: int, k: int, stream_k: bool) -> None:
+    problem = dataclasses.replace(problems(Shape(1, 8, 8))["g1"], m=m, n=n, k=k)
+    found = cost.cost(problem, config(problem, stream_k=stream_k), H200)
+    assert 0 < found.occupancy <= 1 + 1e-9
+    assert found.us >= max(found.steps_us * found.occupancy, found.memory_us, found.energy_us) + found.fixed_us - 1e-6
+    assert found.bound in ("steps", "memory", "energy", "launch")
+
+
+@given(sizes, sizes, sizes)
+def test_a_deeper_ring_and_a_larger_gpu_never_hurt(m: int, n: int, k: int) -> None:
+    problem = dataclasses.replace(problems(Shape(1, 8, 8))["g2"], m=m, n=n, k=k)
+    deep = config(problem)
+    assume(deep.stages > 2)
+    assert us(problem, deep) <= us(problem, dataclasses.replace(deep, stages=deep.stages - 1))
+    half = dataclasses.replace(H200, dram_gbps=H200.dram_gbps // 2, watts=H200.watts // 2)
+    assert cost.cost(problem, deep, H200).us <= cost.cost(problem, deep, half).us
+
+
+def test_few_tokens_are_bound_by_reading_the_weights() -> None:
+    problem = problems(Shape(16, 8192, 32768))["g2"]
+    assert cost.cost(problem, cost.rank(problem, H200)[0], H200).bound == "memory"
+    weights_us = 8192 * 32768 * 2 / (H200.dram_gbps * 1e3)
+    assert us(problem, cost.rank(problem, H200)[0]) > weights_us
+
+
+def test_ranking_is_of_the_whole_space_and_sorted() -> None:
+    for problem in problems(Shape(4096, 4096, 16384)).values():
+        ranked = cost.rank(problem, H200)
+        assert set(ranked) == set(space.candidates(problem, H200))
+        times = [us(problem, c) for c in ranked]
+        assert times == sorted(times)
+
+
+def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_no_kernels() -> None:
+    gains = [cost.ffn_gain(Shape(m, 4096, 16384), DType.BF16, H200) for m in (16, 128, 512, 2048, 16384)]
+    assert gains[0] < 1 < gains[-1]
+    assert max(gains) < 1.5, "GEMM1 stays dense"
+    assert cost.ffn_gain(Shape(512, 12, 64), DType.BF16, H200) == 0
+
+
+def test_sparsify24_is_bound_by_memory() -> None:
+    problem = Problem(Family(Op.SPARSIFY24, DType.BF16, Activation.RELU2), 16384, 16384)
+    assert cost.cost(problem, KernelConfig(), H200).bound == "memory"
+
+
+def test_8_bits_take_about_half_the_time_and_wide_results_cost_bytes() -> None:
+    shape = Shape(16384, 4096, 16384)
+    for wide, narrow in zip(shape.gemms(DType.BF16), shape.gemms(DType.E4M3), strict=True):
+        ratio = us(wide, space.default(wide, H200)) / us(narrow, space.default(narrow, H200))
+        assert 1.6 < ratio < 2.2
+    e4m3 = shape.gemms(DType.E4M3)[0]
+    to_bf16 = dataclasses.replace(e4m3, family=dataclasses.replace(e4m3.family, out=DType.BF16))
+    assert us(e4m3, space.default(e4m3, H200)) <= us(to_bf16, space.default(to_bf16, H200))
