@@ -46,7 +46,7 @@ _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
 
 
-NO_BACKWARD = "gradients are recorded, and training sparsely needs a recipe; or wrap inference in torch.no_grad()"
+NO_BACKWARD = "gradients are recorded, and only ffn with a recipe trains sparsely; wrap inference in torch.no_grad()"
 
 
 # ---------------------------------------------------------------------------------------------- public functions

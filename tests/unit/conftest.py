@@ -59,6 +59,10 @@ def pruned_hidden(
     return (*out, numerics.count_nonzeros(x, w1, b1))
 
 
+def dense_hidden(x: Tensor, w1: Tensor, b1: Tensor | None, out: Tensor) -> None:
+    out.copy_(numerics.gemm(x, w1, b1, activation=Activation.RELU2))
+
+
 def product(s: Sparse24, w: Tensor, bias: Tensor | None, stride: int | None) -> Tensor:
     y = torch.empty(s.shape[0], w.shape[0], dtype=w.dtype)
     y[row_order(s.shape[0], stride, CPU)] = numerics.spgemm(s, w, bias)
@@ -82,7 +86,7 @@ def weight_gradient(
     a: TokenSparse24, b: Tensor, stride: int | None, *, out: Tensor | None = None, transposed: bool = False
 ) -> Tensor:
     made = a.to_dense().float().T @ b[token_order(len(b), stride, CPU)].float()
-    made = made.T if transposed else made
+    made = made.T.contiguous() if transposed else made
     if out is None:
         return made.to(b.dtype)
     return out.add_(made)
@@ -91,7 +95,7 @@ def weight_gradient(
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training kernels are there, on the CPU: each function does what its kernel does, with the reference."""
-    for function in (pruned_hidden, product, hidden_gradient, weight_gradient):
+    for function in (dense_hidden, pruned_hidden, product, hidden_gradient, weight_gradient):
         monkeypatch.setattr(kernels, function.__name__, function)
     for user in (step, bench_step):
         monkeypatch.setattr(user, "reason_against", lambda *_: None)

@@ -84,6 +84,23 @@ def test_metrics_are_those_of_the_reference(
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("warmup_steps", [0, 9], ids=["sparse", "dense"])
+def test_compilers_are_told_the_right_shapes(warmup_steps: int) -> None:
+    o = Layer(None, warmup_steps)
+    flag, features = o.recipe.sparse_flag, o.state.dense_features
+    ops, checks = torch.ops.srelu24, ("test_schema", "test_faketensor")
+    x, w1, w2, b1, b2 = (t.detach() for t in o.leaves)
+    arguments = (x, w1, w2, b1, b2, flag, features, None, None, None)
+    torch.library.opcheck(ops.ffn_train.default, arguments, test_utils=checks)
+    _, hidden, _ = ops.ffn_train(*arguments)
+    saved = (o.g, x, w1, w2, hidden, flag, features, None, [True] * 5)
+    torch.library.opcheck(ops.ffn_train_backward.default, saved, test_utils=checks)
+    buffers = torch.zeros(F, D), torch.zeros(D, F)
+    torch.library.opcheck(ops.ffn_train_into.default, (*saved, *buffers), test_utils=checks)
+    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None), test_utils=checks)
+
+
 def test_no_tokens_need_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "reason_against", lambda *_: None)
     layer = Layer(None)

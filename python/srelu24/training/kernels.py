@@ -14,13 +14,26 @@ import torch
 from torch import Tensor
 
 from srelu24 import dispatch
-from srelu24.launch import DTYPES, Arguments, GemmLauncher, row_stride, stream
+from srelu24.launch import DTYPES, Arguments, GemmLauncher, Operands, row_stride, stream
 from srelu24.sparse24 import Sparse24
 from srelu24.tensor_map import tensor_map
 from srelu24.training.order import BLOCK, NATURAL, widest_stride
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.errors import LaunchError, Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
+
+
+def dense_hidden(x: Tensor, w1: Tensor, b1: Tensor | None, out: Tensor) -> None:
+    """GEMM1 of a dense step: ``relu2(x w1^T + b1)`` to ``out`` [M, F], rows in the order of the tokens.
+
+    Raises:
+        As :func:`pruned_hidden`.
+    """
+    m, (f, d) = x.shape[0], w1.shape
+    if m:
+        options = (b1 is not None, False, False)
+        run = dispatch.launcher(Op.GEMM, x.dtype, Activation.RELU2, *options, m, f, d, x.device)
+        run(Operands(a=x, b=w1, bias=b1, out=out))
 
 
 def pruned_hidden(
@@ -169,7 +182,6 @@ def row_steps(m: int, stride: int | None) -> tuple[int, int]:
     raise Unsupported(f"token_stride is {stride}; the kernels take 1 and the widest, None")
 
 
-@functools.lru_cache(maxsize=1024)
 def _launcher(family: Family, sizes: tuple[int, int, int], device: torch.device) -> TrainingLauncher:
     target = dispatch.gpu_of(device)
     choice = dispatch.choose(Problem(family, *sizes), target)

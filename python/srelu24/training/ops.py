@@ -6,8 +6,9 @@
     ffn_recipe           forward where no gradient is recorded
     hidden_kept          what pruning keeps, for the metrics
 
-A sparse step runs on the kernels where they take it (:mod:`srelu24.training.step`); everything else is the reference
-in plain PyTorch. ``sparse`` is a bool [] on the host, read when an op runs, so the end of the warm-up changes no code.
+A step runs on the kernels where they take it (:mod:`srelu24.training.step`); everything else, and the backward pass of
+a dense step, is the reference in plain PyTorch. ``sparse`` is a bool [] on the host, read when an op runs, so that the
+end of the warm-up changes no code.
 """
 
 from __future__ import annotations
@@ -89,18 +90,16 @@ def _ffn_train(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pruning = _pruning(sparse, dense_features, token_stride)
     reason = step.reason_against(x, w1.shape[0], token_stride)
-    if pruning is not None and reason is None:
-        done = step.forward(x, w1, w2, b1, b2, pruning)
-        return done.y, done.hidden, done.counts
-    if pruning is not None and x.is_cuda:
-        _warn(str(reason))
+    if reason is not None and x.is_cuda:
+        _warn(reason)
     with _exact(x):
-        done = reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
-    if reason is not None:
-        return done.y, done.hidden, done.counts
-    hidden = x.new_empty(step.hidden_size(x.shape[0], w1.shape[0]))  # one size for all steps
-    step.dense_part(hidden, *done.hidden.shape).copy_(done.hidden)
-    return done.y, hidden, done.counts
+        if reason is not None:
+            done = reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
+        elif pruning is None:
+            done = step.dense_forward(x, w1, w2, b1, b2)
+        else:
+            done = step.forward(x, w1, w2, b1, b2, pruning)
+    return done.y, done.hidden, done.counts
 
 
 def _gradients(
@@ -121,7 +120,10 @@ def _gradients(
     m, f = x.shape[0], w1.shape[0]
     if step.reason_against(x, f, token_stride) is None:
         if pruning is not None:
-            return step.backward(g, x, w1, w2, hidden, pruning=pruning, needed=wanted, w1_grad=w1_grad, w2_grad=w2_grad)
+            with _exact(x):
+                return step.backward(
+                    g, x, w1, w2, hidden, pruning=pruning, needed=wanted, w1_grad=w1_grad, w2_grad=w2_grad
+                )
         hidden = step.dense_part(hidden, m, f)
     with _exact(x):
         d = reference.backward(g, x, w1, w2, hidden, pruning=pruning, needed=wanted, accumulate=_accumulate(x))

@@ -105,11 +105,12 @@ def backward(
     """The gradients, from what :func:`forward` kept and with the pruning it was called with."""
     dy1 = dx = dw1 = dw2 = db1 = None
     if needed.x or needed.w1 or needed.b1:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        ds = _product(g, w2, accumulate).to(x.dtype).to(wide)
-        dy1 = (2 * ds * hidden.to(wide).sqrt()).to(x.dtype)
+        ds = _product(g, w2, accumulate).to(x.dtype)
+        # Without a type to work in, in place and in the storage type, whatever that rounds: [M, F] in fp32 is large.
+        wide = x.dtype if accumulate is None else torch.promote_types(x.dtype, torch.float32)
+        dy1 = ds.to(wide).mul_(hidden.to(wide).sqrt()).mul_(2).to(x.dtype)
         # Zero, not 0 * ds, where S is zero: ds may be Inf or NaN there.
-        dy1 = torch.where(hidden != 0, dy1, 0.0)
+        dy1.masked_fill_(hidden == 0, 0.0)
     if dy1 is not None and needed.x:
         dx = _product(_along_features(dy1, pruning), w1, accumulate)
     if dy1 is not None and needed.w1:

@@ -63,6 +63,16 @@ def packed_parts(hidden: Tensor, m: int, f: int) -> tuple[Sparse24, TokenSparse2
     )
 
 
+def dense_forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Forward:
+    """A dense step: the fused GEMM, then cuBLAS. Non-zeros are counted after squaring."""
+    m, f = x.shape[0], w1.shape[0]
+    hidden = x.new_empty(hidden_size(m, f))
+    s = dense_part(hidden, m, f)
+    kernels.dense_hidden(_ready(x), _ready(w1), None if b1 is None else _ready(b1), s)
+    counts = (s != 0).sum(dim=0, dtype=torch.int32)
+    return Forward(torch.nn.functional.linear(s, w2, b2), hidden, counts)
+
+
 def forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, pruning: Pruning) -> Forward:
     """:func:`srelu24.training.reference.forward` on the kernels; ``hidden`` is as the module says."""
     m, f = x.shape[0], w1.shape[0]
