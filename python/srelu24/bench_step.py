@@ -7,7 +7,8 @@ Rows of a result file (:mod:`srelu24.results`), by op: ``ffn_step`` is the whole
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from srelu24 import measure
-from srelu24.measure import Call
+from srelu24.dispatch import gpu_of
+from srelu24.measure import Call, Timing
 from srelu24.results import BenchFile, Candidate, Row
 from srelu24.sparse24 import Sparse24
 from srelu24.training import kernels
@@ -26,8 +28,10 @@ from srelu24.training.packed import TokenSparse24, columns
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24.training.step import reason_against
 from srelu24.workload import FFNData, make_ffn
-from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import DType
+from srelu24_gen import space
+from srelu24_gen.compile import build_many
+from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 
 SPLIT_SHAPE = (8192, 8192, 8192)
 SPLIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 1.0)
@@ -168,6 +172,72 @@ def parts(case: StepCase) -> dict[str, tuple[int, dict[str, Call]]]:
     return found | {op: (0, {"srelu24": call}) for op, call in overheads.items()}
 
 
+def bench_configs(
+    shape: Shape,
+    dtype: DType,
+    density: float = 0.1,
+    *,
+    seconds: float = 60.0,
+    on_event: Callable[[str], None] = lambda text: None,
+    device: torch.device | str = "cuda",
+) -> list[Row]:
+    """Every candidate configuration of every kernel of the step, built and timed: rows ``config_*``, fastest first.
+
+    Raises:
+        As :func:`bench_step`; CompileError where a configuration cannot be built.
+    """
+    case = StepCase.make(shape, dtype, density, device)
+    target = gpu_of(case.data.x.device)
+    calls = {op: calls["srelu24"] for op, (flops, calls) in parts(case).items() if flops}
+    rows = []
+    for op, problem in _problems(shape, dtype).items():
+        configs = space.candidates(problem, target)
+        for built in build_many([KernelSpec(problem.family, config, target.arch) for config in configs]):
+            if isinstance(built, Srelu24Error):
+                raise built
+        named = {f"{KernelSpec(problem.family, c).name.split('_sm_90a_')[1]}_g{c.raster_group}": c for c in configs}
+        timings = measure.interleave(
+            {name: partial(_with_config, config, calls[op]) for name, config in named.items()},
+            device=device,
+            seconds=seconds / 5,
+        )
+        default = next(iter(timings.values()))
+        ranked = dict(sorted(timings.items(), key=lambda item: item[1].ms))
+        rows.append(
+            Row(
+                op=op.replace("step", "config"),
+                dtype=dtype.value,
+                shape="x".join(map(str, shape)),
+                density=density,
+                candidates={name: _candidate(timing, problem.flops) for name, timing in ranked.items()},
+                speedup={name: measure.ratio(timing, default) for name, timing in ranked.items()},
+            )
+        )
+        best = next(iter(ranked))
+        on_event(f"{op}: {best} {ranked[best].ms:.3f} ms, {rows[-1].speedup[best]:.3f}x the default")
+    return rows
+
+
+def _with_config(config: KernelConfig, call: Call) -> None:
+    with kernels.fixed_config(config):
+        call()
+
+
+def _problems(shape: Shape, dtype: DType) -> dict[str, Problem]:
+    """The kernels of a step, by the op of their part."""
+    m, d, f = shape
+    hidden = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, count_nonzeros=True, tokens=True, permuted=True)
+    gradient = Family(Op.GEMM_DRELU2_24, dtype, tokens=True, permuted=True)
+    weights = Family(Op.SPGEMM_TOKENS, dtype)
+    return {
+        "step_hidden": Problem(hidden, m, f, d),
+        "step_y": Problem(Family(Op.SPGEMM, dtype, permuted=True), m, d, f),
+        "step_hidden_gradient": Problem(gradient, m, f, d),
+        "step_dw1": Problem(weights, f, d, m),
+        "step_dw2": Problem(replace(weights, transposed=True), f, d, m),
+    }
+
+
 def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
     """Memory that the backward pass of one forward pass holds besides its inputs."""
     known = {t.untyped_storage().data_ptr() for t in inputs}
@@ -243,19 +313,20 @@ def _row(
         dtype=dtype.value,
         shape="x".join(map(str, shape)),
         density=density,
-        candidates={
-            name: Candidate(
-                ms=timing.ms,
-                tflops=timing.tflops(flops) if flops else None,
-                joules=timing.joules,
-                sm_mhz=timing.sm_mhz,
-                watts=timing.watts,
-                samples=len(timing.samples),
-                throttled=timing.throttled,
-            )
-            for name, timing in timings.items()
-        },
+        candidates={name: _candidate(timing, flops) for name, timing in timings.items()},
         speedup={name: measure.ratio(ours, timing) for name, timing in timings.items() if name != "srelu24"},
+    )
+
+
+def _candidate(timing: Timing, flops: int) -> Candidate:
+    return Candidate(
+        ms=timing.ms,
+        tflops=timing.tflops(flops) if flops else None,
+        joules=timing.joules,
+        sm_mhz=timing.sm_mhz,
+        watts=timing.watts,
+        samples=len(timing.samples),
+        throttled=timing.throttled,
     )
 
 

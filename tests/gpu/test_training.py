@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -142,15 +143,11 @@ CHECKS = {"hidden": hidden, "gradient": gradient, "product": product}
 
 
 @pytest.fixture
-def configured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
+def configured(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernel of a case serves all its family's problems."""
     name, config = request.param
-
-    def launcher(family: Family, sizes: tuple[int, int, int], on: torch.device) -> kernels.TrainingLauncher:
-        return kernels.launcher_for(KernelSpec(family, config), on.index)
-
-    monkeypatch.setattr(kernels, "_launcher", launcher)
-    return name
+    with kernels.fixed_config(config):
+        yield name
 
 
 # ------------------------------------------------------------------------------------------------------- one at a time

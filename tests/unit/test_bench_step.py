@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from torch.nn.functional import linear
 from srelu24 import bench_step, report
 from srelu24.bench_step import StepCase
 from srelu24.results import BenchFile
+from srelu24.training import kernels
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import DType, KernelConfig, Producer
+from srelu24_gen.target import TARGETS
 
 SHAPE = (64, 64, 256)
+CONFIGS = [KernelConfig(), KernelConfig(tile_m=192, producer=Producer.THREAD)]
 
 
 @pytest.fixture
@@ -91,3 +95,22 @@ def test_what_cannot_be_measured_is_refused() -> None:
         StepCase.make(SHAPE, DType.BF16, 0.3, "cpu")
     with pytest.raises(Unsupported, match="at least one shape"):
         bench_step.bench_step([], DType.BF16)
+
+
+def test_configurations_are_timed_with_their_own_kernel(played: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "gpu_of", lambda _: TARGETS["h200"])
+    monkeypatch.setattr(bench_step, "build_many", lambda specs: [None] * len(specs))
+    monkeypatch.setattr(bench_step.space, "candidates", lambda problem, target: CONFIGS)
+    used = set()
+    real = kernels.weight_gradient
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        used.add(kernels._fixed.get())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(kernels, "weight_gradient", spy)
+    rows = bench_step.bench_configs(SHAPE, DType.BF16, 0.3, seconds=0.05, device="cpu")
+    assert [row.op for row in rows] == [f"config_{part}" for part in ("hidden", "y", "hidden_gradient", "dw1", "dw2")]
+    assert all(sorted(row.speedup) == ["128x256x64_c2_s4_wg_g8", "192x256x64_c2_s4_th_g8"] for row in rows)
+    assert used == set(CONFIGS)
+    assert kernels._fixed.get() is None

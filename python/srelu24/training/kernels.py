@@ -9,6 +9,9 @@ are those that :func:`srelu24_gen.space.supports_problem` takes, dense ones are 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from srelu24.tensor_map import tensor_map
 from srelu24.training.order import BLOCK, NATURAL, widest_stride
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.errors import LaunchError, Unsupported
-from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 
 
 def dense_hidden(x: Tensor, w1: Tensor, b1: Tensor | None, out: Tensor) -> None:
@@ -182,10 +185,23 @@ def row_steps(m: int, stride: int | None) -> tuple[int, int]:
     raise Unsupported(f"token_stride is {stride}; the kernels take 1 and the widest, None")
 
 
+_fixed: ContextVar[KernelConfig | None] = ContextVar("_fixed", default=None)
+
+
+@contextmanager
+def fixed_config(config: KernelConfig) -> Iterator[None]:
+    """Every kernel of this module that is launched inside has this configuration: to compare configurations."""
+    token = _fixed.set(config)
+    try:
+        yield
+    finally:
+        _fixed.reset(token)
+
+
 def _launcher(family: Family, sizes: tuple[int, int, int], device: torch.device) -> TrainingLauncher:
     target = dispatch.gpu_of(device)
-    choice = dispatch.choose(Problem(family, *sizes), target)
-    return launcher_for(KernelSpec(family, choice.config, target.arch), device.index)
+    config = _fixed.get() or dispatch.choose(Problem(family, *sizes), target).config
+    return launcher_for(KernelSpec(family, config, target.arch), device.index)
 
 
 @functools.cache
