@@ -276,3 +276,72 @@ def test_training_on_the_device(dtype: torch.dtype, device: torch.device) -> Non
     for ours, exact in zip(results["cuda"], results["cpu"], strict=True):
         difference = (ours.cpu().double() - exact.double()).norm()
         assert difference < 0.1 * exact.double().norm()  # near ties may be kept differently
+
+
+class Training:
+    """A layer whose steps run on the kernels."""
+
+    def __init__(self, device: torch.device, warmup_steps: int) -> None:
+        random = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random).mul(shape[-1] ** -0.5).to(device, torch.bfloat16)
+
+        self.leaves = [t.requires_grad_() for t in (normal(256, 128), normal(512, 128), normal(128, 512))]
+        self.g = normal(256, 128)
+        self.recipe = srelu24.Recipe(warmup_steps=warmup_steps)
+        self.state = self.recipe.layer("ffn", self.leaves[1])
+
+    def forward(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        return srelu24.ffn(x, w1, w2, recipe=self.state)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(*self.leaves), self.leaves, self.g)
+
+
+def test_compiled_code_switches_by_itself(device: torch.device) -> None:
+    eager, compiled = Training(device, 1), Training(device, 1)
+    compiled.forward = torch.compile(compiled.forward, backend="aot_eager", fullgraph=True)  # type: ignore[method-assign]
+    for _ in range(3):
+        for a, b in zip(eager.gradients(), compiled.gradients(), strict=True):
+            assert torch.equal(a, b)
+        assert eager.recipe.step() == compiled.recipe.step()
+    assert compiled.recipe.sparse
+
+
+def test_a_step_in_a_cuda_graph(device: torch.device) -> None:
+    training = Training(device, 0)
+    expected = training.gradients()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            training.gradients()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = training.gradients()
+    for gradient in captured:
+        gradient.zero_()
+    graph.replay()
+    for ours, wanted in zip(captured, expected, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_buffers_and_dense_features(device: torch.device) -> None:
+    training = Training(device, 0)
+    x, w1, w2 = training.leaves
+    w1_grad, w2_grad = torch.ones(512, 128, device=device), torch.ones(128, 512, device=device)
+    _, dw1, dw2 = training.gradients()
+    training.state.accumulate_into(w1_grad, w2_grad)
+    training.forward(x, w1, w2).backward(training.g)
+    for buffer, gradient in ((w1_grad, dw1), (w2_grad, dw2)):
+        difference = (buffer - 1 - gradient.float()).norm()
+        assert difference < 1e-2 * gradient.float().norm()
+    # A dense feature has the gradient of the reference with nothing pruned along tokens.
+    feature = training.state.dense_features[0]
+    everything = Pruning(torch.arange(512, device=device))
+    step = reference.forward(x.detach(), w1.detach(), w2.detach(), pruning=everything)
+    exact = reference.backward(training.g, x.detach(), w1.detach(), w2.detach(), step.hidden, pruning=everything)
+    assert exact.w1 is not None
+    assert (dw1[feature].float() - exact.w1[feature]).norm() < 2e-2 * exact.w1[feature].norm()
