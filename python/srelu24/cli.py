@@ -42,6 +42,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pre
 app.add_typer(cli_db.app, name="db")
 app.add_typer(cli_bench.app, name="bench")
 cli_bench.app.command("training")(cli_training.bench_training)
+cli_bench.app.command("training-report")(cli_training.report_training)
 cli_bench.app.command("step")(cli_training.bench_step)
 app.command()(cli_tune.tune)
 app.command()(cli_ship.pack)

@@ -12,6 +12,8 @@ from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType
 
+PAGE = Path("docs/training.md")
+
 
 def bench_training(
     json: Annotated[Path, typer.Option("--json", metavar="FILE", help="The result file; what it holds is kept.")],
@@ -22,14 +24,11 @@ def bench_training(
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=1, help="Start no run that would end later than this.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="A model of seconds, to try the command on a CPU.")] = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the result here, as SVG.")] = None,
-    page: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Fill this page's tables.")] = None,
 ) -> None:
     """What each part of the training method is worth, on a small transformer; goes on where it was stopped."""
     import torch
 
-    from srelu24 import report as documents
-    from srelu24.ablation import report, runs
+    from srelu24.ablation import runs
     from srelu24.ablation.results import Setup
     from srelu24.ablation.variants import Variant
 
@@ -44,7 +43,7 @@ def bench_training(
         refresh=max(1, steps // 40),
         **(small if tiny else {}),
     )
-    file = runs.ablate(
+    runs.ablate(
         setup,
         [Variant(name) for name in variant or known],
         range(seeds),
@@ -53,11 +52,23 @@ def bench_training(
         seconds=seconds,
         on_event=views.note,
     )
-    if plot is not None:
-        report.plot(file, plot)
-    if page is not None:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(documents.filled(text, report.tables(file), page.name), encoding="utf-8")
+
+
+def report_training(
+    json: Annotated[Path, typer.Option("--json", metavar="FILE", exists=True, help="What `bench training` wrote.")],
+    results: Annotated[Path, typer.Option(metavar="DIR", exists=True, help="Where the other result files are.")],
+    page: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The page to fill.")] = PAGE,
+) -> None:
+    """Fill the tables of docs/training.md and draw the ablation's plot next to its file."""
+    from srelu24 import report as documents
+    from srelu24.ablation import report
+    from srelu24.ablation.results import AblationFile
+
+    file = AblationFile.load(json)
+    text = page.read_text(encoding="utf-8")
+    tables = documents.tables(results) | report.tables(file)
+    page.write_text(documents.filled(text, tables, page.name), encoding="utf-8")
+    report.plot(file, json.with_suffix(".svg"))
 
 
 def bench_step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ from srelu24.ablation.model import Transformer
 from srelu24.ablation.results import AblationFile, Grouping, Run, Setup
 from srelu24.ablation.variants import Variant, attach
 from srelu24.cli import app
-from srelu24.report import load_results
+from srelu24.report import load_results, tables
 from srelu24_gen.errors import RecordError, Unsupported
 
 SETUP = Setup(
@@ -188,10 +189,10 @@ def made_up() -> AblationFile:
 
 
 def test_tables_and_plot(tmp_path: Path) -> None:
-    tables = report.tables(made_up())
-    assert "| dense | 2 | 1.1000 | 1.0000 .. 1.2000 | +0.0000 | 10.0% | 5.0 |" in tables["training_ablation"]
-    assert "| no mask reuse | 1, 1 diverged | - | - | - | 10.0% | 5.0 |" in tables["training_ablation"]
-    assert "| widest | 1.00% | 0.50% | 1.00% | 1.00% |" in tables["token_groups"]
+    made = report.tables(made_up())
+    assert "| dense | 2 | 1.1000 | 1.0000 .. 1.2000 | +0.0000 | 10.0% | 5.0 |" in made["training_ablation"]
+    assert "| no mask reuse | 1, 1 diverged | - | - | - | 10.0% | 5.0 |" in made["training_ablation"]
+    assert "| widest | 1.00% | 0.50% | 1.00% | 1.00% |" in made["token_groups"]
     pytest.importorskip("matplotlib")
     report.plot(made_up(), tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
@@ -205,3 +206,22 @@ def test_the_command_refuses_an_unknown_variant(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "training", "--json", str(tmp_path / "x.json"), "--variant", "none"])
     assert result.exit_code == 2
     assert "no variant 'none'" in result.output
+
+
+def test_the_report_fills_a_page_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, page = tmp_path / "gpu" / "training_ablation.json", tmp_path / "page.md"
+    made_up().save(path)
+    marks = ("step", "split", "training_ablation", "token_groups")
+    page.write_text("".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in marks))
+    arguments = ["bench", "training-report", "--json", str(path), "--results", str(tmp_path), "--page", str(page)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert "| dense | 2 | 1.1000 |" in page.read_text()
+    assert "| neighbours |" in page.read_text()
+    assert path.with_suffix(".svg").exists()
+
+
+def test_the_training_page_asks_only_for_tables_that_exist(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    tables_there = tables(tmp_path) | report.tables(made_up())
+    assert set(re.findall(r"<!-- results:(\w+) -->", text)) <= set(tables_there)

@@ -1,4 +1,4 @@
-"""What is compared: the method, dense training, and the method with one part left out (arXiv 2503.16672, table 2)."""
+"""What is compared: the method, dense training, and the method with one part left out (arXiv 2503.16672)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Training a squared-ReLU FFN with a sparse backward: arXiv 2503.16672, section 4. The contract is docs/training.md."""
+"""Training a squared-ReLU FFN with a sparse backward: arXiv 2503.16672. The contract is docs/training.md."""

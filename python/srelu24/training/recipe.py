@@ -23,7 +23,7 @@ DENSE_TILE = 64
 
 
 class Recipe:
-    """The method of arXiv 2503.16672, section 4, for every squared-ReLU FFN of a model.
+    """The method of arXiv 2503.16672, for every squared-ReLU FFN of a model.
 
     Dense for ``warmup_steps`` steps, sparse afterwards. Give each layer a :meth:`layer`, hand that to
     ``srelu24.ffn(..., recipe=...)``, and call :meth:`step` once after every optimizer step:
