@@ -402,7 +402,9 @@ def _toolchain_versions() -> dict[str, str | None]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether tracked files differ from it; SRELU24_COMMIT speaks for copies made without .git."""
+    """Commit and whether tracked files differ from it; SRELU24_COMMIT speaks for copies whose .git is not theirs."""
+    if named := os.environ.get("SRELU24_COMMIT"):
+        return named, None
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         try:
@@ -415,7 +417,7 @@ def _git_state() -> tuple[str | None, bool | None]:
             return commit, bool(status)
         except (OSError, subprocess.SubprocessError):
             pass
-    return os.environ.get("SRELU24_COMMIT"), None
+    return None, None
 
 
 def _first_line(error: BaseException) -> str:
