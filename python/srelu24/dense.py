@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from srelu24.dispatch import launcher
+from srelu24.kept_memory import allocate_kept
 from srelu24.launch import Operands
 from srelu24_gen.spec import Activation, Op
 
@@ -53,7 +54,7 @@ def _zeros(w: Tensor) -> Tensor:
     """A bias of zeros, without which cuBLASLt has no relu; kept, but not from inside a CUDA graph, which owns it."""
     key = (w.shape[0], w.dtype, w.device)
     if (found := _kept_zeros.get(key)) is None:
-        found = w.new_zeros(w.shape[0])
-        if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _kept_zeros[key] = found
+        if w.is_cuda and torch.cuda.is_current_stream_capturing():
+            return w.new_zeros(w.shape[0])
+        found = _kept_zeros[key] = allocate_kept(lambda: w.new_zeros(w.shape[0]), w.device)
     return found

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from srelu24.kept_memory import allocate_kept
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.tensor_map import tensor_map
@@ -169,7 +170,7 @@ def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
     key = (device.index, stream(device.index))
     found = _workspaces.get(key)
     if found is None or found.flags.numel() < flags or found.partials.numel() < floats:
-        found = _workspaces[key] = new()
+        found = _workspaces[key] = allocate_kept(new, device)
     return found
 
 

@@ -97,16 +97,16 @@ def tables(results_dir: Path) -> dict[str, str]:
     }
 
 
-def update_readme(readme: Path, results_dir: Path) -> bool:
+def update_page(page: Path, results_dir: Path) -> bool:
     """Fills what lies between ``<!-- results:NAME -->`` and ``<!-- /results -->``; True if that changed the file.
 
     Raises:
         RecordError: a marker asks for a table that does not exist, or a file is no result file.
     """
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, tables(results_dir), readme.name)
+    before = page.read_text(encoding="utf-8")
+    after = filled(before, tables(results_dir), page.name)
     if after != before:
-        readme.write_text(after, encoding="utf-8")
+        page.write_text(after, encoding="utf-8")
     return after != before
 
 

@@ -87,6 +87,8 @@ def dense_reason(
             return f"{name} = {width} is not a positive multiple of {FragmentOrder.BITS8.granule}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b1, b2)):
         return "gradients are recorded, and the 8-bit forward has no backward; wrap inference in torch.no_grad()"
+    if torch.compiler.is_compiling():  # there are no addresses yet; the op looks at them
+        return None
     if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in (w1, w2) for t in (w.values, w.scale)):
         return f"a quantised weight does not start at a multiple of {ALIGNMENT} bytes"
     return kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
@@ -126,6 +128,15 @@ def _ffn_fake(
     return x.new_empty((x.shape[0], w2.shape[0]))
 
 
-_library.impl("ffn_fp8", kernels.forward, "CUDA")
+def _ffn_cuda(
+    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
+    recipe: str, basis: Tensor, saturated: Tensor,
+) -> Tensor:  # fmt: skip
+    if kernel_reason(x) is not None:  # a traced call may bring rows as the kernels cannot read them
+        x = x.clone(memory_format=torch.contiguous_format)
+    return kernels.forward(x, w1, w1_scale, w2, w2_scale, b1, b2, recipe, basis, saturated)
+
+
+_library.impl("ffn_fp8", _ffn_cuda, "CUDA")
 _library.impl("ffn_fp8", _ffn_cpu, "CPU")
 torch.library.register_fake("srelu24::ffn_fp8", _ffn_fake)
