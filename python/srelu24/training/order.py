@@ -6,8 +6,6 @@ positions: four consecutive ones are a group, and each names a token. It is a fi
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,6 @@ def check_stride(stride: int | None) -> None:
         )
 
 
-@functools.lru_cache(maxsize=256)
 def row_order(m: int, stride: int | None, device: torch.device) -> Tensor:
     """The token of every row: int64 [padded(m)], a permutation. Tokens from ``m`` on do not exist.
 
@@ -56,7 +53,6 @@ def row_order(m: int, stride: int | None, device: torch.device) -> Tensor:
     return torch.cat((bands, tokens[whole:]))
 
 
-@functools.lru_cache(maxsize=256)
 def token_order(m: int, stride: int | None, device: torch.device) -> Tensor:
     """The token at every position: int64 [padded(m)], a permutation. Tokens from ``m`` on do not exist.
 
