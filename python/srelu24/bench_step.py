@@ -101,6 +101,7 @@ def bench_step(
     """
     if not shapes or not densities:
         raise Unsupported("a benchmark needs at least one shape MxDxF and one density")
+    _require_gpu(device)
     file = BenchFile(env=measure.environment(device), rows=[])
 
     def keep(rows: list[Row]) -> None:
@@ -186,6 +187,7 @@ def bench_configs(
     Raises:
         As :func:`bench_step`; CompileError where a configuration cannot be built.
     """
+    _require_gpu(device)
     case = StepCase.make(shape, dtype, density, device)
     target = gpu_of(case.data.x.device)
     calls = {op: calls["srelu24"] for op, (flops, calls) in parts(case).items() if flops}
@@ -216,6 +218,13 @@ def bench_configs(
         best = next(iter(ranked))
         on_event(f"{op}: {best} {ranked[best].ms:.3f} ms, {rows[-1].speedup[best]:.3f}x the default")
     return rows
+
+
+def _require_gpu(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise Unsupported(
+            "benchmarks time kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"
+        )
 
 
 def _with_config(config: KernelConfig, call: Call) -> None:

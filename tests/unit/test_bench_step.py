@@ -90,7 +90,14 @@ def test_a_file_with_its_tables(played: None, tmp_path: Path, monkeypatch: pytes
     assert "| bf16 | 64x64x256 | 50% |" in tables["split"]
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for bench in (
+        lambda: bench_step.bench_step([SHAPE], DType.BF16),
+        lambda: bench_step.bench_configs(SHAPE, DType.BF16),
+    ):
+        with pytest.raises(Unsupported, match="PyTorch sees none"):
+            bench()
     with pytest.raises(Unsupported, match="do not take 64x64x256: the tensors are not on a GPU"):
         StepCase.make(SHAPE, DType.BF16, 0.3, "cpu")
     with pytest.raises(Unsupported, match="at least one shape"):
