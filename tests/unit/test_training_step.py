@@ -91,10 +91,10 @@ def test_compilers_are_told_the_right_shapes(warmup_steps: int) -> None:
     flag, features = o.recipe.sparse_flag, o.state.dense_features
     ops, checks = torch.ops.srelu24, ("test_schema", "test_faketensor")
     x, w1, w2, b1, b2 = (t.detach() for t in o.leaves)
-    arguments = (x, w1, w2, b1, b2, flag, features, None, None, None)
+    arguments = (x, w1, w2, b1, b2, flag, features, None, True, None, None)
     torch.library.opcheck(ops.ffn_train.default, arguments, test_utils=checks)
     _, hidden, _ = ops.ffn_train(*arguments)
-    saved = (o.g, x, w1, w2, hidden, flag, features, None, [True] * 5)
+    saved = (o.g, x, w1, w2, hidden, flag, features, None, True, [True] * 5)
     torch.library.opcheck(ops.ffn_train_backward.default, saved, test_utils=checks)
     buffers = torch.zeros(F, D), torch.zeros(D, F)
     torch.library.opcheck(ops.ffn_train_into.default, (*saved, *buffers), test_utils=checks)
@@ -120,7 +120,7 @@ def test_columns_are_those_of_the_dense_matrix(features: list[int]) -> None:
 
 
 def test_what_the_kernels_do_not_take_has_a_reason() -> None:
-    assert step.reason_against(torch.empty(16, 64), 64, None) == "the tensors are not on a GPU"
+    assert step.reason_against(torch.empty(16, 64), 64, None, True) == "the tensors are not on a GPU"
 
 
 def test_saved_memory_is_little_more_than_a_half_of_the_dense_step() -> None:

@@ -28,7 +28,7 @@ from srelu24.training.reference import Gradients, Needed, Pruning
 from srelu24_gen.errors import Unsupported
 
 _library = torch.library.Library("srelu24", "FRAGMENT")
-_STEP = "Tensor sparse, Tensor dense_features, int? token_stride"
+_STEP = "Tensor sparse, Tensor dense_features, int? token_stride, bool kernels"
 _SAVED = f"Tensor g, Tensor x, Tensor w1, Tensor w2, Tensor hidden, {_STEP}, bool[] needed"
 _FFN = "Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2"
 _library.define(
@@ -61,7 +61,7 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
         )
     rows = x.reshape(-1, x.shape[-1])
     if differentiated(x, w1, w2, b1, b2):
-        pruning = (flag, layer.dense_features, layer.recipe.token_stride)
+        pruning = (flag, layer.dense_features, layer.recipe.token_stride, layer.recipe.kernels)
         y, hidden, counts = torch.ops.srelu24.ffn_train(rows, w1, w2, b1, b2, *pruning, layer.w1_grad, layer.w2_grad)
         layer.count(counts, rows.shape[0])
         if layer.recipe.metrics is not None:
@@ -85,11 +85,12 @@ def _ffn_train(
     sparse: Tensor,
     dense_features: Tensor,
     token_stride: int | None,
+    kernels: bool,
     w1_grad: Tensor | None,
     w2_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     pruning = _pruning(sparse, dense_features, token_stride)
-    reason = step.reason_against(x, w1.shape[0], token_stride)
+    reason = step.reason_against(x, w1.shape[0], token_stride, kernels)
     if reason is not None and x.is_cuda:
         _warn(reason)
     with _exact(x):
@@ -111,6 +112,7 @@ def _gradients(
     sparse: Tensor,
     dense_features: Tensor,
     token_stride: int | None,
+    kernels: bool,
     needed: list[bool],
     w1_grad: Tensor | None = None,
     w2_grad: Tensor | None = None,
@@ -118,7 +120,7 @@ def _gradients(
     """Those of the weights are already in their buffers, where there are any."""
     pruning, wanted = _pruning(sparse, dense_features, token_stride), Needed(*needed)
     m, f = x.shape[0], w1.shape[0]
-    if step.reason_against(x, f, token_stride) is None:
+    if step.reason_against(x, f, token_stride, kernels) is None:
         if pruning is not None:
             with _exact(x):
                 return step.backward(
@@ -150,11 +152,17 @@ def _ffn_recipe(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor
 
 
 def _hidden_kept(
-    hidden: Tensor, x: Tensor, f: int, sparse: Tensor, dense_features: Tensor, token_stride: int | None
+    hidden: Tensor,
+    x: Tensor,
+    f: int,
+    sparse: Tensor,
+    dense_features: Tensor,
+    token_stride: int | None,
+    kernels: bool,
 ) -> Tensor:
     """int64 [2]: non-zeros of S, and of S pruned along tokens; during the warm-up those that pruning would leave."""
     pruning = Pruning(dense_features, token_stride)
-    if step.reason_against(x, f, token_stride) is None:
+    if step.reason_against(x, f, token_stride, kernels) is None:
         if sparse.item():
             return torch.stack(step.kept(hidden, x.shape[0], f, pruning))
         hidden = step.dense_part(hidden, x.shape[0], f)
@@ -185,7 +193,7 @@ def _exact(x: Tensor) -> torch.autocast:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, w2, _, _, sparse, dense_features, ctx.token_stride, w1_grad, w2_grad = inputs
+    x, w1, w2, _, _, sparse, dense_features, ctx.token_stride, ctx.kernels, w1_grad, w2_grad = inputs
     _, hidden, counts = output
     ctx.mark_non_differentiable(hidden, counts)
     ctx.set_materialize_grads(False)
@@ -197,8 +205,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 10
-    saved = (g.contiguous(), *ctx.saved_tensors, ctx.token_stride)
+        return (None,) * 11
+    saved = (g.contiguous(), *ctx.saved_tensors, ctx.token_stride, ctx.kernels)
     needed = list(ctx.needs_input_grad[:5])
     wanted: tuple[Tensor | None, ...]
     if ctx.buffers[0] is None:
@@ -209,7 +217,7 @@ def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         dx, db1, db2 = torch.ops.srelu24.ffn_train_into(*saved, needed, *ctx.buffers)
         needed[1] = needed[2] = False
         wanted = (dx, None, None, db1, db2)
-    return (*(d if wants else None for d, wants in zip(wanted, needed, strict=True)), *(None,) * 5)
+    return (*(d if wants else None for d, wants in zip(wanted, needed, strict=True)), *(None,) * 6)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> None:
@@ -228,10 +236,11 @@ def _ffn_train_fake(
     sparse: Tensor,
     dense: Tensor,
     token_stride: int | None,
+    kernels: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, f = x.shape[0], w1.shape[0]
-    packs = step.reason_against(x, f, token_stride) is None
+    packs = step.reason_against(x, f, token_stride, kernels) is None
     hidden = x.new_empty(step.hidden_size(m, f)) if packs else x.new_empty(m, f)
     return x.new_empty(x.shape), hidden, x.new_empty(f, dtype=torch.int32)
 
@@ -249,6 +258,7 @@ def _ffn_train_backward_fake(
     s: Tensor,
     d: Tensor,
     t: int | None,
+    kernels: bool,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
     return _fakes(needed, x.shape, w1.shape, w2.shape, w1.shape[:1], w2.shape[:1], like=x)

@@ -24,10 +24,12 @@ from srelu24_gen.errors import Unsupported
 _ALIGNMENT = 16
 
 
-def reason_against(x: Tensor, f: int, token_stride: int | None) -> str | None:
-    """Why the kernels cannot take a step of x [M, D] with F = ``f``, or None if they can. Looks at no values."""
+def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) -> str | None:
+    """Why the kernels do not take a step of x [M, D] with F = ``f``, or None if they do. Looks at no values."""
     if not x.is_cuda:
         return "the tensors are not on a GPU"
+    if not wanted:
+        return "Recipe(kernels=True) was not asked for"
     if x.dtype not in DTYPES:
         return f"the type is {x.dtype}, and the kernels take bfloat16 and float16"
     m, d = x.shape
