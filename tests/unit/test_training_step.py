@@ -98,7 +98,7 @@ def test_compilers_are_told_the_right_shapes(warmup_steps: int) -> None:
     torch.library.opcheck(ops.ffn_train_backward.default, saved, test_utils=checks)
     buffers = torch.zeros(F, D), torch.zeros(D, F)
     torch.library.opcheck(ops.ffn_train_into.default, (*saved, *buffers), test_utils=checks)
-    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None), test_utils=checks)
+    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None, True), test_utils=checks)
 
 
 def test_no_tokens_need_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
