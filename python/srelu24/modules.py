@@ -78,7 +78,7 @@ class SquaredReLUFFN(nn.Module):
         super().__init__()
         self.mode = check_mode(mode, "run")
         self.training_state: LayerState | None = None
-        if names[0] == names[1] or any(not name or "." in name for name in names):
+        if len(names) != 2 or names[0] == names[1] or any(not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
         self.names = (names[0], names[1])
         self.add_module(names[0], up)

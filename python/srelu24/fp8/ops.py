@@ -9,7 +9,7 @@ from torch import Tensor
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
-from srelu24.fp8.recipes import Recipe, Rowwise, Static
+from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
 from srelu24.operands import ALIGNMENT, DISABLED, check_vector, kernel_reason
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen.errors import Unsupported
@@ -23,7 +23,7 @@ _library.define(
 
 def ffn(
     x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
-    recipe: Recipe | str | None,
+    recipe: ScaleRecipe | str | None,
 ) -> Tensor:  # fmt: skip
     """:func:`srelu24.ffn` with quantised weights: x [..., D] -> [..., D] in the type of x.
 
@@ -49,8 +49,8 @@ def ffn(
 
 def check(
     x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
-    recipe: Recipe | str | None,
-) -> tuple[QuantizedWeight, QuantizedWeight, Recipe]:  # fmt: skip
+    recipe: ScaleRecipe | str | None,
+) -> tuple[QuantizedWeight, QuantizedWeight, ScaleRecipe]:  # fmt: skip
     """Weights and recipe, known to fit x.
 
     Raises:

@@ -180,7 +180,7 @@ class Recipe:
 _TENSORS = ("counts", "rows", "dense_features")
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class LayerState:
     """One layer's part of a recipe; made by :meth:`Recipe.layer`. Its tensors are changed in place, never replaced.
 
@@ -199,6 +199,9 @@ class LayerState:
     dense_features: Tensor
     w1_grad: Tensor | None = None
     w2_grad: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"LayerState({self.name!r}, F = {len(self.counts)}, of {self.recipe!r})"
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
