@@ -170,7 +170,7 @@ def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
     key = (device.index, stream(device.index))
     found = _workspaces.get(key)
     if found is None or found.flags.numel() < flags or found.partials.numel() < floats:
-        found = _workspaces[key] = allocate_kept(new, device)
+        found = _workspaces[key] = _Workspace(*allocate_kept(new, device))
     return found
 
 

@@ -21,6 +21,8 @@ PEERS = {
 }
 """Candidates of a whole FFN besides our own, in the order and with the names of tables and plots."""
 
+NOTHING = "Not measured yet.\n"
+"""What a page says in the place of an empty table."""
 _MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /results -->)", re.DOTALL)
 _MOVERS = ("sparsify24", "quantize_rows", "square_rows")
 _GEMMS = {"gemm_relu2_24": "GEMM1, fused", "spgemm": "GEMM2, sparse", "gemm": "GEMM1, dense"}
@@ -121,7 +123,7 @@ def filled(text: str, by_name: dict[str, str], where: str = "the text") -> str:
         name = section["name"]
         if name not in by_name:
             raise RecordError(f"{where} asks for results:{name}; there are {', '.join(by_name)}")
-        return f"{section[1]}{by_name[name]}{section[4]}"
+        return f"{section[1]}{by_name[name] or NOTHING}{section[4]}"
 
     return _MARKED.sub(fill, text)
 

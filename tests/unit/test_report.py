@@ -140,7 +140,7 @@ def test_update_page_fills_the_marked_sections_and_nothing_else(tmp_path: Path) 
     assert report.update_page(readme, results)
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:ffn -->\nNVIDIA H200")
-    assert text.endswith("<!-- /results -->\nafter\n<!-- results:gemm -->\n<!-- /results -->\n")
+    assert text.endswith("<!-- /results -->\nafter\n<!-- results:gemm -->\nNot measured yet.\n<!-- /results -->\n")
     assert "old" not in text
     assert "| 1.50x |" in text
     assert not report.update_page(readme, results)  # nothing left to change
