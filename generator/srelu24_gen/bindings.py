@@ -12,6 +12,10 @@ BOOKKEEPING_BYTES = 1024
 """Shared memory besides the ring: barriers, works to come, the rounding of the whole to the swizzle's alignment."""
 PRODUCER_LAG = 2
 """Stages a producer thread leaves empty: what it refills was read so many steps ago."""
+SPARSE_OPS = (Op.SPGEMM, Op.SPGEMM_TOKENS)
+"""Kernels whose A is packed."""
+PACKING_OPS = (Op.GEMM_RELU2_24, Op.GEMM_DRELU2_24)
+"""GEMMs whose output is packed."""
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
 
@@ -55,7 +59,7 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
     producer = config.producer is Producer.WARPGROUP
     threads = WARPGROUP_THREADS * (consumers + producer)
     k_bytes = config.tile_k * dtype.bytes
-    bytes_a = config.tile_m * k_bytes // (2 if op is Op.SPGEMM else 1)
+    bytes_a = config.tile_m * k_bytes // (2 if op in SPARSE_OPS else 1)
     bytes_b = config.tile_n * k_bytes
     # The launch gives every thread an equal share, in steps of 8; setmaxnreg moves the producer's to the consumers.
     share = min(255, 65536 // threads // 8 * 8)
@@ -108,7 +112,7 @@ def max_stages(family: Family, config: KernelConfig, shared_bytes: int) -> int:
 
 def load_block(op: Op) -> int:
     """Rows of B that the kernel's load order permutes together (``LoadOrder`` in ``tile_load.cuh``)."""
-    return 64 if op is Op.GEMM_RELU2_24 else 32
+    return 64 if op in (*PACKING_OPS, Op.SPGEMM_TOKENS) else 32
 
 
 def loads_ragged_n(config: KernelConfig) -> bool:
@@ -143,8 +147,8 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "stages": config.stages,
         "threads": size.threads,
         "shared_bytes": size.shared_bytes,
-        "sparse": _cpp(family.op is Op.SPGEMM),
-        "load_order": "kOwn16" if family.op is Op.GEMM_RELU2_24 else "kOwn8",
+        "sparse": _cpp(family.op in SPARSE_OPS),
+        "load_order": "kOwn16" if family.op in PACKING_OPS else "kOwn8",
         "prune": _cpp(family.op is Op.GEMM_RELU2_24),
         "bias": _cpp(family.bias),
         "residual": _cpp(family.residual),
@@ -163,13 +167,17 @@ def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[
         "producer_lag": PRODUCER_LAG,
         "producer_registers": size.producer_registers,
         "consumer_registers": size.consumer_registers,
-        "output": _ELEMENT[family.out or family.dtype],
+        "output": "float" if family.out is DType.FP32 else f"cutlass::{_ELEMENT[family.out or family.dtype]}",
         "scaled": _cpp(family.scaled),
         "promoted_blocks": PROMOTED_BLOCKS if family.promote else 0,
         "mma": _wgmma(family, config.tile_n),
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,
         "ragged_n": _cpp(loads_ragged_n(config)),
+        "major": "MN" if family.op is Op.SPGEMM_TOKENS else "K",
+        "hidden_gradient": _cpp(family.op is Op.GEMM_DRELU2_24),
+        "along_tokens": _cpp(family.op is Op.SPGEMM_TOKENS),
+        **{name: _cpp(getattr(family, name)) for name in ("tokens", "permuted", "accumulate", "transposed")},
     }
 
 
@@ -189,7 +197,7 @@ def _wgmma(family: Family, n: int) -> str:
     order = "_TN" if family.scaled else ""  # 8-bit operands are K-major, and their atoms say so by name
     return (
         f"SPARSE::GMMA_64x{n}x{2 * k}_{types}_SS{order}"
-        if family.op is Op.SPGEMM
+        if family.op in SPARSE_OPS
         else f"MMA_64x{n}x{k}_{types}_SS{order}"
     )
 

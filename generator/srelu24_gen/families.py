@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op
+from srelu24_gen.bindings import PACKING_OPS
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,23 @@ class Verdict:
 
     ok: bool
     reason: str = ""
+
+
+def trains(family: Family) -> bool:
+    """Whether it is a kernel of a training step."""
+    return family.op in (Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS) or family.tokens or family.permuted
+
+
+def supports_training_sizes(problem: Problem) -> Verdict:
+    """Groups along tokens are whole blocks of 16, and what lies along a swizzled row is whole rows of 64."""
+    weights = problem.family.op is Op.SPGEMM_TOKENS
+    tokens, widths = (problem.k, (problem.m, problem.n)) if weights else (problem.m, (problem.n, problem.k))
+    if tokens % 16:
+        return Verdict(False, f"{tokens} tokens are not a multiple of 16; pad the batch")
+    for width in widths:
+        if width % 64:
+            return Verdict(False, f"a width of {width} is not a multiple of 64; pad the layer's width")
+    return Verdict(True)
 
 
 def supports_family(family: Family) -> Verdict:
@@ -26,9 +44,28 @@ def supports_family(family: Family) -> Verdict:
         return Verdict(False, f"only gemm_relu2_24 counts non-zeros, not {op.value}")
     if family.residual and op is not Op.SPGEMM:
         return Verdict(False, f"only spgemm adds a residual, not {op.value}")
-    if family.bias and not op.multiplies:
+    if family.bias and op not in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM):
         return Verdict(False, f"{op.value} takes no bias")
-    return _supports_types(family)
+    verdict = _supports_training_options(family)
+    return _supports_types(family) if verdict.ok else verdict
+
+
+def _supports_training_options(family: Family) -> Verdict:
+    op = family.op
+    if op is Op.GEMM_DRELU2_24 and not family.tokens:
+        return Verdict(False, "gemm_drelu2_24 always packs along tokens")
+    if op in (Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS) and family.activation is not Activation.NONE:
+        return Verdict(False, f"{op.value} has no activation")
+    if family.tokens and op not in PACKING_OPS:
+        return Verdict(False, f"only GEMMs with a packed output pack along tokens, not {op.value}")
+    if family.permuted and (not op.multiplies or op is Op.SPGEMM_TOKENS or family.residual):
+        return Verdict(False, f"{op.value}{' with a residual' * family.residual} has no rows to permute")
+    for name in ("accumulate", "transposed"):
+        if getattr(family, name) and op is not Op.SPGEMM_TOKENS:
+            return Verdict(False, f"only spgemm_tokens has an output that is {name}, not {op.value}")
+    if (family.tokens or family.permuted) and family.dtype not in WIDE_TYPES:
+        return Verdict(False, f"a training step does not take {family.dtype.value}")
+    return Verdict(True)
 
 
 _RESULTS: dict[tuple[Op, DType], tuple[DType | None, ...]] = {
@@ -38,6 +75,8 @@ _RESULTS: dict[tuple[Op, DType], tuple[DType | None, ...]] = {
     (Op.SPGEMM, DType.E4M3): WIDE_TYPES,
     **{(Op.QUANTIZE_ROWS, dtype): (DType.E4M3,) for dtype in WIDE_TYPES},
     (Op.SQUARE_ROWS, DType.BF16): (DType.E4M3,),
+    **{(Op.GEMM_DRELU2_24, dtype): (None,) for dtype in WIDE_TYPES},
+    **{(Op.SPGEMM_TOKENS, dtype): (None, DType.FP32) for dtype in WIDE_TYPES},
 }
 """Types of the result for a type of A; None is that type."""
 

@@ -14,6 +14,7 @@ from srelu24_gen import bindings, families, space_sm80, space_sm90
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.families import Verdict as Verdict
 from srelu24_gen.families import supports_family as supports_family
+from srelu24_gen.families import trains as trains
 from srelu24_gen.spec import DType, Family, Instructions, KernelConfig, Problem, instructions_of
 from srelu24_gen.target import GpuTarget
 
@@ -52,6 +53,10 @@ def supports_problem(problem: Problem, target: GpuTarget) -> Verdict:
     for name, extent in (("N", problem.n), ("K", problem.k)):
         if extent % step:
             return Verdict(False, f"{name} = {extent} is not a multiple of {step}; pad the layer's width")
+    if families.trains(family):
+        verdict = families.supports_training_sizes(problem)
+        if not verdict.ok:
+            return verdict
     verdict = families.supports_family(family)
     return _kernels(family, target) if verdict.ok else verdict
 

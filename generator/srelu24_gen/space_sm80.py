@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from srelu24_gen.bindings import footprint, max_stages
-from srelu24_gen.families import Verdict
+from srelu24_gen.families import Verdict, trains
 from srelu24_gen.spec import WIDE_TYPES, Family, KernelConfig, Problem, Producer
 from srelu24_gen.target import GpuTarget
 
@@ -21,6 +21,8 @@ _RASTER_GROUPS = (4, _DEFAULT_GROUP, 16)
 
 def supports_family(family: Family) -> Verdict:
     """16-bit types: mma.sp of 8-bit floats, which came with sm_89, has no kernel here."""
+    if trains(family):
+        return Verdict(False, "the kernels of a training step are wgmma kernels; mma.sync has none")
     if family.dtype not in WIDE_TYPES or family.out is not None:
         result = f" to {family.out.value}" if family.out else ""
         return Verdict(False, f"the mma.sync kernels take bf16 and fp16, not {family.dtype.value}{result}")

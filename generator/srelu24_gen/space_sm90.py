@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from srelu24_gen.bindings import E_VECTOR_COLUMNS, K_BLOCK_BYTES, footprint, load_block, loads_ragged_n, max_stages
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, K_BLOCK_BYTES, PACKING_OPS, footprint, load_block, loads_ragged_n, max_stages
 from srelu24_gen.families import Verdict
 from srelu24_gen.spec import Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
@@ -42,8 +42,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(False, f"tile_m = {c.tile_m} is not one of {_TILES_M}: a consumer warpgroup owns 64 rows")
     if c.tile_n not in _TILES_N:
         return Verdict(False, f"tile_n = {c.tile_n} is not one of {_TILES_N}, the MMA widths the templates bind")
-    if op is Op.GEMM_RELU2_24 and c.tile_n != E_VECTOR_COLUMNS and not family.promote:
-        return Verdict(False, f"gemm_relu2_24 needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
+    if op in PACKING_OPS and c.tile_n != E_VECTOR_COLUMNS and not family.promote:
+        return Verdict(False, f"{op.value} needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
     if c.tile_k != _tile_k(family):
         return Verdict(
             False, f"tile_k = {c.tile_k} is not {_tile_k(family)}, the 128-byte swizzle span of {family.dtype.value} B"
@@ -71,6 +71,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     if c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         if family.residual:
             return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
+        if c.stream_k and (family.transposed or family.accumulate):
+            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and such a store")
         if family.scaled and op is Op.SPGEMM and (family.bias or c.stream_k):
             return Verdict(
                 False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for scales and a bias or stream_k"

@@ -30,13 +30,18 @@ class Op(StrEnum):
     """Dense [M, N] to packed 2:4 along N, no matrix product (K is 0)."""
     QUANTIZE_ROWS = "quantize_rows"
     """16-bit [M, N] to e4m3 with a scale for each row (K is 0)."""
+    GEMM_DRELU2_24 = "gemm_drelu2_24"
+    """Dense A B^T, then 2 (A B^T) sqrt(S) where a packed S [M, N] keeps values; packed as S is and along tokens.
+    M tokens, N = F, K = D."""
+    SPGEMM_TOKENS = "spgemm_tokens"
+    """A^T B over tokens: A [K, M] packed 2:4 along K, B [K, N], output [M, N]. K tokens, M = F, N = D."""
     SQUARE_ROWS = "square_rows"
     """The kept bf16 values of a packed [M, N], squared, to e4m3 with a scale for each row (K is 0)."""
 
     @property
     def multiplies(self) -> bool:
         """Whether it is a GEMM; the others only move bytes, and have one configuration."""
-        return self in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
+        return self not in (Op.SPARSIFY24, Op.QUANTIZE_ROWS, Op.SQUARE_ROWS)
 
 
 class DType(StrEnum):
@@ -47,10 +52,12 @@ class DType(StrEnum):
     E4M3 = "e4m3"
     E5M2 = "e5m2"
     """For weights, beside e4m3 activations."""
+    FP32 = "fp32"
+    """For weight gradients that are accumulated."""
 
     @property
     def bytes(self) -> int:
-        return 1 if self in (DType.E4M3, DType.E5M2) else 2
+        return {DType.E4M3: 1, DType.E5M2: 1, DType.FP32: 4}.get(self, 2)
 
 
 WIDE_TYPES = (DType.BF16, DType.FP16)
@@ -126,6 +133,14 @@ class Family:
     """Type of B; None where it is ``dtype``."""
     promote: bool = False
     """Whether 8-bit products are summed in fp32 registers of their own every few k-blocks (``PROMOTED_BLOCKS``)."""
+    tokens: bool = False
+    """The output is packed along tokens as well (docs/training.md)."""
+    permuted: bool = False
+    """Rows of a dense A or of a dense output are tokens in the order of their groups (docs/training.md)."""
+    accumulate: bool = False
+    """The product is added to the output."""
+    transposed: bool = False
+    """The output is stored as [N, M]."""
 
     @property
     def scaled(self) -> bool:
@@ -144,6 +159,7 @@ class Family:
         parts += [n for n in ("bias", "residual") if getattr(self, n)]
         if self.count_nonzeros:
             parts.append("count")
+        parts += [n for n in ("tokens", "permuted", "accumulate", "transposed") if getattr(self, n)]
         return "_".join(parts)
 
 

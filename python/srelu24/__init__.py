@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from srelu24.pruned_linear import linear24 as linear24
     from srelu24.serving import warmup as warmup
     from srelu24.sparse24 import Sparse24 as Sparse24
+    from srelu24.training.recipe import Recipe as Recipe
 
 _HOME = {
     "Conversion": "conversion",
@@ -49,6 +50,7 @@ _HOME = {
     "FallbackWarning": "fallback",
     "Predicted": "fp8.recipes",
     "QuantizedWeight": "fp8.quantize",
+    "Recipe": "training.recipe",
     "Rowwise": "fp8.recipes",
     "Linear24": "pruned_linear",
     "Sparse24": "sparse24",

@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from srelu24 import cli_bench, cli_db, cli_ship, cli_tune, views
+from srelu24 import cli_bench, cli_db, cli_ship, cli_training, cli_tune, views
 from srelu24 import cli_options as options
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
@@ -41,6 +41,9 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.add_typer(cli_db.app, name="db")
 app.add_typer(cli_bench.app, name="bench")
+cli_bench.app.command("training")(cli_training.bench_training)
+cli_bench.app.command("training-report")(cli_training.report_training)
+cli_bench.app.command("step")(cli_training.bench_step)
 app.command()(cli_tune.tune)
 app.command()(cli_ship.pack)
 app.command()(cli_ship.load)

@@ -130,12 +130,16 @@ def bench_model(
 @app.command("report")
 def bench_report(
     results: Annotated[Path, typer.Option("--results", metavar="DIR", exists=True, help="Where the result files are.")],
-    readme: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="The page to fill.")] = Path("README.md"),
+    page: Annotated[list[Path], typer.Option(exists=True, dir_okay=False, help="A page to fill; may be repeated.")] = [  # noqa: B006
+        Path("README.md"),
+        Path("docs/benchmarks.md"),
+    ],
 ) -> None:
-    """Fill the README's tables and draw the plots from the result files."""
+    """Fill the tables of the pages and draw the plots from the result files."""
     from srelu24 import report
 
-    report.update_readme(readme, results)
+    for each in page:
+        report.update_page(each, results)
     report.plot(results, results / "ffn.svg")
     if any(row.row.op == "sweep" for row in report.load_results(results)):
         report.plot_sweep(results, results / "sweep.svg")

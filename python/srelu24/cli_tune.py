@@ -73,7 +73,7 @@ def tune(
         from_module=from_module,
     )
     if which is not Pass.FORWARD:
-        raise Unsupported(f"--pass {which}: there are no kernels for the backward pass yet; tune --pass forward")
+        raise Unsupported(f"--pass {which}: the kernels of the backward pass are not tuned yet; tune --pass forward")
     if budget is not None and total is not None:
         raise typer.BadParameter("give --budget for each shape or --total for all together, not both")
     from srelu24 import tune as tuner

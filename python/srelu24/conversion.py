@@ -82,7 +82,7 @@ def convert(
         What changed, what was left and why, and :meth:`Conversion.revert`.
 
     Raises:
-        Unsupported: there is no such mode.
+        Unsupported: there is no such mode, or the model is no module.
     """
     check_mode(mode, "run")
     report = Conversion()

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from srelu24.dispatch import launcher
-from srelu24.launch import Operands
+from srelu24.kept_memory import allocate_kept
+from srelu24.launch import Operands, stream
 from srelu24_gen.spec import Activation, Op
 
 WAYS = {
@@ -46,14 +47,15 @@ def _own(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> T
     return out
 
 
-_kept_zeros: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_kept_zeros: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
 
 
 def _zeros(w: Tensor) -> Tensor:
-    """A bias of zeros, without which cuBLASLt has no relu; kept, but not from inside a CUDA graph, which owns it."""
-    key = (w.shape[0], w.dtype, w.device)
+    """A bias of zeros, without which cuBLASLt has no relu. Kept for the current stream; a CUDA graph has its own."""
+    if w.is_cuda and torch.cuda.is_current_stream_capturing():
+        return w.new_zeros(w.shape[0])
+    key = (w.shape[0], w.dtype, w.device, stream(w.device.index) if w.is_cuda else 0)
     if (found := _kept_zeros.get(key)) is None:
-        found = w.new_zeros(w.shape[0])
-        if not (w.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _kept_zeros[key] = found
+        (found,) = allocate_kept(lambda: (w.new_zeros(w.shape[0]),), w.device)
+        _kept_zeros[key] = found
     return found

@@ -11,9 +11,11 @@ from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
 from srelu24.fp8 import kernels
 from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8.quantize import QuantizedWeight
-from srelu24.fp8.recipes import Recipe
+from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.launch import DTYPES
-from srelu24.operands import autocast, check_ffn, check_mode, differentiated, kernel_reason
+from srelu24.operands import autocast, check_ffn, check_mode, check_tensor, differentiated, kernel_reason
+from srelu24.training.recipe import LayerState, Recipe
+from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
@@ -65,14 +67,17 @@ def explain(
     *,
     mode: str = "auto",
     deterministic: str = "run",
-    recipe: Recipe | str | None = None,
+    recipe: ScaleRecipe | str | None = None,
 ) -> Explanation:
     """Say what :func:`srelu24.ffn` would run with the same arguments, without running it.
 
     Raises:
-        Unsupported: the operands do not fit together.
+        Unsupported: the operands do not fit together, or the recipe is one of training.
     """
+    check_tensor("x", x)
     mode = check_mode(mode, deterministic)
+    if isinstance(recipe, LayerState | Recipe):
+        raise Unsupported("explain knows inference only; what a training recipe does, recipe.watch() measures.")
     if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
         q1, q2, known = fp8_ops.check(x, w1, w2, b1, b2, recipe)
         reason = fp8_ops.dense_reason(x, q1, q2, b1, b2)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from srelu24.kept_memory import allocate_kept
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.tensor_map import tensor_map
 from srelu24.work_plan import fast_divmod, plan_work
-from srelu24_gen.bindings import WARPGROUP_THREADS, footprint
+from srelu24_gen.bindings import PACKING_OPS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import WIDE_TYPES, DType, KernelSpec, Op, Problem
@@ -28,6 +29,7 @@ TORCH_DTYPE = {
     DType.FP16: torch.float16,
     DType.E4M3: torch.float8_e4m3fn,
     DType.E5M2: torch.float8_e5m2,
+    DType.FP32: torch.float32,
 }
 DTYPES = {TORCH_DTYPE[dtype]: dtype for dtype in WIDE_TYPES}
 """Storage types of the 16-bit kernels, by torch's name."""
@@ -118,7 +120,7 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     return _LAUNCHERS.get(spec.family.op, GemmLauncher)(spec, device)
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     """Everything a GEMM's parameter block depends on: addresses, sizes, and row strides in elements."""
 
     a: int
@@ -140,6 +142,8 @@ class _Arguments(NamedTuple):
     residual_stride: int
     scales: tuple[int, ...] = ()
     """ScaleParams of ``params.cuh``, or nothing."""
+    tokens: tuple[int, ...] = ()
+    """TokenParams of ``params.cuh``, or nothing."""
 
 
 class _Workspace(NamedTuple):
@@ -163,10 +167,10 @@ def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
 
     if torch.cuda.is_current_stream_capturing():
         return new()
-    key = (device.index, _stream(device.index))
+    key = (device.index, stream(device.index))
     found = _workspaces.get(key)
     if found is None or found.flags.numel() < flags or found.partials.numel() < floats:
-        found = _workspaces[key] = new()
+        found = _workspaces[key] = _Workspace(*allocate_kept(new, device))
     return found
 
 
@@ -180,7 +184,7 @@ class GemmLauncher:
             build(spec), device, threads=self.size.threads, shared_bytes=self.size.shared_bytes
         )
         self.sm_count = torch.cuda.get_device_properties(device).multi_processor_count
-        self._blocks: dict[tuple[object, ...], tuple[ArgumentBlock, int]] = {}
+        self._blocks: dict[tuple[Any, ...], tuple[ArgumentBlock, int]] = {}
 
     def __call__(self, o: Operands) -> None:
         a = o.a.values if isinstance(o.a, Sparse24) else o.a
@@ -188,7 +192,7 @@ class GemmLauncher:
         assert o.b is not None
         m, (n, k) = a.shape[0], o.b.shape
         space = self._workspace(m, n, k, out.device) if self.spec.config.stream_k else None
-        key = (  # the fields of _Arguments, as the plain tuple that hashes fastest
+        key = (  # the fields of Arguments, as the plain tuple that hashes fastest
             a.data_ptr(),
             o.b.data_ptr(),
             out.data_ptr(),
@@ -202,20 +206,24 @@ class GemmLauncher:
             m,
             n,
             k,
-            _row_stride(a),
+            row_stride(a),
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
             () if o.scales is None else _scale_pointers(o.scales),
         )
+        block, grid = self._encoded(key)
+        self.kernel.launch(grid, block.address, stream(self.kernel.device))
+
+    def _encoded(self, key: tuple[Any, ...]) -> tuple[ArgumentBlock, int]:
+        """The parameter block of these arguments, and the grid."""
         found = self._blocks.get(key)
         if found is None:
-            found = self._encode(_Arguments(*key))
+            found = self._encode(Arguments(*key))
             if len(self._blocks) >= _CACHED_BLOCKS:
                 self._blocks.clear()
             self._blocks[key] = found
-        block, grid = found
-        self.kernel.launch(grid, block.address, _stream(self.kernel.device))
+        return found
 
     def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
         """Room for the partial sums of stream-K: one slot a consumer warpgroup; None where no tile is split."""
@@ -226,24 +234,14 @@ class GemmLauncher:
         slots = plan.clusters * c.cluster_m * self.size.consumers
         return workspace(slots, slots * c.tile_n // 2 * WARPGROUP_THREADS, device)
 
-    def _encode(self, x: _Arguments) -> tuple[ArgumentBlock, int]:
+    def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
         """GemmParams of ``params.cuh``, and the grid."""
-        family, c = self.spec.family, self.spec.config
-        sparse = family.op is Op.SPGEMM
-        map_a = tensor_map(
-            family.dtype,
-            x.a,
-            dims=(x.k // 2 if sparse else x.k, x.m),
-            strides=(x.a_stride,),
-            box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
-            swizzle_bytes=64 if sparse else 128,
-        )
+        c = self.spec.config
         plan = plan_work(c, x.m, x.n, x.k, self.sm_count)
         pointers = (x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)
         content = b"".join(
             (
-                map_a,
-                *self._maps_b(x.b, x.n, x.k, x.b_stride),
+                *self._maps(x),
                 struct.pack("<6Q2q4i", *pointers, x.out_stride, x.residual_stride, x.m, x.n, x.k, plan.k_blocks),
                 struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
                 fast_divmod(plan.group * plan.tiles_n),
@@ -253,14 +251,28 @@ class GemmLauncher:
                 fast_divmod(plan.tile_units),
                 struct.pack("<2Q", x.partials, x.flags),
                 struct.pack("<5Q2i", *(x.scales or (0,) * 7)),
+                struct.pack("<4Q2q2i", *(x.tokens or (0,) * 8)),
             )
         )
         return ArgumentBlock(content), plan.clusters * c.cluster_m
 
+    def _maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
+        """a, b_share, b_rows[0], b_rows[1]."""
+        c, sparse = self.spec.config, self.spec.family.op is Op.SPGEMM
+        a = tensor_map(
+            self.spec.family.dtype,
+            x.a,
+            dims=(x.k // 2 if sparse else x.k, x.m),
+            strides=(x.a_stride,),
+            box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
+            swizzle_bytes=64 if sparse else 128,
+        )
+        return a, *self._maps_b(x.b, x.n, x.k, x.b_stride)
+
     def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
         """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
         c, dtype = self.spec.config, self.spec.family.weight or self.spec.family.dtype
-        run = 16 if self.spec.family.op is Op.GEMM_RELU2_24 else 8
+        run = 16 if self.spec.family.op in PACKING_OPS else 8
         block = 4 * run
 
         def whole_blocks() -> bytes:
@@ -317,7 +329,7 @@ class SparsifyLauncher:
             )
         )
         grid = metadata.shape[0] * metadata.shape[1]
-        self.kernel.launch(grid, block.address, _stream(self.kernel.device))
+        self.kernel.launch(grid, block.address, stream(self.kernel.device))
 
 
 class QuantizeLauncher:
@@ -345,7 +357,7 @@ class QuantizeLauncher:
                 n,
             )
         )
-        self.kernel.launch(m, block.address, _stream(self.kernel.device))
+        self.kernel.launch(m, block.address, stream(self.kernel.device))
 
 
 class SquareLauncher:
@@ -374,15 +386,15 @@ class SquareLauncher:
                 n,
             )
         )
-        self.kernel.launch(m, block.address, _stream(self.kernel.device))
+        self.kernel.launch(m, block.address, stream(self.kernel.device))
 
 
-def _stream(device: int) -> int:
+def stream(device: int) -> int:
     """The current stream's handle; torch's public way builds an object first, for 3 us."""
     return torch._C._cuda_getCurrentRawStream(device)
 
 
-def _row_stride(matrix: Tensor) -> int:
+def row_stride(matrix: Tensor) -> int:
     """Elements between rows. Of a single row torch keeps any stride, and the TMA wants a multiple of 16 bytes."""
     step = 16 // matrix.itemsize
     return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // step) * step

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -339,7 +340,12 @@ def capture(run: Callable[[], T], *, device: torch.device | str, pool: Any = Non
             torch.cuda.synchronize()
             direct()
             return Captured(direct, lambda: latest[0], f"direct calls: graph capture failed ({_first_line(error)})")
-    return Captured(graph.replay, lambda: output)
+    return Captured(partial(_replay, graph, run), lambda: output)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, run: Callable[[], Any]) -> None:
+    """``run`` comes along so that the tensors it uses live as long as the graph, which only knows their addresses."""
+    graph.replay()
 
 
 def host_us(call: Call, *, device: torch.device | str, calls: int = 100, batches: int = 20) -> float:
@@ -396,7 +402,9 @@ def _toolchain_versions() -> dict[str, str | None]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether tracked files differ from it; SRELU24_COMMIT speaks for copies made without .git."""
+    """Commit and whether tracked files differ from it; SRELU24_COMMIT speaks for copies whose .git is not theirs."""
+    if named := os.environ.get("SRELU24_COMMIT"):
+        return named, None
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
         try:
@@ -409,7 +417,7 @@ def _git_state() -> tuple[str | None, bool | None]:
             return commit, bool(status)
         except (OSError, subprocess.SubprocessError):
             pass
-    return os.environ.get("SRELU24_COMMIT"), None
+    return None, None
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from srelu24.operands import check_mode
 from srelu24.ops import ffn
+from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
 
 NAMES: tuple[tuple[str, str], ...] = (
@@ -28,7 +29,7 @@ class SquaredReLUFFN(nn.Module):
     The two layers are children, ``nn.Linear`` under ``names``, so the state dict is that of the module it stands for,
     and :meth:`load_state_dict` (strict too) takes any of :data:`NAMES`. A layer that is more than a plain
     ``nn.Linear`` (an adapter around it, hooks, a quantised weight) is called as it is, and the module is then dense.
-    Training is dense PyTorch.
+    Training is dense PyTorch, unless :meth:`train_with` gives it a recipe.
 
     Args:
         d_model: width D of input and output.
@@ -76,7 +77,8 @@ class SquaredReLUFFN(nn.Module):
     def _adopt(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str) -> None:
         super().__init__()
         self.mode = check_mode(mode, "run")
-        if names[0] == names[1] or any(not name or "." in name for name in names):
+        self.training_state: LayerState | None = None
+        if len(names) != 2 or names[0] == names[1] or any(not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
         self.names = (names[0], names[1])
         self.add_module(names[0], up)
@@ -92,12 +94,26 @@ class SquaredReLUFFN(nn.Module):
         """The second layer, F -> D."""
         return self.get_submodule(self.names[1])
 
+    def train_with(self, recipe: Recipe, name: str) -> LayerState:
+        """Train by a recipe from here on (docs/training.md), as its layer ``name``, on the device that it is on now.
+
+        Raises:
+            Unsupported: a layer is more than a plain ``nn.Linear``, F is not a multiple of 8, or the name is taken.
+        """
+        if not (is_plain(self.up) and is_plain(self.down)):
+            raise Unsupported(f"{name} has a layer that is more than a plain nn.Linear; train it dense.")
+        self.training_state = recipe.layer(name, self.up.weight)  # type: ignore[arg-type]
+        return self.training_state
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         children = self._modules
         up, down = children[self.names[0]], children[self.names[1]]
         if is_plain(up) and is_plain(down):
-            return ffn(x, up.weight, down.weight, up.bias, down.bias, mode=self.mode)  # type: ignore[union-attr, arg-type]
+            weights = (up.weight, down.weight, up.bias, down.bias)  # type: ignore[union-attr]
+            if self.training_state is not None:
+                return ffn(x, *weights, recipe=self.training_state)  # type: ignore[arg-type]
+            return ffn(x, *weights, mode=self.mode)  # type: ignore[arg-type]
         return down(up(x).relu().square())  # type: ignore[misc, no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

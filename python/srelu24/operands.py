@@ -15,6 +15,9 @@ from srelu24_gen.errors import Unsupported
 ALIGNMENT = 16
 """Bytes to which the TMA needs addresses and row strides aligned."""
 
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+"""Types that something computes: the kernels the first two, PyTorch the others."""
+
 DISABLED = os.environ.get("SRELU24_DISABLE", "0") not in ("", "0")
 """The kernels are switched off for this process: read once, so that a call does not pay for it."""
 
@@ -44,21 +47,30 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise Unsupported unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise Unsupported(f"{name} is a {type(value).__name__}; a torch.Tensor is needed.")
+
+
 def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
     """Raise Unsupported unless x [..., D], w1 [F, D], w2 [D, F], b1 [F] and b2 [D] fit together."""
     if (  # the usual case at once: this runs before every launch
         b1 is None
         and b2 is None
+        and isinstance(w1, Tensor)
+        and isinstance(w2, Tensor)
         and w1.dim() == 2
         and w2.shape == (w1.shape[1], w1.shape[0])
         and x.shape[-1:] == w1.shape[1:]
         and x.dtype == w1.dtype == w2.dtype
         and x.device == w1.device == w2.device
-        and x.dtype.is_floating_point
+        and x.dtype in FLOATS
     ):
         return
     if x.dim() < 1:
         raise Unsupported("x has no dimensions; it must be [..., D].")
+    check_tensor("w1", w1)
     d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
     check_matrix("w1", w1, (None, d), x)
     check_matrix("w2", w2, (d, f), x)
@@ -79,6 +91,7 @@ def check_mode(mode: str, deterministic: str) -> str:
 
 def check_matrix(name: str, tensor: Tensor, shape: tuple[int | None, int | None], like: Tensor) -> None:
     """Raise Unsupported unless ``tensor`` is a matrix of that shape, of the type and on the device of ``like``."""
+    check_tensor(name, tensor)
     if tensor.dim() != 2 or any(s is not None and s != t for s, t in zip(shape, tensor.shape, strict=True)):
         wanted = "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
         raise Unsupported(f"{name} has shape {list(tensor.shape)}; {wanted} is needed.")
@@ -89,13 +102,14 @@ def check_vector(name: str, tensor: Tensor | None, size: int, like: Tensor) -> N
     """Raise Unsupported unless ``tensor`` is None or a vector of that size, type and device."""
     if tensor is None:
         return
+    check_tensor(name, tensor)
     if tensor.dim() != 1 or tensor.shape[0] != size:
         raise Unsupported(f"{name} has shape {list(tensor.shape)}; [{size}] is needed.")
     _check_kind(name, tensor, like)
 
 
 def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
-    if not tensor.dtype.is_floating_point:
+    if tensor.dtype not in FLOATS:
         raise Unsupported(f"{name} is {tensor.dtype}; bfloat16 or float16 is needed.")
     if tensor.dtype != like.dtype:
         raise Unsupported(f"{name} is {tensor.dtype} and the input {like.dtype}; give both the same type.")

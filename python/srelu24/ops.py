@@ -18,7 +18,7 @@ from srelu24.fallback import FallbackWarning as FallbackWarning
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8.quantize import QuantizedWeight
-from srelu24.fp8.recipes import Recipe
+from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.launch import DTYPES, Operands
 from srelu24.operands import (
     ALIGNMENT,
@@ -27,11 +27,14 @@ from srelu24.operands import (
     check_ffn,
     check_matrix,
     check_mode,
+    check_tensor,
     check_vector,
     differentiated,
     kernel_reason,
 )
 from srelu24.sparse24 import FragmentOrder, Sparse24, metadata_shape, row_stride
+from srelu24.training import ops as training_ops
+from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, Op
 
@@ -44,7 +47,7 @@ _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
 
 
-NO_BACKWARD = "gradients are recorded, and the sparse kernels have no backward yet; wrap inference in torch.no_grad()"
+NO_BACKWARD = "gradients are recorded, and only ffn with a recipe trains sparsely; wrap inference in torch.no_grad()"
 
 
 # ---------------------------------------------------------------------------------------------- public functions
@@ -59,7 +62,7 @@ def ffn(
     *,
     mode: str = "auto",
     deterministic: str = "run",
-    recipe: Recipe | str | None = None,
+    recipe: ScaleRecipe | str | LayerState | None = None,
 ) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
@@ -77,7 +80,9 @@ def ffn(
             the other tokens or their number either; the sparse kernels run, some per cent slower where stream-K is
             given up, and nothing falls back to dense.
         recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md), whatever
-            the mode. w1 and w2 then come from :func:`srelu24.quantize_weight`, and D and F are multiples of 16.
+            the mode. w1 and w2 then come from :func:`srelu24.quantize_weight`, and D and F are multiples of 16. Or
+            train sparsely: the layer's state, of :meth:`srelu24.Recipe.layer` (docs/training.md), which decides alone
+            what is dense and when; any float type.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -87,7 +92,18 @@ def ffn(
             PyTorch computes.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
+    check_tensor("x", x)
     mode = check_mode(mode, deterministic)
+    if isinstance(recipe, LayerState):
+        if mode != "auto" or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+            raise Unsupported(
+                "a training recipe decides what is dense; leave mode and deterministic out, and w1 and w2 plain."
+            )
+        return training_ops.ffn(x, w1, w2, b1, b2, recipe)
+    if isinstance(recipe, Recipe):
+        raise Unsupported(
+            "recipe is a whole srelu24.Recipe; give the state of this layer, from recipe.layer(name, w1)."
+        )
     if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
         if mode == BATCH:
             raise Unsupported("8-bit recipes are not batch-invariant; leave deterministic at run.")
@@ -110,6 +126,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
     _activation(activation)
+    check_tensor("x", x)
     if x.dim() < 1:
         raise Unsupported("x has no dimensions; it must be [..., K].")
     if autocasting(x):
@@ -166,6 +183,8 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
     Raises:
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
+    if not isinstance(s, Sparse24):
+        raise Unsupported(f"s is a {type(s).__name__}; a Sparse24 is needed: pack it with srelu24.sparsify24.")
     if s.order is not FragmentOrder.BITS16:
         raise Unsupported(f"{s} is for the 8-bit kernels; matmul needs bf16 or fp16 values with 16-bit metadata.")
     check_matrix("w2", w2, (None, s.shape[1]), s.values)

@@ -143,6 +143,7 @@ def profile(
     Raises:
         Unsupported: the model has no squared-ReLU FFN, none of them ran, or there is no such GPU.
     """
+    sites.check_module(model)
     target = target_by_key(gpu) if gpu else None
     layers = dict(_layers(model))
     if not layers:

@@ -18,6 +18,7 @@ from srelu24.operands import (
     autocasting,
     check_matrix,
     check_mode,
+    check_tensor,
     check_vector,
     differentiated,
     kernel_reason,
@@ -46,6 +47,7 @@ def linear24(a: Tensor, w: Tensor, bias: Tensor | None = None, *, mode: str = "a
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
     mode = check_mode(mode, "run")
+    check_tensor("a", a)
     if a.dim() < 1:
         raise Unsupported("a has no dimensions; it must be [..., F].")
     if autocasting(a):

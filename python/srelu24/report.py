@@ -21,6 +21,8 @@ PEERS = {
 }
 """Candidates of a whole FFN besides our own, in the order and with the names of tables and plots."""
 
+NOTHING = "Not measured yet.\n"
+"""What a page says in the place of an empty table."""
 _MARKED = re.compile(r"(<!-- results:(?P<name>[\w-]+) -->\n)(?P<text>.*?)(<!-- /results -->)", re.DOTALL)
 _MOVERS = ("sparsify24", "quantize_rows", "square_rows")
 _GEMMS = {"gemm_relu2_24": "GEMM1, fused", "spgemm": "GEMM2, sparse", "gemm": "GEMM1, dense"}
@@ -50,11 +52,15 @@ class Result:
 def load_results(results_dir: Path) -> list[Result]:
     """All rows of all ``*.json`` under a folder, in the order of tables; of one case and op only the newest.
 
+    Those named ``training_*`` hold training runs and have tables of their own (:mod:`srelu24.ablation.report`).
+
     Raises:
         RecordError: a file is no result file.
     """
     newest: dict[tuple[object, ...], Result] = {}
     for path in sorted(results_dir.rglob("*.json")):
+        if path.name.startswith("training_"):
+            continue
         file = BenchFile.load(path)
         for row in file.rows:
             result = Result(row, file)
@@ -66,7 +72,7 @@ def load_results(results_dir: Path) -> list[Result]:
 
 def tables(results_dir: Path) -> dict[str, str]:
     """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``;
-    ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory`` of the 8-bit kernels.
+    ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory`` of the 8-bit kernels; ``step``, ``step_parts``, ``split`` of training.
 
     Empty where nothing was measured.
 
@@ -79,6 +85,9 @@ def tables(results_dir: Path) -> dict[str, str]:
         "gemm": _gemm_table,
         "memory": _memory_table,
         "overhead": _overhead_table,
+        "step": _step_table,
+        "step_parts": _step_parts_table,
+        "split": _split_table,
         "tuning": lambda found: _ratio_table(found, "tuning", "default", "tuned"),
         "fallback": lambda found: _ratio_table(found, "fallback", "tuned", "nearest record"),
         "sweep": _sweep_table,
@@ -90,16 +99,16 @@ def tables(results_dir: Path) -> dict[str, str]:
     }
 
 
-def update_readme(readme: Path, results_dir: Path) -> bool:
+def update_page(page: Path, results_dir: Path) -> bool:
     """Fills what lies between ``<!-- results:NAME -->`` and ``<!-- /results -->``; True if that changed the file.
 
     Raises:
         RecordError: a marker asks for a table that does not exist, or a file is no result file.
     """
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, tables(results_dir), readme.name)
+    before = page.read_text(encoding="utf-8")
+    after = filled(before, tables(results_dir), page.name)
     if after != before:
-        readme.write_text(after, encoding="utf-8")
+        page.write_text(after, encoding="utf-8")
     return after != before
 
 
@@ -114,7 +123,7 @@ def filled(text: str, by_name: dict[str, str], where: str = "the text") -> str:
         name = section["name"]
         if name not in by_name:
             raise RecordError(f"{where} asks for results:{name}; there are {', '.join(by_name)}")
-        return f"{section[1]}{by_name[name]}{section[4]}"
+        return f"{section[1]}{by_name[name] or NOTHING}{section[4]}"
 
     return _MARKED.sub(fill, text)
 
@@ -346,6 +355,44 @@ def _model_table(results: list[Result]) -> str:
         ]
 
     return _tables([r for mode in ("eager", "compiled") for r in _of_op(results, f"prefill_{mode}")], head, cells)
+
+
+def _step_table(results: list[Result]) -> str:
+    head = ["dtype", "MxDxF", "density", "ms", "TFLOP/s", "J", "over torch.compile", "over eager", "saved, of eager's"]
+
+    def cells(result: Result) -> list[str]:
+        row, ours, eager = result.row, result.row.candidates["srelu24"], result.row.candidates.get("eager")
+        saved = [c.saved_bytes for c in (ours, eager) if c is not None and isinstance(c.saved_bytes, int)]
+        return [
+            *_case_cells(row),
+            _number(ours.ms, ".3f"),
+            _number(ours.tflops, ".0f"),
+            _number(ours.joules, ".2f"),
+            _number(row.speedup.get("torch_compile"), ".2f", "x"),
+            _number(row.speedup.get("eager"), ".2f", "x"),
+            _number(saved[0] / saved[1] if len(saved) == 2 and saved[1] else None, ".2f", "x"),
+        ]
+
+    return _tables(_of_op(results, "ffn_step"), head, cells)
+
+
+def _step_parts_table(results: list[Result]) -> str:
+    def cells(result: Result) -> list[str]:
+        row, ours = result.row, result.row.candidates["srelu24"]
+        speed = _number(row.speedup.get("cublas"), ".2f", "x")
+        name = row.op.removeprefix("step_").replace("_", " ")
+        return [name, *_case_cells(row), _number(ours.ms, ".3f"), _number(ours.tflops, ".0f"), speed]
+
+    parts = [result for result in results if result.row.op.startswith("step_")]
+    return _tables(parts, ["part", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "over cuBLAS"], cells)
+
+
+def _split_table(results: list[Result]) -> str:
+    def cells(result: Result) -> list[str]:
+        row, ours = result.row, result.row.candidates["srelu24"]
+        return [row.dtype, row.shape, f"{row.density:.0%}", _number(ours.ms, ".3f"), _number(ours.tflops, ".0f")]
+
+    return _tables(_of_op(results, "split_gemm"), ["dtype", "MxDxF", "sparse share", "ms", "TFLOP/s"], cells)
 
 
 def _of_op(results: Iterable[Result], op: str) -> list[Result]:

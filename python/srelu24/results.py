@@ -38,6 +38,8 @@ class Candidate(Struct, kw_only=True):
     """Most GPU memory allocated during a call, weights included; for a whole model."""
     graphs: int | UnsetType = UNSET
     """Graphs that torch.compile made for all token counts of the run; 1 is no recompilation."""
+    saved_bytes: int | UnsetType = UNSET
+    """What a forward pass keeps for its backward pass besides its inputs."""
     throttled: bool | UnsetType = UNSET
     """True where heat or a power brake slowed the GPU: measure again."""
     note: str | UnsetType = UNSET

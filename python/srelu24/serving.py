@@ -11,6 +11,7 @@ from torch import nn
 from srelu24.explanation import Explanation, explain
 from srelu24.modules import SquaredReLUFFN, is_plain
 from srelu24.pruned_linear import Linear24
+from srelu24.sites import check_module
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
@@ -37,12 +38,17 @@ def warmup(model: nn.Module, tokens: Sequence[int]) -> list[Warmed]:
         What runs, by layer size and number of tokens; dense where no kernel serves, with the reason.
 
     Raises:
-        Unsupported: no numbers of tokens, or one is not positive.
+        Unsupported: no numbers of tokens, or one is not positive, or the model has no converted layer.
         CompileError, LaunchError: a kernel could not be built or loaded.
     """
     if not tokens or min(tokens) < 1:
         raise Unsupported(f"tokens are {list(tokens)}; at least one positive number of rows is needed.")
+    check_module(model)
     layers = list(_distinct(model))
+    if not layers:
+        raise Unsupported(
+            f"{type(model).__name__} has no SquaredReLUFFN or Linear24; convert it with srelu24.convert first."
+        )
     with torch.no_grad():
         warmed = [(layer, *_asked(layer, m)) for layer in layers for m in tokens]
         specs = {k.spec for _, _, told in warmed if told.explanation is not None for k in told.explanation.kernels}

@@ -44,7 +44,6 @@ class Session:
         self._shared: tuple[object, SharedData] | None = None
         self._alone: dict[object, launch.Operands] = {}
         self._verified: set[tuple[Problem, KernelConfig, float, int]] = set()
-        self._timed: list[launch.Operands] = []  # what captured calls read and write must outlive them
 
     def run(self, job: Job) -> None:
         """Verify, then time.
@@ -53,7 +52,6 @@ class Session:
             DeviceBroken: a candidate, already reported, left a CUDA context that no longer works.
         """
         calls: dict[str, Callable[[], Any]] = {}
-        self._timed.clear()
         for candidate in job.candidates:
             self._send(Started(candidate.name))
             try:
@@ -99,7 +97,6 @@ class Session:
     def _call(self, candidate: Candidate, job: Job) -> Callable[[], Any]:
         """The candidate as one call (a CUDA graph, so that the host costs no time); each step reads the one before."""
         chain = [(step, self._data(step.problem, job)) for step in candidate.steps]
-        self._timed += [operands for _, operands in chain]
 
         def run() -> None:
             out = chain[0][1].a

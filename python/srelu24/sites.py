@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from srelu24.modules import SquaredReLUFFN, is_plain
 from srelu24.pruned_linear import Linear24
+from srelu24_gen.errors import Unsupported
 
 _TWIN_F = 48
 _MOST_ELEMENTS = 2**28
@@ -69,7 +70,12 @@ class Site:
 
 
 def find(model: nn.Module) -> list[Site]:
-    """Every candidate of the model, in the order of ``named_modules``; modules that srelu24 has put there are none."""
+    """Every candidate of the model, in the order of ``named_modules``; modules that srelu24 has put there are none.
+
+    Raises:
+        Unsupported: the model is no module.
+    """
+    check_module(model)
     sites = []
     for path, module in model.named_modules():
         if isinstance(module, SquaredReLUFFN):
@@ -82,6 +88,12 @@ def find(model: nn.Module) -> list[Site]:
             why = "its squared ReLU is not between two linear layers among its children"
             sites.append(Site(path, module, ("", ""), "other", why))
     return sites
+
+
+def check_module(model: object) -> None:
+    """Raise Unsupported unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise Unsupported(f"the model is a {type(model).__name__}; a torch.nn.Module is needed.")
 
 
 def _is_squared_relu(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ HEAD = """# Compatibility
 What srelu24 works under, each with the test that shows it. This page is written from the tests: `make docs-page`.
 All run without a GPU, where the CPU reference answers for the kernels, except those of `tests/gpu`.
 
-Training is dense PyTorch, with one warning: the kernels have no backward yet.
+Training is dense PyTorch, with one warning, unless a module is given a recipe ([training.md](training.md)).
 """
 
 

@@ -62,6 +62,11 @@ def test_warmup(net: nn.Module, mlp: nn.Module) -> None:
     assert [each.explanation and each.explanation.runs for each in told] == ["reference", "reference", None, None]
     with pytest.raises(Unsupported, match="at least one positive number"):
         srelu24.warmup(net, tokens=[])
+    with pytest.raises(Unsupported, match=r"Linear has no SquaredReLUFFN or Linear24; convert it"):
+        srelu24.warmup(nn.Linear(32, 32), tokens=[1])
+    for takes_a_model in (srelu24.convert, lambda model: srelu24.warmup(model, [1]), lambda m: srelu24.profile(m, [])):
+        with pytest.raises(Unsupported, match=r"the model is a NoneType; a torch.nn.Module is needed"):
+            takes_a_model(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(32,), (1, 32), (3, 0, 32), (2, 3, 4, 32)])

@@ -57,6 +57,8 @@ def test_names_are_checked() -> None:
     """Names that cannot be two children, and widths that are none, are refused."""
     with pytest.raises(Unsupported, match="two different names"):
         SquaredReLUFFN(32, 96, names=("fc", "fc"))
+    with pytest.raises(Unsupported, match="two different names"):
+        SquaredReLUFFN(32, 96, names=("fc",))  # type: ignore[arg-type]
     with pytest.raises(Unsupported, match="must be positive"):
         SquaredReLUFFN(0, 96)
     with pytest.raises(Unsupported, match="do not follow each other"):

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import statistics
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from typing import NoReturn
 
 import pytest
 
+from srelu24 import launch
 from srelu24_gen import compile as compile_module
 from srelu24_gen import store as store_module
 from srelu24_gen.compile import BuildStore, BuiltKernel, build, build_many, build_rendered, compile_source, key_of
@@ -388,6 +390,11 @@ SPECS = [
     KernelSpec(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), WIDE),
     KernelSpec(Family(Op.SPGEMM, DType.FP16), WIDE),
     KernelSpec(Family(Op.SPARSIFY24, DType.BF16, Activation.RELU2), KernelConfig()),
+    KernelSpec(
+        Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2, count_nonzeros=True, tokens=True, permuted=True), WIDE
+    ),
+    KernelSpec(Family(Op.GEMM_DRELU2_24, DType.FP16, tokens=True, permuted=True), WIDE),
+    KernelSpec(Family(Op.SPGEMM_TOKENS, DType.BF16, out=DType.FP32, accumulate=True, transposed=True), WIDE),
     *(
         KernelSpec(Family(Op.GEMM_RELU2_24, DType.E4M3, Activation.RELU2, out=out), WIDE8)
         for out in (DType.E4M3, DType.BF16)
@@ -417,3 +424,25 @@ def test_every_kernel_compiles_without_spills(spec: KernelSpec, store: BuildStor
     assert built.meta.warnings == []
     assert built.meta.compile_seconds < 20, "a ceiling for slow machines; about 2 s is usual"
     assert render(spec).source == render(spec).source
+
+
+def test_the_host_packs_as_many_bytes_as_the_kernels_read(
+    rendered: Rendered, store: BuildStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[bytes] = []
+    monkeypatch.setattr(launch, "tensor_map", lambda *_, **__: bytes(128))
+    monkeypatch.setattr(launch, "ArgumentBlock", packed.append)
+    launcher = launch.GemmLauncher.__new__(launch.GemmLauncher)
+    launcher.spec, launcher.sm_count = KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()), 132
+    numbers = dict.fromkeys(launch.Arguments._fields, 1) | {"m": 1024, "n": 1024, "k": 64}
+    launcher._encode(launch.Arguments(**numbers | {"scales": (), "tokens": ()}))  # type: ignore[arg-type]
+    (content,) = packed
+    built = build_rendered(
+        rendered(
+            "#include <srelu24/sm90/params.cuh>\n"
+            f"static_assert(sizeof(srelu24::TokenParams) == {struct.calcsize('<4Q2q2i')});\n"
+            f"static_assert(sizeof(srelu24::GemmParams) == {-(-len(content) // 64) * 64});\n" + kernel("p[n] = 0;")
+        ),
+        store=store,
+    )
+    assert built.cubin

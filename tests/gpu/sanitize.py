@@ -21,6 +21,9 @@ from srelu24 import launch, verify, workload
 from srelu24.fp8 import kernels
 from srelu24.launch import Operands
 from srelu24.sparse24 import Sparse24
+from srelu24.training import kernels as step_kernels
+from srelu24.training import reference, step
+from srelu24.training.reference import Needed, Pruning
 from srelu24_gen import space
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 from srelu24_gen.target import TARGETS
@@ -31,6 +34,10 @@ FAMILIES = (
     Family(Op.SPGEMM, DType.BF16),
     Family(Op.SPGEMM, DType.BF16, bias=True, residual=True),
     Family(Op.SPARSIFY24, DType.FP16, Activation.RELU2),
+)
+TRAINING_CONFIGS = (
+    KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4),
+    KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=4, stream_k=True),
 )
 GEMM_CONFIGS = (
     KernelConfig(tile_m=192, producer=Producer.THREAD, stages=4, stream_k=True),
@@ -101,6 +108,38 @@ def fp8() -> int:
         print(f"ffn_fp8 {recipe} {m}x{d}x{f}: {error:.2g} from the reference")
         if not error < 0.05:
             return 1
+    return training()
+
+
+def training() -> int:
+    """A training step on one block of tokens and on two tiles with ragged ends, near the CPU's answer."""
+    for (m, d, f), stride, config in itertools.product(((16, 64, 64), (336, 128, 320)), (None, 1), TRAINING_CONFIGS):
+        data = workload.make_ffn(m, d, f, DType.BF16, 0.3, "cpu")
+        g = torch.ones(m, d, dtype=torch.bfloat16)
+        pruning = Pruning(torch.empty(0, dtype=torch.int64), stride)
+        forward = reference.forward(data.x, data.w1, data.w2, pruning=pruning)
+        expected = reference.backward(g, data.x, data.w1, data.w2, forward.hidden, pruning=pruning)
+        on_gpu = [t.cuda() for t in (data.x, data.w1, data.w2)]
+        with step_kernels.fixed_config(config):
+            done = step.forward(*on_gpu, None, None, Pruning(pruning.dense_features.cuda(), stride))
+            found = step.backward(
+                g.cuda(),
+                *on_gpu,
+                done.hidden,
+                pruning=Pruning(pruning.dense_features.cuda(), stride),
+                needed=Needed(),
+            )
+        for name, ours, wanted in (
+            ("y", done.y, forward.y),
+            ("w1", found.w1, expected.w1),
+            ("w2", found.w2, expected.w2),
+        ):
+            assert ours is not None
+            assert wanted is not None
+            error = float((ours.cpu().float() - wanted.float()).norm() / wanted.float().norm())
+            print(f"training step {m}x{d}x{f}, stride {stride}, tile_m {config.tile_m}, {name}: {error:.2g}")
+            if not error < 0.05:
+                return 1
     return 0
 
 

@@ -83,7 +83,7 @@ def test_widths_and_all_models(asked: list[SimpleNamespace]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["--pass", "backward"], 1, "no kernels for the backward pass yet"),
+        (["--pass", "backward"], 1, "the backward pass are not tuned yet"),
         (["--pass", "all"], 1, "tune --pass forward"),
         (["--budget", "10", "--total", "10"], 2, "all together, not"),
         (["--budget", "soon"], 2, "such as 90s"),

@@ -56,6 +56,9 @@ def test_gradients_are_named_only_while_they_are_recorded() -> None:
 def test_operands_that_do_not_fit_are_refused() -> None:
     with pytest.raises(Unsupported, match="w2 has shape"):
         srelu24.explain(x(), weights()[0], weights()[0])
+    w1, w2 = weights()
+    with pytest.raises(Unsupported, match=r"explain knows inference only"):
+        srelu24.explain(x(), w1, w2, recipe=srelu24.Recipe().layer("a", w1))
 
 
 def test_the_text_names_kernels_and_where_their_configurations_come_from(

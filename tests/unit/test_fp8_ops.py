@@ -13,7 +13,7 @@ from torch import Tensor
 import srelu24
 from srelu24 import fallback
 from srelu24.fallback import FallbackWarning
-from srelu24.fp8.recipes import Recipe
+from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.workload import make_ffn
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import DType
@@ -37,7 +37,7 @@ class Layer:
         self.b2 = torch.randn(d, generator=random).mul(0.1).to(self.x.dtype)
         self.q1, self.q2 = srelu24.quantize_weight(self.w1), srelu24.quantize_weight(self.w2)
 
-    def run(self, recipe: Recipe | str, x: Tensor | None = None) -> Tensor:
+    def run(self, recipe: ScaleRecipe | str, x: Tensor | None = None) -> Tensor:
         return srelu24.ffn(self.x if x is None else x, self.q1, self.q2, self.b1, self.b2, recipe=recipe)
 
     def dense(self, x: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def relative(y: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("recipe", ["rowwise", "predicted", "static"])
 def test_recipes_are_near_float64(recipe: str, density: float, dtype: DType) -> None:
     layer = Layer(dtype, density, m=64, d=256, f=512)
-    chosen: Recipe | str = recipe
+    chosen: ScaleRecipe | str = recipe
     if recipe == "static":
         chosen = srelu24.Static()
         assert srelu24.calibrate(lambda x: layer.run(chosen, x), [layer.x]) == [chosen]

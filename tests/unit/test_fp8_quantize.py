@@ -113,6 +113,7 @@ def test_quantize_weight_scales_each_output_channel(dtype: torch.dtype, source: 
     ("w", "dtype", "complaint"),
     [
         (torch.ones(4), E4M3, r"\[N, K\]"),
+        (srelu24.quantize_weight(torch.ones(4, 4)), E4M3, "the weight is a QuantizedWeight"),
         (torch.ones(4, 4, dtype=torch.int8), E4M3, "torch.int8"),
         (torch.ones(4, 4), torch.bfloat16, "it can be torch.float8_e4m3fn or torch.float8_e5m2"),
         (torch.tensor([[1.0, torch.nan]]), E4M3, "NaN or Inf"),

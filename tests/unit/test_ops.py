@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 import srelu24
 from srelu24 import fallback, reference
+from srelu24.fp8.quantize import E4M3
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation
@@ -114,7 +115,7 @@ def test_gradients_are_those_of_dense_pytorch(layer: Layer) -> None:
         y = f(*leaves)
         return [y, *torch.autograd.grad(y.float().square().sum(), leaves)]
 
-    with pytest.warns(srelu24.FallbackWarning, match="no backward yet.*no_grad"):
+    with pytest.warns(srelu24.FallbackWarning, match="with a recipe.*no_grad"):
         ours = run(srelu24.ffn)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, run(dense_ffn), strict=True))
 
@@ -132,6 +133,11 @@ def test_without_recording_gradients_nothing_falls_back(layer: Layer) -> None:
         (lambda o: srelu24.ffn(o.x, o.w1, o.w1), r"w2 has shape \[72, 40\]; \[40, 72\] is needed"),
         (lambda o: srelu24.ffn(o.x, o.w1, o.w2.half()), "w2 is torch.float16 and the input torch.bfloat16"),
         (lambda o: srelu24.ffn(torch.tensor(1.0), o.w1, o.w2), "x has no dimensions"),
+        (lambda o: srelu24.ffn(None, o.w1, o.w2), "x is a NoneType; a torch.Tensor is needed"),
+        (lambda o: srelu24.ffn(o.x, None, o.w2), "w1 is a NoneType"),
+        (lambda o: srelu24.ffn(o.x, o.w1, [1.0]), "w2 is a list"),
+        (lambda o: srelu24.ffn(o.x.to(E4M3), o.w1.to(E4M3), o.w2.to(E4M3)), "w1 is torch.float8_e4m3fn; bfloat16"),
+        (lambda o: srelu24.ffn(o.x, o.w1, o.w2, recipe=srelu24.Recipe()), r"give the state of this layer"),
         (lambda o: srelu24.linear(torch.tensor(1.0), o.w1), "x has no dimensions|x has shape"),
         (lambda o: srelu24.linear(o.x, o.w2), r"w has shape \[40, 72\]; \[\*, 40\]"),
         (lambda o: srelu24.linear(o.x, o.w1, o.b2), r"bias has shape \[40\]; \[72\]"),
@@ -144,6 +150,7 @@ def test_without_recording_gradients_nothing_falls_back(layer: Layer) -> None:
         (lambda o: srelu24.sparsify24(o.x[0]), r"h has shape \[40\]"),
         (lambda o: srelu24.sparsify24(o.x[:, :12]), "12"),
         (lambda o: srelu24.sparsify24(o.x, "relu"), "activation is 'relu'"),
+        (lambda o: srelu24.matmul(o.x, o.w1), r"s is a Tensor; a Sparse24 is needed"),
         (lambda o: srelu24.matmul(srelu24.sparsify24(o.x), o.w2), r"w2 has shape \[40, 72\]; \[\*, 40\]"),
         (lambda o: srelu24.matmul(srelu24.sparsify24(o.x), o.w1, o.b2), "bias has shape"),
         (

@@ -131,26 +131,26 @@ def test_no_results_give_empty_tables(tmp_path: Path) -> None:
     assert set(report.tables(tmp_path / "nowhere").values()) == {""}
 
 
-def test_update_readme_fills_the_marked_sections_and_nothing_else(tmp_path: Path) -> None:
+def test_update_page_fills_the_marked_sections_and_nothing_else(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     write(results, "ffn.json", [ffn_row("8x8x8", eager=1.5)])
     readme.write_text(
         "before\n<!-- results:ffn -->\nold\n<!-- /results -->\nafter\n<!-- results:gemm -->\n<!-- /results -->\n"
     )
-    assert report.update_readme(readme, results)
+    assert report.update_page(readme, results)
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:ffn -->\nNVIDIA H200")
-    assert text.endswith("<!-- /results -->\nafter\n<!-- results:gemm -->\n<!-- /results -->\n")
+    assert text.endswith("<!-- /results -->\nafter\n<!-- results:gemm -->\nNot measured yet.\n<!-- /results -->\n")
     assert "old" not in text
     assert "| 1.50x |" in text
-    assert not report.update_readme(readme, results)  # nothing left to change
+    assert not report.update_page(readme, results)  # nothing left to change
 
 
 def test_an_unknown_marker_is_refused_and_the_file_kept(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:ffm -->\n<!-- /results -->\n")
     with pytest.raises(RecordError, match=r"README\.md asks for results:ffm"):
-        report.update_readme(readme, tmp_path)
+        report.update_page(readme, tmp_path)
     assert readme.read_text() == "<!-- results:ffm -->\n<!-- /results -->\n"
 
 
@@ -181,8 +181,9 @@ def test_plot_without_results_says_what_to_run(tmp_path: Path) -> None:
         report.plot(tmp_path, tmp_path / "x.svg")
 
 
-def test_the_readme_is_what_the_result_files_give() -> None:
+@pytest.mark.parametrize(("page", "table"), [("README.md", "ffn"), ("docs/benchmarks.md", "gemm")])
+def test_the_pages_are_what_the_result_files_give(page: str, table: str) -> None:
     """Stale tables: run `srelu24 bench report --results docs/results`."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- results:ffn -->" in text
-    assert report.filled(text, report.tables(ROOT / "docs" / "results"), "README.md") == text
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert f"<!-- results:{table} -->" in text
+    assert report.filled(text, report.tables(ROOT / "docs" / "results"), page) == text

@@ -9,7 +9,7 @@ from torch import Tensor
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
-from srelu24.fp8.recipes import Recipe, Rowwise, Static
+from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
 from srelu24.operands import ALIGNMENT, DISABLED, check_vector, kernel_reason
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen.errors import Unsupported
@@ -23,7 +23,7 @@ _library.define(
 
 def ffn(
     x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
-    recipe: Recipe | str | None,
+    recipe: ScaleRecipe | str | None,
 ) -> Tensor:  # fmt: skip
     """:func:`srelu24.ffn` with quantised weights: x [..., D] -> [..., D] in the type of x.
 
@@ -49,8 +49,8 @@ def ffn(
 
 def check(
     x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
-    recipe: Recipe | str | None,
-) -> tuple[QuantizedWeight, QuantizedWeight, Recipe]:  # fmt: skip
+    recipe: ScaleRecipe | str | None,
+) -> tuple[QuantizedWeight, QuantizedWeight, ScaleRecipe]:  # fmt: skip
     """Weights and recipe, known to fit x.
 
     Raises:
@@ -87,6 +87,8 @@ def dense_reason(
             return f"{name} = {width} is not a positive multiple of {FragmentOrder.BITS8.granule}"
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b1, b2)):
         return "gradients are recorded, and the 8-bit forward has no backward; wrap inference in torch.no_grad()"
+    if torch.compiler.is_compiling():  # there are no addresses yet; the op looks at them
+        return None
     if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in (w1, w2) for t in (w.values, w.scale)):
         return f"a quantised weight does not start at a multiple of {ALIGNMENT} bytes"
     return kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
@@ -126,6 +128,15 @@ def _ffn_fake(
     return x.new_empty((x.shape[0], w2.shape[0]))
 
 
-_library.impl("ffn_fp8", kernels.forward, "CUDA")
+def _ffn_cuda(
+    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
+    recipe: str, basis: Tensor, saturated: Tensor,
+) -> Tensor:  # fmt: skip
+    if kernel_reason(x) is not None:  # a traced call may bring rows as the kernels cannot read them
+        x = x.clone(memory_format=torch.contiguous_format)
+    return kernels.forward(x, w1, w1_scale, w2, w2_scale, b1, b2, recipe, basis, saturated)
+
+
+_library.impl("ffn_fp8", _ffn_cuda, "CUDA")
 _library.impl("ffn_fp8", _ffn_cpu, "CPU")
 torch.library.register_fake("srelu24::ffn_fp8", _ffn_fake)

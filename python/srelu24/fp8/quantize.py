@@ -105,6 +105,8 @@ def quantize_weight(w: Tensor, dtype: torch.dtype = E4M3) -> QuantizedWeight:
     Raises:
         Unsupported: not a floating-point matrix, another ``dtype``, or a weight that is not finite.
     """
+    if not isinstance(w, Tensor):
+        raise Unsupported(f"the weight is a {type(w).__name__}; a torch.Tensor [N, K] is needed")
     if w.dim() != 2 or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise Unsupported(f"the weight is {w.dtype} {list(w.shape)}; [N, K] in bfloat16, float16 or float32 is needed")
     if dtype not in LARGEST:

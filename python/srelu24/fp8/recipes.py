@@ -16,7 +16,7 @@ from srelu24.fp8.quantize import inverse_scale, scale
 from srelu24_gen.errors import Unsupported
 
 
-class Recipe:
+class ScaleRecipe:
     """One way to scale S. Give its name or an instance to :func:`srelu24.ffn`.
 
     Attributes:
@@ -45,14 +45,14 @@ class Recipe:
         return f"{type(self).__name__}()"
 
 
-class Rowwise(Recipe):
+class Rowwise(ScaleRecipe):
     """Every row of S is scaled by its own largest magnitude. Exact, but S crosses memory twice."""
 
     name = "rowwise"
     safe = True
 
 
-class Predicted(Recipe):
+class Predicted(ScaleRecipe):
     """Every row of S is scaled by a bound that is known before the first GEMM: Cauchy-Schwarz, from the norm of the row
     of X and the largest norm of a row of W1. Nothing can saturate. A row is lost where all its hidden values are less
     than 1/677 of their bound, which is below the noise that 8 bits leave in X."""
@@ -61,7 +61,7 @@ class Predicted(Recipe):
     safe = False
 
 
-class Static(Recipe):
+class Static(ScaleRecipe):
     """One scale for all of S, found by :func:`calibrate`: an instance for each layer.
 
     Rows much larger than the calibration data saturate, rows much smaller are lost.
@@ -108,18 +108,18 @@ class Static(Recipe):
         return f"Static(amax={self._amax})"
 
 
-_NAMED: dict[str, Recipe] = {recipe.name: recipe for recipe in (Rowwise(), Predicted())}
+_NAMED: dict[str, ScaleRecipe] = {recipe.name: recipe for recipe in (Rowwise(), Predicted())}
 _observed: dict[Static, Tensor] | None = None
 """What a calibration under way has seen."""
 
 
-def resolve(recipe: Recipe | str) -> Recipe:
+def resolve(recipe: ScaleRecipe | str) -> ScaleRecipe:
     """The recipe of a name; instances pass.
 
     Raises:
         Unsupported: an unknown name, or "static", whose scale belongs to a layer.
     """
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, ScaleRecipe):
         return recipe
     if recipe == Static.name:
         raise Unsupported("recipe 'static' needs a scale for each layer; give a srelu24.Static() and calibrate it")

@@ -7,24 +7,12 @@
 // mma.sync. Params is the kernel's own parameter struct; the fields used here have the same names in all.
 #pragma once
 
-#include <cutlass/arch/memory.h>
-
+#include <srelu24/block.cuh>
+#include <srelu24/epilogue_training.cuh>
 #include <srelu24/load_order.cuh>
 #include <srelu24/prune24.cuh>
 
 namespace srelu24 {
-
-/// Where this thread's part of a 64 x kTileN block lies in the output.
-struct BlockPosition {
-  int row;     // first of this thread's two rows (the other is +8)
-  int column;  // first of the kTileN columns
-  int block;   // row / 64
-  int thread;  // of the 128 that share the block: 32 * (row / 16 % 4) + lane
-};
-
-__device__ __forceinline__ void store16(void* p, uint4 const& value, bool guard) {
-  cutlass::arch::global_store<uint4, sizeof(uint4)>(value, p, guard);
-}
 
 /// Eight neighbouring elements, 16-byte aligned, as floats.
 template <class Element>
@@ -168,7 +156,9 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
         float const low = acc[16 * i + 4 * c + 2 * h], high = acc[16 * i + 4 * c + 2 * h + 1];
         y[c] = Config::kRelu2 ? P::square(P::round_relu(low, high)) : P::round(low, high);
       }
-      store16(out + row * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
+      int64_t place = row;
+      if constexpr (Config::kPermuted) place = p.tokens.token_of(row);
+      store16(out + place * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
     }
   }
 }
@@ -224,10 +214,15 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
     auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
     store16(out, low, feature < p.n && at.row < p.m);
     store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);
+    if constexpr (Config::kTokens) {
+      drop_and_square<Element>(value, words.of[q]);
+      store_along_tokens<Config>(value, p, at, at.column + 64 * q);
+    }
   }
-  int64_t const vector = at.block * static_cast<int64_t>((p.n + 255) / 256) + at.column / 256;
-  auto* const out = reinterpret_cast<uint32_t*>(p.out_metadata + vector * 128 + at.thread) + at.column % 256 / 64;
-  *reinterpret_cast<Words*>(out) = words;
+  int64_t const vectors = (p.n + 255) / 256;
+  uint4* const vector = p.out_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread;
+  int const word = kWords == 4 ? 0 : at.column % 256 / 64;
+  *reinterpret_cast<Words*>(reinterpret_cast<uint32_t*>(vector) + word) = words;
 }
 
 }  // namespace srelu24

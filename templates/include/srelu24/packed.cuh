@@ -42,8 +42,11 @@ struct Packed<cutlass::bfloat16_t> {
   }
   static __device__ __forceinline__ uint32_t square(uint32_t x) {
     uint32_t r;
-    // mul.bf16x2 came with sm_90 only; x * x - 0 is the same number, rounded once, of the same sign.
+#if __CUDA_ARCH__ >= 900
+    asm("mul.rn.bf16x2 %0, %1, %1;" : "=r"(r) : "r"(x));
+#else  // x * x - 0 is the same number, rounded once, of the same sign
     asm("fma.rn.bf16x2 %0, %1, %1, %2;" : "=r"(r) : "r"(x), "r"(0x80008000u));
+#endif
     return r;
   }
   static __device__ __forceinline__ float low(uint32_t x) { return __uint_as_float(x << 16); }

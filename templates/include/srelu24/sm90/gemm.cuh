@@ -13,6 +13,7 @@
 #include <srelu24/sm90/mainloop.cuh>
 #include <srelu24/sm90/stream_k.cuh>
 #include <srelu24/sm90/tile_load.cuh>
+#include <srelu24/sm90/tile_load_tokens.cuh>
 
 namespace srelu24 {
 
@@ -64,7 +65,11 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
     if constexpr (Config::kSparse && !Config::kScaled) load_next_metadata();
     if (whole && pieces.now.row < p.m) {
       BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
-      if constexpr (Config::kScaled && Config::kPrune) {
+      if constexpr (Config::kHiddenGradient) {
+        store_hidden_gradient<Config>(accumulators, p, at);
+      } else if constexpr (Config::kAlongTokens) {
+        store_weight_gradient<Config>(accumulators, p, at);
+      } else if constexpr (Config::kScaled && Config::kPrune) {
         store_pruned_scaled<Config>(accumulators, p, at);
       } else if constexpr (Config::kPrune) {
         store_pruned<Config>(accumulators, p, at);

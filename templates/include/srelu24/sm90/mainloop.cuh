@@ -5,6 +5,7 @@
 // which costs 6-8 %.
 #pragma once
 
+#include <cuda/std/type_traits>
 #include <cuda/std/utility>
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -36,6 +37,24 @@ struct MatrixDescriptor {
   }
 };
 
+/// The same of an MN-major operand: one of K is a row of 128 bytes, and 64 of M or N are `LeadingBytes` apart.
+template <int LeadingBytes>
+struct MnMajorDescriptor {
+  uint32_t low;
+
+  __device__ __forceinline__ explicit MnMajorDescriptor(void const* smem)
+      : low(cute::cast_smem_ptr_to_uint(smem) >> 4 | LeadingBytes >> 4 << 16) {}
+
+  /// The descriptor as much further along K as `bytes` of a K-major row: 2 bytes are one of K.
+  __device__ __forceinline__ uint64_t at(int bytes) const {
+    cute::GmmaDescriptor d;
+    d.bitfield.stride_byte_offset_ = 8 * 128 >> 4;
+    d.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
+    d.reg32_[0] = low + (bytes / 2 * 128 >> 4);
+    return d;
+  }
+};
+
 template <class Config>
 struct Mainloop {
   static constexpr int kAccumulators = Config::kTileN / 2;
@@ -43,8 +62,10 @@ struct Mainloop {
   static constexpr int kSpanA = Config::kSparse ? 64 : 128;
   static constexpr int kPromotedBlocks = Config::kPromotedBlocks;
   static constexpr bool kPromotes = kPromotedBlocks > 0;
-  using DescriptorA = MatrixDescriptor<kSpanA>;
-  using DescriptorB = MatrixDescriptor<128>;
+  using DescriptorA =
+      cuda::std::conditional_t<Config::kAlongTokens, MnMajorDescriptor<32 * 128>, MatrixDescriptor<kSpanA>>;
+  using DescriptorB =
+      cuda::std::conditional_t<Config::kAlongTokens, MnMajorDescriptor<64 * 128>, MatrixDescriptor<128>>;
 
   SharedStorage<Config>& shared;
   int const warpgroup;  // consumer index: rows [64 * warpgroup, +64) of the tile

@@ -29,6 +29,19 @@ struct ScaleParams {
   int32_t a_step, s_inverse_step;
 };
 
+/// Training kernels: the operand packed along tokens, the S of a backward pass, and the order of rows
+/// (training/order.py).
+struct TokenParams {
+  void* values;             // kept values along tokens [m / 2, stride], rows in the order of the groups
+  uint32_t* metadata;       // E of its transpose: [ceil(n / 64)][ceil(m / 256)][128][4]
+  void const* s;            // gemm_drelu2_24: packed values of S [m, n / 2]
+  uint4 const* s_metadata;  // its E, [ceil(m / 64)][ceil(n / 256)][128]
+  int64_t stride, s_stride;
+  int32_t row_step, block_step;  // tokens from one row of a block of 16 to the next, and from block to block
+
+  __device__ __forceinline__ int64_t token_of(int64_t row) const { return row % 16 * row_step + row / 16 * block_step; }
+};
+
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
 struct GemmParams {
   TensorMap a;        // [m, k], or the packed values [m, k / 2]
@@ -47,6 +60,7 @@ struct GemmParams {
   RasterParams raster;
   SplitParams split;
   ScaleParams scale;
+  TokenParams tokens;
 };
 
 /// Arguments of quantize_rows. Input is [m, n] in 16 bits.

@@ -41,8 +41,12 @@ struct TileLoader {
     shared.full[at.stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
     auto* barrier = reinterpret_cast<uint64_t*>(&shared.full[at.stage]);
 
-    cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[at.stage],
-                                 Config::kSparse ? load.k / 2 : load.k, load.row);
+    if constexpr (Config::kPermuted && !Config::kSparse) {
+      cute::SM90_TMA_LOAD_3D::copy(&params.a, barrier, kCacheHint, shared.a[at.stage], load.k, 0, load.row / 16);
+    } else {
+      cute::SM90_TMA_LOAD_2D::copy(&params.a, barrier, kCacheHint, shared.a[at.stage],
+                                   Config::kSparse ? load.k / 2 : load.k, load.row);
+    }
     uint8_t* const share = shared.b[at.stage] + cta * kShareRows * 128;
     if (Config::kRaggedN && is_ragged(load.column)) {
 #pragma unroll 1

@@ -1,0 +1,133 @@
+"""Table and plot of an ablation's file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from srelu24.ablation.results import AblationFile, Grouping, Run
+from srelu24.ablation.variants import Variant
+from srelu24_gen.errors import RecordError, Srelu24Error
+
+
+def tables(file: AblationFile) -> dict[str, str]:
+    """Markdown by name: ``training_ablation``, ``token_groups``."""
+    return {"training_ablation": _ablation_table(file), "token_groups": _groups_table(file.groupings)}
+
+
+def plot(file: AblationFile, out_svg: Path) -> None:
+    """Training loss over the steps, validation loss at the end with every seed, and what groupings drop.
+
+    Raises:
+        RecordError: no run is in the file.
+        Srelu24Error: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise Srelu24Error("plots need matplotlib; install it with pip install 'srelu24[bench]'") from error
+    runs = _by_variant(file)
+    if not runs:
+        raise RecordError("the ablation has no runs to plot; run `srelu24 bench training` first")
+    with matplotlib.rc_context({"svg.hashsalt": "srelu24", "font.size": 9}):
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        curves, finals, groups = figure.subplots(1, 3)
+        for index, (variant, of_variant) in enumerate(runs.items()):
+            steps = [step for step, _ in min((run.losses for run in of_variant), key=len)]
+            losses = [mean(run.losses[i][1] for run in of_variant) for i in range(len(steps))]
+            curves.plot(steps, losses, label=variant.value, linewidth=1)
+            seeds = [run.final_loss for run in of_variant if run.final_loss is not None]
+            finals.plot([index] * len(seeds), seeds, "o", markersize=4)
+        curves.set_xlabel("step")
+        curves.set_ylabel("training loss, nats per byte")
+        curves.set_yscale("log")
+        curves.legend(fontsize=7)
+        finals.set_ylabel("validation loss, every seed")
+        finals.set_xticks(range(len(runs)), [variant.value for variant in runs], rotation=30, ha="right")
+        _plot_groups(groups, file.groupings)
+        out_svg.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out_svg, format="svg", metadata={"Date": None})
+
+
+def _ablation_table(file: AblationFile) -> str:
+    runs = _by_variant(file)
+    if not runs:
+        return ""
+    dense = _finals(runs.get(Variant.DENSE, []))
+    lines = [
+        "| variant | seeds | validation loss | lowest .. highest | over dense | density | ms per step |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for variant, of_variant in runs.items():
+        finals = _finals(of_variant)
+        diverged = len(of_variant) - len(finals)
+        cells = [variant.value, str(len(of_variant)) + (f", {diverged} diverged" if diverged else "")]
+        if finals:
+            cells += [f"{mean(finals):.4f}", f"{min(finals):.4f} .. {max(finals):.4f}"]
+        else:
+            cells += ["-", "-"]
+        cells.append(f"{mean(finals) - mean(dense):+.4f}" if finals and dense else "-")
+        cells.append(f"{mean(density for run in of_variant for density in run.densities):.1%}")
+        cells.append(f"{median(run.ms_per_step for run in of_variant):.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    s, env = file.setup, file.env
+    parameters = file.runs[0].parameters / 1e6
+    head = (
+        f"{env.get('gpu') or 'CPU'}, PyTorch {env.get('torch')}, {str(env.get('date'))[:10]}: {parameters:.1f} M "
+        f"parameters, {s.layers} layers of {s.width} and {s.hidden}, {s.steps} steps of {s.tokens} bytes, "
+        f"{s.warmup_steps} dense ones in the warm-up, {file.corpus_bytes / 1e6:.0f} MB of text:"
+    )
+    return "\n\n".join((head, "\n".join(lines))) + "\n"
+
+
+def _groups_table(groupings: list[Grouping]) -> str:
+    if not groupings:
+        return ""
+    layers = sorted({g.layer for g in groupings})
+    head = ["stride", "all layers", "with dense features", *(f"layer {layer}" for layer in layers)]
+    lines = [head, ["---"] * len(head)]
+    for stride, found in _by_stride(groupings).items():
+        lines.append(
+            [
+                _stride_name(stride),
+                f"{mean(g.dropped for g in found):.2%}",
+                f"{mean(g.dropped_with_dense_features for g in found):.2%}",
+                *(f"{mean(g.dropped for g in found if g.layer == layer):.2%}" for layer in layers),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _plot_groups(axis: Any, groupings: list[Grouping]) -> None:
+    by_stride = _by_stride(groupings)
+    names = [_stride_name(stride) for stride in by_stride]
+    axis.plot(names, [100 * mean(g.dropped for g in found) for found in by_stride.values()], "o-", label="all features")
+    split = [100 * mean(g.dropped_with_dense_features for g in found) for found in by_stride.values()]
+    axis.plot(names, split, "s-", label="without the dense features")
+    axis.set_xlabel("stride of the groups along tokens")
+    axis.set_ylabel("non-zeros dropped, %")
+    axis.set_ylim(bottom=0)
+    axis.tick_params(axis="x", rotation=30)
+    axis.legend(fontsize=7)
+
+
+def _by_variant(file: AblationFile) -> dict[Variant, list[Run]]:
+    found = {variant: [run for run in file.runs if run.variant is variant] for variant in Variant}
+    return {variant: runs for variant, runs in found.items() if runs}
+
+
+def _by_stride(groupings: list[Grouping]) -> dict[int | None, list[Grouping]]:
+    found: dict[int | None, list[Grouping]] = {}
+    for grouping in groupings:
+        found.setdefault(grouping.stride, []).append(grouping)
+    return found
+
+
+def _finals(runs: list[Run]) -> list[float]:
+    return [run.final_loss for run in runs if run.final_loss is not None]
+
+
+def _stride_name(stride: int | None) -> str:
+    return {None: "widest", 0: "neighbours"}.get(stride, str(stride))

@@ -1,0 +1,103 @@
+"""What is compared: the method, dense training, and the method with one part left out (arXiv 2503.16672)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import srelu24
+from srelu24.ablation.model import FFNStep, Transformer
+from srelu24.training import reference
+from srelu24.training.order import NEIGHBOURS
+from srelu24.training.recipe import LayerState, Recipe
+from srelu24.training.reference import Pruning
+
+
+class Variant(StrEnum):
+    """One way to train."""
+
+    DENSE = "dense"
+    RECIPE = "recipe"
+    REFERENCE = "recipe, reference"
+    """The same on the reference in plain PyTorch, to hold the kernels against."""
+    NO_WARMUP = "no warm-up"
+    NAIVE_BACKWARD = "naive backward"
+    """No dense features: all of them are pruned along tokens."""
+    NO_PERMUTATION = "no token permutation"
+    """Neighbours in the text are grouped along tokens."""
+    NO_MASK_REUSE = "no mask reuse"
+    """Each operand of the backward pass is pruned on its own, from what the forward pass had before pruning."""
+
+
+_CHANGES: dict[Variant, dict[str, Any]] = {
+    Variant.NO_WARMUP: {"warmup_steps": 0},
+    Variant.NAIVE_BACKWARD: {"dense_features": 0.0},
+    Variant.NO_PERMUTATION: {"token_stride": NEIGHBOURS},
+}
+
+
+@dataclass(eq=False, slots=True)
+class Trained:
+    """A variant's hold on a model: its recipe, or None where it is dense."""
+
+    recipe: Recipe | None
+    layers: list[LayerState] = field(default_factory=list)
+
+
+def attach(variant: Variant, model: Transformer, *, warmup_steps: int, refresh: int) -> Trained:
+    """Have the FFNs of ``model``, which is where it trains, compute as the variant does."""
+    if variant is Variant.DENSE:
+        for ffn in model.ffns:
+            ffn.step = _dense
+        return Trained(None)
+    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh, "kernels": True} | _CHANGES.get(variant, {})))
+    trained = Trained(recipe)
+    for index, ffn in enumerate(model.ffns):
+        layer = recipe.layer(f"blocks.{index}", ffn.w1)
+        ffn.step = _step(variant, layer)
+        trained.layers.append(layer)
+    return trained
+
+
+def _step(variant: Variant, layer: LayerState) -> FFNStep:
+    if variant in (Variant.REFERENCE, Variant.NO_MASK_REUSE):
+        return lambda x, w1, w2: _on_reference(x, w1, w2, layer, variant is Variant.REFERENCE)
+    return lambda x, w1, w2: srelu24.ffn(x, w1, w2, recipe=layer)
+
+
+def _dense(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    return linear(linear(x, w1).relu().square(), w2)
+
+
+def _on_reference(x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState, reuse_masks: bool) -> Tensor:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x, w1, w2 = (t.to(torch.get_autocast_dtype(kind)) for t in (x, w1, w2))
+    y: Tensor = _ReferenceStep.apply(x.flatten(0, -2), w1, w2, layer, reuse_masks)  # type: ignore[no-untyped-call]
+    return y.view(x.shape)
+
+
+class _ReferenceStep(torch.autograd.Function):
+    """The step on the reference wherever it runs, and without mask reuse, which is not the method and no option of a
+    recipe."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState, reuse_masks: bool) -> Tensor:
+        recipe = layer.recipe
+        ctx.pruning = Pruning(layer.dense_features.clone(), recipe.token_stride, reuse_masks) if recipe.sparse else None
+        with torch.autocast(x.device.type, enabled=False):
+            step = reference.forward(x, w1, w2, pruning=ctx.pruning, accumulate=None)
+        layer.count(step.counts, x.shape[0])
+        ctx.save_for_backward(x, w1, w2, step.hidden)
+        return step.y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (g,) = gradients
+        d = reference.backward(g.contiguous(), *ctx.saved_tensors, pruning=ctx.pruning, accumulate=None)
+        return d.x, d.w1, d.w2, None, None

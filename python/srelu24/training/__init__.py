@@ -1,0 +1,1 @@
+"""Training a squared-ReLU FFN with a sparse backward: arXiv 2503.16672. The contract is docs/training.md."""

@@ -1,0 +1,122 @@
+"""What a recipe does to each layer: density, values dropped by pruning, dense features. A table and a plot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from srelu24_gen.errors import Unsupported
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Observation(NamedTuple):
+    """One forward pass of a layer, not yet read from its device."""
+
+    sums: Tensor
+    """int64 [4]: non-zeros; those of dense features; kept along features; kept along tokens as well."""
+    rows: int
+    sizes: tuple[int, int]
+    """Features, dense features."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMetrics:
+    """One layer, over the forward passes that were watched.
+
+    Attributes:
+        density: share of non-zero hidden activations, before pruning.
+        dropped_features: share of the non-zeros that pruning along features dropped, or would drop during warm-up.
+        dropped_tokens: share of the rest that pruning along tokens drops from the weight gradient of w2.
+        dense_features: how many features are not pruned along tokens.
+        dense_density: their density.
+    """
+
+    name: str
+    density: float
+    dropped_features: float
+    dropped_tokens: float
+    dense_features: int
+    dense_density: float
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What :meth:`srelu24.Recipe.watch` collects. Reading it waits for the GPU."""
+
+    observations: dict[str, list[Observation]] = field(default_factory=dict)
+
+    def add(self, name: str, observation: Observation) -> None:
+        """Take in one forward pass."""
+        self.observations.setdefault(name, []).append(observation)
+
+    @property
+    def layers(self) -> list[LayerMetrics]:
+        """One entry per layer, in the order of their first pass."""
+        return [_summary(name, seen) for name, seen in self.observations.items()]
+
+    def table(self) -> Table:
+        """For ``rich.print``."""
+        from rich.table import Table
+
+        columns = (
+            "layer",
+            "density",
+            "dropped along features",
+            "dropped along tokens",
+            "dense features",
+            "their density",
+        )
+        table = Table(*columns)
+        for x in self.layers:
+            shares = (f"{x.density:.2%}", f"{x.dropped_features:.2%}", f"{x.dropped_tokens:.2%}")
+            table.add_row(x.name, *shares, str(x.dense_features), f"{x.dense_density:.2%}")
+        return table
+
+    def plot(self, path: Path) -> None:
+        """An SVG of density and dropped shares over the layers.
+
+        Raises:
+            Unsupported: nothing was watched, or matplotlib is not there.
+        """
+        layers = self.layers
+        if not layers:
+            raise Unsupported("no forward pass was watched; run the model inside of recipe.watch().")
+        try:
+            from matplotlib.figure import Figure
+        except ModuleNotFoundError as error:
+            raise Unsupported("plots need matplotlib: pip install 'srelu24[bench]'") from error
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key, label in (
+            ("density", "density"),
+            ("dropped_features", "dropped along features"),
+            ("dropped_tokens", "dropped along tokens"),
+        ):
+            axes.plot([x.name for x in layers], [100 * asdict(x)[key] for x in layers], marker="o", label=label)
+        axes.set_ylabel("%")
+        axes.tick_params(axis="x", rotation=45)
+        axes.legend()
+        figure.savefig(path)
+
+
+def _summary(name: str, seen: list[Observation]) -> LayerMetrics:
+    nonzeros, dense, kept, kept_both = sum(x.sums for x in seen).tolist()  # type: ignore[union-attr]
+    rows = sum(x.rows for x in seen)
+    f, n = seen[-1].sizes
+    return LayerMetrics(
+        name=name,
+        density=_share(nonzeros, rows * f),
+        dropped_features=_share(nonzeros - kept, nonzeros),
+        dropped_tokens=_share(kept - kept_both, kept),
+        dense_features=n,
+        dense_density=_share(dense, rows * n),
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,164 @@
+"""The sparse step on the training kernels, with the dense features split off (docs/training.md).
+
+What the forward pass keeps is one tensor, so that the dense steps of the warm-up, which keep all of relu2(Y1) in its
+place, look the same to autograd and to compilers: the packed S, along features and along tokens, with their metadata.
+Dense features are zero in the form along tokens; their columns are unpacked from the other one, for dense products.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from srelu24.dispatch import gpu_of
+from srelu24.launch import DTYPES
+from srelu24.sparse24 import Sparse24, metadata_shape
+from srelu24.training import kernels
+from srelu24.training.order import padded, row_order
+from srelu24.training.packed import TokenSparse24, columns
+from srelu24.training.reference import Forward, Gradients, Needed, Pruning
+from srelu24_gen.errors import Unsupported
+
+_ALIGNMENT = 16
+
+
+def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) -> str | None:
+    """Why the kernels do not take a step of x [M, D] with F = ``f``, or None if they do. Looks at no values."""
+    if not x.is_cuda:
+        return "the tensors are not on a GPU"
+    if not wanted:
+        return "Recipe(kernels=True) was not asked for"
+    if x.dtype not in DTYPES:
+        return f"the type is {x.dtype}, and the kernels take bfloat16 and float16"
+    m, d = x.shape
+    if m % 16 or d % 64 or f % 64:
+        return f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"
+    try:
+        gpu_of(x.device)
+        kernels.row_steps(m, token_stride)
+    except Unsupported as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def hidden_size(m: int, f: int) -> int:
+    """Elements of what the forward pass keeps, 16 bits each."""
+    along_features, along_tokens = metadata_shape(m, f), metadata_shape(f, padded(m))
+    return m * f + 2 * (math.prod(along_features) + math.prod(along_tokens))
+
+
+def dense_part(hidden: Tensor, m: int, f: int) -> Tensor:
+    """Where a dense step keeps relu2(Y1), [M, F]."""
+    return hidden[: m * f].view(m, f)
+
+
+def packed_parts(hidden: Tensor, m: int, f: int) -> tuple[Sparse24, TokenSparse24]:
+    """Where a sparse step keeps S: along features, rows in the order of the tokens' groups, and along tokens."""
+    shapes = metadata_shape(m, f), metadata_shape(f, padded(m))
+    sizes = [m * f // 2, m * f // 2, *(2 * math.prod(shape) for shape in shapes)]
+    values, token_values, metadata, token_metadata = hidden.split(sizes)
+    return (
+        Sparse24(values.view(m, f // 2), metadata.view(torch.int32).view(shapes[0]), (m, f)),
+        TokenSparse24(token_values.view(m // 2, f), token_metadata.view(torch.int32).view(shapes[1]), (m, f)),
+    )
+
+
+def dense_forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Forward:
+    """A dense step: the fused GEMM, then cuBLAS. Non-zeros are counted after squaring."""
+    m, f = x.shape[0], w1.shape[0]
+    hidden = x.new_empty(hidden_size(m, f))
+    s = dense_part(hidden, m, f)
+    kernels.dense_hidden(_ready(x), _ready(w1), None if b1 is None else _ready(b1), s)
+    counts = (s != 0).sum(dim=0, dtype=torch.int32)
+    return Forward(torch.nn.functional.linear(s, w2, b2), hidden, counts)
+
+
+def forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, pruning: Pruning) -> Forward:
+    """:func:`srelu24.training.reference.forward` on the kernels; ``hidden`` is as the module says."""
+    m, f = x.shape[0], w1.shape[0]
+    x, w1, w2 = _ready(x), _ready(w1), _ready(w2)
+    b1, b2 = (b if b is None else _ready(b) for b in (b1, b2))
+    hidden = x.new_empty(hidden_size(m, f))
+    s, along_tokens = packed_parts(hidden, m, f)
+    _, _, counts = kernels.pruned_hidden(x, w1, b1, pruning.token_stride, (s, along_tokens))
+    along_tokens.values.index_fill_(1, pruning.dense_features, 0.0)
+    return Forward(kernels.product(s, w2, b2, pruning.token_stride), hidden, counts)
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    hidden: Tensor,
+    *,
+    pruning: Pruning,
+    needed: Needed,
+    w1_grad: Tensor | None = None,
+    w2_grad: Tensor | None = None,
+) -> Gradients:
+    """:func:`srelu24.training.reference.backward` on the kernels, rounded to storage.
+
+    Args:
+        w1_grad, w2_grad: the gradients of the weights are added to these, unrounded, and are these.
+    """
+    m, f = x.shape[0], w1.shape[0]
+    g, x, stride = _ready(g), _ready(x), pruning.token_stride
+    s, s_tokens = packed_parts(hidden, m, f)
+    dx = dw1 = dw2 = db1 = None
+    if needed.x or needed.w1 or needed.b1:
+        dy1, dy1_tokens = kernels.hidden_gradient(g, w2.T.contiguous(), s, stride)
+        if needed.x:
+            dx = kernels.product(dy1, w1.T.contiguous(), None, stride)
+        if needed.w1:
+            dy1_tokens.values.index_fill_(1, pruning.dense_features, 0.0)
+            dw1 = _weight_gradient(dy1_tokens, dy1, x, pruning, w1_grad, transposed=False)
+        if needed.b1:
+            db1 = dy1.to_dense().sum(dim=0, dtype=torch.float32).to(x.dtype)
+    if needed.w2:
+        dw2 = _weight_gradient(s_tokens, s, g, pruning, w2_grad, transposed=True)
+    db2 = g.sum(dim=0, dtype=torch.float32).to(x.dtype) if needed.b2 else None
+    return Gradients(dx, dw1, dw2, db1, db2)
+
+
+def kept(hidden: Tensor, m: int, f: int, pruning: Pruning) -> tuple[Tensor, Tensor]:
+    """Non-zeros of S, and of S pruned along tokens: int64 [] each."""
+    s, along_tokens = packed_parts(hidden, m, f)
+    dense = (columns(s, pruning.dense_features) != 0).sum()
+    return (s.values != 0).sum(), (along_tokens.values != 0).sum() + dense
+
+
+def _weight_gradient(
+    along_tokens: TokenSparse24,
+    along_features: Sparse24,
+    b: Tensor,
+    pruning: Pruning,
+    into: Tensor | None,
+    *,
+    transposed: bool,
+) -> Tensor:
+    """``A^T B``, [F, N], or [N, F] transposed: pruned along tokens but for the dense features."""
+    fits = into is None or (into.is_contiguous() and into.data_ptr() % _ALIGNMENT == 0)
+    gradient = kernels.weight_gradient(
+        along_tokens, b, pruning.token_stride, out=into if fits else None, transposed=transposed
+    )
+    if len(pruning.dense_features):
+        m = b.shape[0]
+        rows = columns(along_features, pruning.dense_features)
+        dense = torch.empty_like(rows)
+        dense[row_order(m, pruning.token_stride, b.device)] = rows
+        part = b.T @ dense if transposed else dense.T @ b
+        # The kernel has left zeros for these features, or what was there before.
+        gradient.index_add_(1 if transposed else 0, pruning.dense_features, part.to(gradient.dtype))
+    if into is not None and not fits:
+        into += gradient
+        return into
+    return gradient
+
+
+def _ready(x: Tensor) -> Tensor:
+    """The operand as the TMA reads it: contiguous and 16-byte aligned."""
+    x = x.contiguous()
+    return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()

@@ -1,0 +1,124 @@
+// Epilogues of the training kernels (docs/training.md, "The kernels"): packing along tokens, the gradient of the hidden
+// activations, weight gradients. Layout of the accumulators as in epilogue.cuh.
+#pragma once
+
+#include <srelu24/block.cuh>
+#include <srelu24/prune24_tokens.cuh>
+
+namespace srelu24 {
+
+/// Prune this warp's 16 rows along tokens, for the 64 columns at `column`, and store values and E.
+/// `value[f]`: feature 16 t + f of both rows; zero beyond the matrix.
+template <class Config, class Params>
+__device__ __forceinline__ void store_along_tokens(uint32_t const (&value)[16], Params const& p,
+                                                   BlockPosition const& at, int column) {
+  using Element = typename Config::Element;
+  auto const& out = p.tokens;
+  KeptTokens const kept = prune_tokens16<Element>(value);
+  int const g = at.thread % 32 / 4, t = at.thread % 4;
+  int const token = at.row - g;  // the warp's first row
+  int const feature = column + 16 * t + 8 * (g % 2);
+  bool const inside = token < p.m && feature < p.n;  // n is a multiple of 8
+  auto* values = static_cast<Element*>(out.values) + (token / 2 + g / 2 * 2) * out.stride + feature;
+  store16(values, kept.first, inside);
+  store16(values + out.stride, kept.second, inside);
+  if (column < p.n) {
+    int64_t const vectors = (p.m + 255) / 256;
+    int64_t const vector = (column / 64 * vectors + token / 256) * 128 + 32 * t + 4 * g + token / 16 % 4;
+    out.metadata[4 * vector + token / 64 % 4] = kept.word;
+  }
+}
+
+/// 2 d sqrt(s) in both halves, rounded once; zero where s is, whatever d is.
+template <class Element>
+__device__ __forceinline__ uint32_t gradient2(uint32_t d, uint32_t s) {
+  using P = Packed<Element>;
+  auto const root = [](float x) {
+    float r;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+  };
+  uint32_t const y = P::round(2 * P::low(d) * root(P::low(s)), 2 * P::high(d) * root(P::high(s)));
+  return y & mask_ge(s & 0x7fff7fffu, 0x00010001u);
+}
+
+/// dY1 = 2 dS sqrt(S) on the places that S keeps: packed along features, where it shares the E of S, and along tokens.
+/// LoadOrder::kOwn16, kTileN == 256.
+template <class Config, class Params>
+__device__ __forceinline__ void store_hidden_gradient(float (&acc)[Config::kTileN / 2], Params const& p,
+                                                      BlockPosition const& at) {
+  using Element = typename Config::Element;
+  using P = Packed<Element>;
+  static_assert(Config::kTileN == 256, "one 16-byte vector of E covers 256 columns");
+  auto const& s = p.tokens;
+  int64_t const vectors = (p.n + 255) / 256;
+  uint4 const e = __ldg(s.s_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread);
+  uint32_t const words[4] = {e.x, e.y, e.z, e.w};
+  auto const* const s_row = static_cast<Element const*>(s.s) + at.row * s.s_stride;
+  auto* const out_row = static_cast<Element*>(p.out) + at.row * p.out_stride;
+  bool const low_inside = at.row < p.m, high_inside = at.row + 8 < p.m;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    int const feature = at.column + 64 * q + at.thread % 4 * 16;
+    bool const inside = feature < p.n;  // n is a multiple of 16
+    auto const load = [&](int64_t offset, bool guard) {
+      return guard ? __ldg(reinterpret_cast<uint4 const*>(s_row + offset + feature / 2)) : make_uint4(0, 0, 0, 0);
+    };
+    uint4 const s_low = load(0, inside && low_inside), s_high = load(8 * s.s_stride, inside && high_inside);
+    uint32_t const s_lows[4] = {s_low.x, s_low.y, s_low.z, s_low.w};
+    uint32_t const s_highs[4] = {s_high.x, s_high.y, s_high.z, s_high.w};
+    uint32_t low[4], high[4], value[16];
+    auto group = [&]<int G>() {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int const a = 4 * (8 * q + 2 * G + i / 2) + i % 2;
+        x[i] = P::round(acc[a], acc[a + 2]);
+      }
+      auto const kept = KeptMasks::of<4 * G>(words[q]);
+      uint32_t const y0 = gradient2<Element>(kept.first(x), low_halves(s_lows[G], s_highs[G]));
+      uint32_t const y1 = gradient2<Element>(kept.second(x), high_halves(s_lows[G], s_highs[G]));
+      low[G] = low_halves(y0, y1);
+      high[G] = high_halves(y0, y1);
+      kept.expand(y0, y1, x);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) value[4 * G + i] = x[i];
+    };
+    group.template operator()<0>();
+    group.template operator()<1>();
+    group.template operator()<2>();
+    group.template operator()<3>();
+    store16(out_row + feature / 2, make_uint4(low[0], low[1], low[2], low[3]), inside && low_inside);
+    store16(out_row + 8 * p.out_stride + feature / 2, make_uint4(high[0], high[1], high[2], high[3]),
+            inside && high_inside);
+    store_along_tokens<Config>(value, p, at, at.column + 64 * q);
+  }
+}
+
+/// A weight gradient: the accumulators [m features, n], or transposed, as fp32 or in the storage type, added to what is
+/// there if asked. Columns are in their own order: a thread holds two neighbours of every eight.
+template <class Config, class Params>
+__device__ __forceinline__ void store_weight_gradient(float (&acc)[Config::kTileN / 2], Params const& p,
+                                                      BlockPosition const& at) {
+  using Out = typename Config::Output;
+  auto const put = [](Out* to, float x) {
+    if constexpr (Config::kAccumulate) x += static_cast<float>(*to);
+    *to = static_cast<Out>(x);
+  };
+  auto* const out = static_cast<Out*>(p.out);
+#pragma unroll
+  for (int j = 0; j < Config::kTileN / 8; ++j) {
+    int64_t const column = at.column + 8 * j + at.thread % 4 * 2;
+    if (column >= p.n) continue;  // n is a multiple of 64
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int64_t const row = at.row + 8 * h;
+      if (row >= p.m) continue;
+      Out* const to = Config::kTransposed ? out + column * p.out_stride + row : out + row * p.out_stride + column;
+      put(to, acc[4 * j + 2 * h]);
+      put(to + (Config::kTransposed ? p.out_stride : 1), acc[4 * j + 2 * h + 1]);
+    }
+  }
+}
+
+}  // namespace srelu24
