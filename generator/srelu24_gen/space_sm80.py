@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from srelu24_gen.bindings import footprint, max_stages
 from srelu24_gen.families import Verdict, trains
 from srelu24_gen.spec import WIDE_TYPES, Family, KernelConfig, Problem, Producer
-from srelu24_gen.target import GpuTarget
+from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget
 
 _TILES = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
 """Rows and columns, the largest first: a warp has 64x64 of them, in the smallest 32x64."""
@@ -66,7 +66,7 @@ def configs(problem: Problem, target: GpuTarget) -> Iterator[KernelConfig]:
     few_tiles = -(-problem.m // 128) * -(-problem.n // 256) < target.sm_count
     for tile_m, tile_n in _TILES:
         base = _config(problem.family, tile_m, tile_n, target.smem_per_block)
-        half = max_stages(problem.family, base, target.smem_per_block // 2 - 1024)  # the system takes 1 KB a block
+        half = max_stages(problem.family, base, (target.smem_per_block - SYSTEM_SHARED_BYTES) // 2)
         for stages in dict.fromkeys((base.stages, half)):
             for group in (_DEFAULT_GROUP,) if few_tiles else _RASTER_GROUPS:
                 yield dataclasses.replace(base, stages=stages, raster_group=group)

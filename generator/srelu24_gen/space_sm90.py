@@ -6,7 +6,15 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from srelu24_gen.bindings import E_VECTOR_COLUMNS, K_BLOCK_BYTES, PACKING_OPS, footprint, load_block, loads_ragged_n, max_stages
+from srelu24_gen.bindings import (
+    E_VECTOR_COLUMNS,
+    K_BLOCK_BYTES,
+    PACKING_OPS,
+    footprint,
+    load_block,
+    loads_ragged_n,
+    max_stages,
+)
 from srelu24_gen.families import Verdict
 from srelu24_gen.spec import Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget

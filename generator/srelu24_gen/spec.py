@@ -101,7 +101,7 @@ _FIRST_PORTABLE = 80
 
 
 def instructions_of(arch: str) -> Instructions:
-    """The kernel family that is compiled for an architecture: ``sm_90a`` has a native one, plain ``sm_NN`` the portable.
+    """The kernel family compiled for an architecture: ``sm_90a`` has a native one, plain ``sm_NN`` the portable.
 
     Raises:
         Unsupported: no family compiles for it.
@@ -111,7 +111,8 @@ def instructions_of(arch: str) -> Instructions:
     number = arch.removeprefix("sm_")
     if number.isdigit() and int(number) >= _FIRST_PORTABLE:
         return Instructions.MMA_SYNC
-    raise Unsupported(f"no kernels are made for {arch}; known are {', '.join(_NATIVE)} and sm_80, sm_86, sm_89 and later")
+    known = ", ".join(_NATIVE)
+    raise Unsupported(f"no kernels are made for {arch}; native ones for {known}, portable ones for sm_80 and later")
 
 
 @dataclass(frozen=True, slots=True)

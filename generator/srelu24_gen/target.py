@@ -17,6 +17,8 @@ from srelu24_gen.errors import ToolchainError, Unsupported
 
 KIB = 1 << 10
 MIB = 1 << 20
+SYSTEM_SHARED_BYTES = KIB
+"""Of a multiprocessor's shared memory, what the system takes for each block."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from srelu24_gen import cost, space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
-from srelu24_gen.target import GpuTarget, target_for_device
+from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget, target_for_device
 
 _CACHED_CHOICES = 8192
 """Problems remembered: one per family and number of tokens that a process meets."""
@@ -89,8 +89,7 @@ def gpu_of(device: torch.device) -> GpuTarget:
         p.name,
         (p.major, p.minor),
         p.multi_processor_count,
-        smem_per_block=p.shared_memory_per_block_optin,
-        registers_per_sm=p.regs_per_multiprocessor,
+        smem_per_block=p.shared_memory_per_multiprocessor - SYSTEM_SHARED_BYTES,
         l2_bytes=p.L2_cache_size,
     )
 

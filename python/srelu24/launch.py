@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from srelu24.arguments import Arguments as Arguments
+from srelu24.arguments import encode_mma_sync, raster_params
 from srelu24.kept_memory import allocate_kept
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import FragmentOrder, Sparse24
@@ -22,7 +24,7 @@ from srelu24.work_plan import fast_divmod, plan_work
 from srelu24_gen.bindings import PACKING_OPS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
-from srelu24_gen.spec import WIDE_TYPES, DType, KernelSpec, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, DType, Instructions, KernelSpec, Op, Problem
 
 TORCH_DTYPE = {
     DType.BF16: torch.bfloat16,
@@ -117,33 +119,7 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     """
     if torch.cuda.is_current_stream_capturing():
         raise LaunchError(f"{spec.name} is not loaded yet; run the operation once before capturing a CUDA graph.")
-    return _LAUNCHERS.get(spec.family.op, GemmLauncher)(spec, device)
-
-
-class Arguments(NamedTuple):
-    """Everything a GEMM's parameter block depends on: addresses, sizes, and row strides in elements."""
-
-    a: int
-    b: int
-    out: int
-    metadata: int
-    out_metadata: int
-    bias: int
-    residual: int
-    counts: int
-    partials: int
-    flags: int
-    m: int
-    n: int
-    k: int
-    a_stride: int
-    b_stride: int
-    out_stride: int
-    residual_stride: int
-    scales: tuple[int, ...] = ()
-    """ScaleParams of ``params.cuh``, or nothing."""
-    tokens: tuple[int, ...] = ()
-    """TokenParams of ``params.cuh``, or nothing."""
+    return _LAUNCHERS.get(spec.family.op, _GEMM_LAUNCHERS[spec.instructions])(spec, device)
 
 
 class _Workspace(NamedTuple):
@@ -175,7 +151,7 @@ def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
 
 
 class GemmLauncher:
-    """gemm, gemm_relu2_24 and spgemm of one spec on one device."""
+    """gemm, gemm_relu2_24 and spgemm of one spec on one device: the wgmma kernels."""
 
     def __init__(self, spec: KernelSpec, device: int) -> None:
         self.spec = spec
@@ -243,10 +219,7 @@ class GemmLauncher:
             (
                 *self._maps(x),
                 struct.pack("<6Q2q4i", *pointers, x.out_stride, x.residual_stride, x.m, x.n, x.k, plan.k_blocks),
-                struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
-                fast_divmod(plan.group * plan.tiles_n),
-                fast_divmod(plan.group),
-                fast_divmod(plan.tiles_m % plan.group or plan.group),
+                raster_params(plan),
                 struct.pack("<4x3i", plan.first_tile, plan.units, plan.extra),
                 fast_divmod(plan.tile_units),
                 struct.pack("<2Q", x.partials, x.flags),
@@ -303,6 +276,13 @@ class GemmLauncher:
         # With n == 8 the upper half of the run does not exist; what is loaded for it is zeroed later.
         high = rows_from(8) if run == 16 and n > 8 else low
         return whole_blocks(), low, high
+
+
+class MmaSyncLauncher(GemmLauncher):
+    """The same for the mma.sync kernels, which read their operands by plain addresses."""
+
+    def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
+        return encode_mma_sync(self.spec, x)
 
 
 class SparsifyLauncher:
@@ -407,6 +387,7 @@ def _scale_pointers(s: Scales) -> tuple[int, ...]:
 
 
 Launcher = GemmLauncher | SparsifyLauncher | QuantizeLauncher | SquareLauncher
+_GEMM_LAUNCHERS = {Instructions.WGMMA: GemmLauncher, Instructions.MMA_SYNC: MmaSyncLauncher}
 _LAUNCHERS: dict[Op, type[SparsifyLauncher | QuantizeLauncher | SquareLauncher]] = {
     Op.SPARSIFY24: SparsifyLauncher,
     Op.QUANTIZE_ROWS: QuantizeLauncher,

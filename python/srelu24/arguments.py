@@ -1,0 +1,62 @@
+"""What a GEMM is launched on, as numbers; and the parameter block that the mma.sync kernels take of it.
+
+The layout mirrors ``templates/include/srelu24/sm80/params.cuh``: keep them in step.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from srelu24.loader import ArgumentBlock
+from srelu24.work_plan import WorkPlan, fast_divmod, plan_work
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, PACKING_OPS
+from srelu24_gen.spec import KernelSpec
+
+
+class Arguments(NamedTuple):
+    """Everything a GEMM's parameter block depends on: addresses, sizes, and row strides in elements."""
+
+    a: int
+    b: int
+    out: int
+    metadata: int
+    out_metadata: int
+    bias: int
+    residual: int
+    counts: int
+    partials: int
+    flags: int
+    m: int
+    n: int
+    k: int
+    a_stride: int
+    b_stride: int
+    out_stride: int
+    residual_stride: int
+    scales: tuple[int, ...] = ()
+    """ScaleParams of ``params.cuh``, or nothing."""
+    tokens: tuple[int, ...] = ()
+    """TokenParams of ``params.cuh``, or nothing."""
+
+
+def raster_params(plan: WorkPlan) -> bytes:
+    """RasterParams of ``raster.cuh``."""
+    return b"".join(
+        (
+            struct.pack("<4i", plan.tiles, plan.tiles_n, plan.group, plan.tiles_m // plan.group),
+            fast_divmod(plan.group * plan.tiles_n),
+            fast_divmod(plan.group),
+            fast_divmod(plan.tiles_m % plan.group or plan.group),
+        )
+    )
+
+
+def encode_mma_sync(spec: KernelSpec, x: Arguments) -> tuple[ArgumentBlock, int]:
+    """GemmParams of ``sm80/params.cuh``, and the grid: a CTA a tile; they cover whole vectors of a packed output's E."""
+    n = -(-x.n // E_VECTOR_COLUMNS) * E_VECTOR_COLUMNS if spec.family.op in PACKING_OPS else x.n
+    plan = plan_work(spec.config, x.m, n, x.k, sm_count=1)
+    pointers = (x.a, x.b, x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)
+    strides = (x.a_stride, x.b_stride, x.out_stride, x.residual_stride)
+    content = struct.pack("<8Q4q4i", *pointers, *strides, x.m, x.n, x.k, plan.k_blocks) + raster_params(plan)
+    return ArgumentBlock(content), plan.tiles
