@@ -58,7 +58,7 @@ def supports_problem(problem: Problem, target: GpuTarget) -> Verdict:
         if not verdict.ok:
             return verdict
     verdict = families.supports_family(family)
-    return _kernels(family, target) if verdict.ok else verdict
+    return has_kernel(family, target) if verdict.ok else verdict
 
 
 def supports(problem: Problem, config: KernelConfig, target: GpuTarget) -> Verdict:
@@ -71,7 +71,7 @@ def supports(problem: Problem, config: KernelConfig, target: GpuTarget) -> Verdi
 
 def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> Verdict:
     """Whether the kernel of ``family`` can be built as ``config`` for ``target``; sizes do not matter."""
-    verdict = _kernels(family, target)
+    verdict = has_kernel(family, target)
     if not verdict.ok:
         return verdict
     if not family.op.multiplies:
@@ -120,8 +120,8 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
     return _space(target).default(problem, target)
 
 
-def _kernels(family: Family, target: GpuTarget) -> Verdict:
-    """Whether there is a kernel of ``family`` for the target's architecture."""
+def has_kernel(family: Family, target: GpuTarget) -> Verdict:
+    """Whether the kernel family of the target's architecture has a kernel of ``family``."""
     try:
         return _space(target).supports_family(family)
     except Unsupported as error:

@@ -95,6 +95,11 @@ class Instructions(StrEnum):
         """Of its templates, and of its headers."""
         return {Instructions.WGMMA: "sm90", Instructions.MMA_SYNC: "sm80"}[self]
 
+    @property
+    def kind(self) -> str:
+        """The word for it that users read: native or portable."""
+        return "portable" if self is Instructions.MMA_SYNC else "native"
+
 
 _NATIVE = {"sm_90a": Instructions.WGMMA}
 _FIRST_PORTABLE = 80

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from srelu24_gen.errors import ToolchainError, Unsupported
+from srelu24_gen.spec import instructions_of
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -48,6 +49,12 @@ class GpuTarget:
     """Peak memory bandwidth, GB/s (NVIDIA data sheets)."""
     watts: int = 700
     """Power limit as sold; only the cost model reads it."""
+
+    @property
+    def kernels(self) -> str:
+        """The kernel family in words, as ``explain`` has it: "native kernels (wgmma)"."""
+        instructions = instructions_of(self.arch)
+        return f"{instructions.kind} kernels ({instructions.value})"
 
     @property
     def portable(self) -> Self:

@@ -197,7 +197,7 @@ def bench_configs(
         for built in build_many([KernelSpec(problem.family, config, target.arch) for config in configs]):
             if isinstance(built, Srelu24Error):
                 raise built
-        named = {f"{KernelSpec(problem.family, c).name.split('_sm_90a_')[1]}_g{c.raster_group}": c for c in configs}
+        named = {_config_name(KernelSpec(problem.family, config, target.arch)): config for config in configs}
         timings = measure.interleave(
             {name: partial(_with_config, config, calls[op]) for name, config in named.items()},
             device=device,
@@ -225,6 +225,10 @@ def _require_gpu(device: torch.device | str) -> None:
         raise Unsupported(
             "benchmarks time kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"
         )
+
+
+def _config_name(spec: KernelSpec) -> str:
+    return f"{spec.name.split(f'_{spec.arch}_')[1]}_g{spec.config.raster_group}"
 
 
 def _with_config(config: KernelConfig, call: Call) -> None:

@@ -94,10 +94,21 @@ def list_kernels(
     gpu: options.Gpu = None,
     dtype: options.Dtype = DType.BF16,
     named: Annotated[bool, typer.Option("--models", help="List the models that --model knows instead.")] = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="List which GPUs have which kernels instead.")] = False,
+    page: Annotated[Path | None, typer.Option(help="With --matrix: fill the table of this page.")] = None,
     json: options.Json = False,
 ) -> None:
     """The kernels of a shape and their candidate configurations: chosen, built, recorded."""
-    from srelu24 import catalogue
+    from srelu24 import catalogue, support
+
+    if matrix:
+        if page is not None:
+            views.note(f"{page} was {'changed' if support.update(page) else 'up to date'}")
+        elif json:
+            views.show_json(support.matrix())
+        else:
+            print(support.markdown(), end="")
+        return
 
     if named:
         known = list(models.MODELS.values())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from srelu24_gen import paths, target
-from srelu24_gen.errors import Srelu24Error
+from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.store import BuildStore
 
 MIN_PYTHON = (3, 11)
@@ -59,8 +59,12 @@ class Gpu:
 
     @property
     def supported(self) -> bool:
-        """Whether kernels of this project run on it (compute capability 9.0)."""
-        return self.compute_capability == (9, 0)
+        """Whether kernels of this project run on it."""
+        try:
+            target.arch_of(self.name, self.compute_capability)
+        except Unsupported:
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,7 @@ def _devices(cuda: Any) -> Driver:
 
 
 def this_gpu() -> target.GpuTarget | None:
-    """The first Hopper GPU of this machine as a build target, or None."""
+    """The first GPU of this machine that kernels run on, as a build target, or None."""
     for gpu in probe_driver().gpus:
         if gpu.supported:
             return target.target_for_device(gpu.name, gpu.compute_capability, gpu.sm_count)
@@ -237,7 +241,9 @@ def check_gpus(gpus: tuple[Gpu, ...]) -> Check:
         f"{gpu.name} (cc {gpu.compute_capability[0]}.{gpu.compute_capability[1]}, {gpu.sm_count} SMs)" for gpu in gpus
     )
     if not any(gpu.supported for gpu in gpus):
-        return Check("GPU", Status.WARN, f"{found}; kernels need compute capability 9.0", "use an H100 or H200")
+        return Check(
+            "GPU", Status.WARN, f"{found}; kernels need compute capability 8.0 or later", "use an Ampere or later GPU"
+        )
     return Check("GPU", Status.OK, found)
 
 

@@ -87,7 +87,7 @@ def explain(
             return Explanation("reference", f"8-bit, recipe {known.name}; x is on {x.device}")
         target, rows = gpu_of(x.device), x.reshape(-1, x.shape[-1])
         parts = kernels.problems(known.name, rows, q1.values, q2.values, b1, b2)
-        why = f"{target.name}, {target.arch}; 8-bit, recipe {known.name}"
+        why = f"{target.name}, {target.arch}, {target.kernels}; 8-bit, recipe {known.name}"
         return Explanation("kernels", why, tuple(_explained(p, target) for p in parts))
     x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
@@ -114,7 +114,7 @@ def explain_kernels(
         Unsupported: no kernel computes the sparse FFN.
     """
     choice = choose_ffn(shape, dtype, b1, b2, target)
-    where = f"{target.name}, {target.arch}"
+    where = f"{target.name}, {target.arch}, {target.kernels}"
     way = {"auto": choice.way, SPARSE: SPARSE, BATCH: SPARSE, "dense": choice.dense_way}[mode]
     why = choice.why if mode == "auto" else f"{mode} was asked for"
     if way == SPARSE:

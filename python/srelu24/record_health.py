@@ -175,7 +175,7 @@ class GpuRunner:
     """The current CUDA device. Kernels run in a child process: one that hangs or crashes fails alone."""
 
     def __init__(self) -> None:
-        """Raises Unsupported where there is no Hopper GPU."""
+        """Raises Unsupported where there is no GPU that kernels run on."""
         try:
             import torch
         except ImportError:

@@ -1,6 +1,6 @@
 """The main job of ``srelu24 run``: check the machine, build the kernels, then tune, run and time an FFN.
 
-Without a Hopper GPU the kernels are cross-compiled for the H200 and the FFN runs on the CPU reference.
+Without a GPU that kernels run on they are cross-compiled for the H200 and the FFN runs on the CPU reference.
 Either way the end says what was done, and what was not.
 """
 
@@ -70,7 +70,10 @@ def run(shapes: list[Shape], dtype: DType, budget_s: float, bench: bool) -> bool
     where = f"on {gpu.name}" if gpu else "on the CPU reference"
     views.note(f"Done: kernels built for {target.name}; the FFN ran {where} ({CHECK_SHAPE}, {dtype}) and was checked.")
     if not gpu:
-        views.note("Not done, for want of a Hopper GPU: loading, tuning, running and timing the kernels.", "yellow")
+        views.note(
+            "Not done, for want of a GPU that kernels run on: loading, tuning, running and timing the kernels.",
+            "yellow",
+        )
     elif not bench:
         views.note("Not done: the benchmark (--no-bench).", "yellow")
     return ok

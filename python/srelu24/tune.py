@@ -123,7 +123,7 @@ class GpuRunner:
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise Unsupported(f"the device to tune is {device}; a CUDA GPU of compute capability 9.0 is needed")
+            raise Unsupported(f"the device to tune is {device}; a CUDA GPU is needed")
         if not torch.cuda.is_available():
             raise Unsupported(
                 "tuning times kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"

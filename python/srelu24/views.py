@@ -16,7 +16,7 @@ from rich.table import Table
 from srelu24.doctor import Check, Status
 from srelu24.records import TuningRecord
 from srelu24.results import Row
-from srelu24_gen.spec import KernelConfig, Op, Producer
+from srelu24_gen.spec import KernelConfig, Op
 
 PIPE_WIDTH = 140
 """Columns where the output is no terminal; rich would take 80 and break the tables."""
@@ -60,10 +60,9 @@ def config_text(op: Op, config: KernelConfig | Mapping[str, Any]) -> str:
     if not op.multiplies:
         return "-"
     c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
-    producer = "warpgroup" if c.producer is Producer.WARPGROUP else "thread"
     split = " stream-k" if c.stream_k else ""
     tile = f"{c.tile_m}x{c.tile_n}x{c.tile_k}"
-    text = f"{tile} cluster {c.cluster_m} stages {c.stages} {producer}{split} group {c.raster_group}"
+    text = f"{tile} cluster {c.cluster_m} stages {c.stages} {c.producer.value}{split} group {c.raster_group}"
     # Whatever else a configuration has is named where it is unusual.
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)

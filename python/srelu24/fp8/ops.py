@@ -6,13 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from srelu24.dispatch import gpu_of
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
+from srelu24.launch import DTYPES
 from srelu24.operands import ALIGNMENT, DISABLED, check_vector, kernel_reason
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
+from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import DType, Family, Op
 
 _library = torch.library.Library("srelu24", "FRAGMENT")
 _library.define(
@@ -91,7 +95,11 @@ def dense_reason(
         return None
     if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in (w1, w2) for t in (w.values, w.scale)):
         return f"a quantised weight does not start at a multiple of {ALIGNMENT} bytes"
-    return kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
+    reason = kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
+    if reason is None and x.is_cuda:
+        verdict = space.has_kernel(Family(Op.QUANTIZE_ROWS, DTYPES[x.dtype], out=DType.E4M3), gpu_of(x.device))
+        return None if verdict.ok else verdict.reason
+    return reason
 
 
 def _dense(x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None) -> Tensor:

@@ -19,7 +19,9 @@ from srelu24.training import kernels
 from srelu24.training.order import padded, row_order
 from srelu24.training.packed import TokenSparse24, columns
 from srelu24.training.reference import Forward, Gradients, Needed, Pruning
+from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import Family, Op
 
 _ALIGNMENT = 16
 
@@ -36,7 +38,9 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) ->
     if m % 16 or d % 64 or f % 64:
         return f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"
     try:
-        gpu_of(x.device)
+        verdict = space.has_kernel(Family(Op.SPGEMM_TOKENS, DTYPES[x.dtype]), gpu_of(x.device))
+        if not verdict.ok:
+            return verdict.reason
         kernels.row_steps(m, token_stride)
     except Unsupported as error:
         return str(error).rstrip(".")
