@@ -53,7 +53,7 @@ def raster_params(plan: WorkPlan) -> bytes:
 
 
 def encode_mma_sync(spec: KernelSpec, x: Arguments) -> tuple[ArgumentBlock, int]:
-    """GemmParams of ``sm80/params.cuh``, and the grid: a CTA a tile. They cover whole vectors of E."""
+    """GemmParams of ``sm80/params.cuh``, and the grid: a CTA a tile; a packed output has whole vectors of E."""
     n = -(-x.n // E_VECTOR_COLUMNS) * E_VECTOR_COLUMNS if spec.family.op in PACKING_OPS else x.n
     plan = plan_work(spec.config, x.m, n, x.k, sm_count=1)
     pointers = (x.a, x.b, x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)

@@ -57,12 +57,7 @@ def markdown() -> str:
         for dtypes in (WIDE_TYPES, (DType.E4M3,))
         if dtypes[0] in families
     ]
-    head = [
-        "--gpu",
-        "GPU",
-        "compiled for",
-        *(f"{product}, {', '.join(t.value for t in ts)}" for product, ts in products),
-    ]
+    head = ["--gpu", "GPU", "compiled for", *(f"{name}, {', '.join(dtypes)}" for name, dtypes in products)]
     rows = []
     for target in TARGETS.values():
         cells = []

@@ -254,7 +254,7 @@ def test_run_without_a_gpu_builds_for_the_h200_and_checks_the_reference(no_gpu: 
     assert {spec.family for spec in no_gpu} == {p.family for p in SMALL.gemms(DType.BF16)}
     assert {spec.arch for spec in no_gpu} == {H200.arch}
     assert "Done: kernels built for NVIDIA H200" in result.stderr
-    assert "Not done, for want of a Hopper GPU" in result.stderr
+    assert "Not done, for want of a GPU" in result.stderr
     assert "FAIL" not in result.stderr
 
 

@@ -19,6 +19,7 @@ from srelu24_gen.errors import ToolchainError
 
 H200 = Gpu(0, "NVIDIA H200", (9, 0), 132)
 A100 = Gpu(1, "NVIDIA A100-SXM4-80GB", (8, 0), 108)
+T4 = Gpu(0, "Tesla T4", (7, 5), 40)
 
 
 @pytest.fixture(autouse=True)
@@ -94,19 +95,20 @@ def test_driver_check(driver: Driver, status: Status, words: str) -> None:
     assert bool(check.mend) == (status is not Status.OK)
 
 
-def test_gpu_check_wants_hopper() -> None:
-    assert doctor.check_gpus((H200, A100)).status is Status.OK
-    assert doctor.check_gpus((A100,)).status is Status.WARN
-    assert "9.0" in doctor.check_gpus((A100,)).found
+def test_gpu_check_wants_ampere_or_later() -> None:
+    assert doctor.check_gpus((T4, H200)).status is Status.OK
+    assert doctor.check_gpus((A100,)).status is Status.OK
+    assert doctor.check_gpus((T4,)).status is Status.WARN
+    assert "8.0 or later" in doctor.check_gpus((T4,)).found
     assert doctor.check_gpus(()).status is Status.WARN
 
 
-def test_this_gpu_is_the_first_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "probe_driver", lambda: Driver(True, 13000, (A100, H200)))
+def test_this_gpu_is_the_first_that_kernels_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "probe_driver", lambda: Driver(True, 13000, (T4, H200, A100)))
     found = doctor.this_gpu()
     assert found is not None
     assert found.key == "h200"
-    monkeypatch.setattr(doctor, "probe_driver", lambda: Driver(True, 13000, (A100,)))
+    monkeypatch.setattr(doctor, "probe_driver", lambda: Driver(True, 13000, (T4,)))
     assert doctor.this_gpu() is None
 
 

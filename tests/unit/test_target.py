@@ -14,17 +14,29 @@ from srelu24_gen import target
 from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.target import TARGETS, Toolchain, target_by_key, target_for_device
 
+SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_120": 100}
+"""Of a multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
+CORES = {  # of NVIDIA's data sheets and architecture white papers, with those of a multiprocessor
+    "h100": (16896, 128),
+    "h200": (16896, 128),
+    "h100-pcie": (14592, 128),
+    "a100": (6912, 64),
+    "a10": (9216, 128),
+    "rtx3090": (10496, 128),
+    "l40s": (18176, 128),
+    "rtx4090": (16384, 128),
+    "rtx5090": (21760, 128),
+}
 
-def test_limits_follow_from_the_hopper_multiprocessor() -> None:
+
+def test_limits_follow_from_the_multiprocessor() -> None:
     for key, gpu in TARGETS.items():
         assert gpu.key == key
-        assert gpu.arch == "sm_90a"
-        assert gpu.smem_per_block == (228 - 1) * 1024, "228 KiB per SM, of which 1 KiB is the system's"
+        assert gpu.smem_per_block == (SHARED_KIB[gpu.arch] - 1) * 1024, "all but 1 KiB, which is the system's"
         assert gpu.registers_per_sm * 4 == 256 * 1024, "a 256 KiB register file"
         assert gpu.l2_bytes % (1 << 20) == 0
-    # 16896 and 14592 CUDA cores of NVIDIA's data sheets, 128 per multiprocessor.
-    assert target_by_key("h100").sm_count == target_by_key("h200").sm_count == 16896 // 128
-    assert target_by_key("h100-pcie").sm_count == 14592 // 128
+    for key, (cores, per_multiprocessor) in CORES.items():
+        assert target_by_key(key).sm_count == cores // per_multiprocessor
 
 
 def test_an_unknown_key_names_the_known_ones() -> None:
@@ -55,8 +67,9 @@ def test_devices_are_told_apart(name: str, sms: int, key: str) -> None:
 
 
 def test_every_known_device_is_found_by_its_own_description() -> None:
+    capability = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0), "sm_120": (12, 0)}
     for gpu in TARGETS.values():
-        assert target_for_device(gpu.name, (9, 0), gpu.sm_count) == gpu
+        assert target_for_device(gpu.name, capability[gpu.arch], gpu.sm_count) == gpu
 
 
 def test_part_of_a_known_gpu_is_another_target_with_its_own_limits() -> None:
@@ -65,10 +78,44 @@ def test_part_of_a_known_gpu_is_another_target_with_its_own_limits() -> None:
     assert (found.sm_count, found.smem_per_block, found.registers_per_sm, found.l2_bytes) == (60, 1000, 2000, 3000)
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
-def test_other_architectures_are_refused_with_the_reason(capability: tuple[int, int]) -> None:
-    with pytest.raises(Unsupported, match=rf"Some GPU has compute capability {capability[0]}\.{capability[1]}.*9\.0"):
+@pytest.mark.parametrize(
+    ("capability", "arch", "kernels"),
+    [
+        ((9, 0), "sm_90a", "native kernels (wgmma)"),
+        ((8, 0), "sm_80", "portable kernels (mma.sync)"),
+        ((8, 6), "sm_86", "portable kernels (mma.sync)"),
+        ((8, 9), "sm_89", "portable kernels (mma.sync)"),
+        ((10, 0), "sm_100", "portable kernels (mma.sync)"),
+        ((10, 1), "sm_100", "portable kernels (mma.sync)"),  # binaries run on later minor versions
+        ((12, 0), "sm_120", "portable kernels (mma.sync)"),
+    ],
+)
+def test_the_kernel_family_follows_from_the_compute_capability(
+    capability: tuple[int, int], arch: str, kernels: str
+) -> None:
+    found = target_for_device("Some GPU", capability, 99, smem_per_block=101376)
+    assert (found.arch, found.kernels, found.sm_count, found.smem_per_block) == (arch, kernels, 99, 101376)
+    assert found.key == "some-gpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "words"),
+    [((7, 5), r"7\.5; the kernels need 8\.0"), ((13, 0), r"13\.0; the kernels need at most")],
+)
+def test_what_no_family_runs_on_is_refused_with_the_reason(capability: tuple[int, int], words: str) -> None:
+    with pytest.raises(Unsupported, match=f"Some GPU has compute capability {words}"):
         target_for_device("Some GPU", capability, 108)
+
+
+def test_the_portable_family_on_hopper_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert target_by_key("h200").arch == "sm_90a"
+    monkeypatch.setenv("SRELU24_KERNELS", "portable")
+    assert target_by_key("h200") == TARGETS["h200"].portable
+    assert target_for_device("NVIDIA H200", (9, 0), 132).kernels == "portable kernels (mma.sync)"
+    assert target_by_key("a100") == TARGETS["a100"]
+    monkeypatch.setenv("SRELU24_KERNELS", "best")
+    with pytest.raises(Unsupported, match="SRELU24_KERNELS is 'best'; native or portable is needed"):
+        target_by_key("h200")
 
 
 # ---- toolchain
