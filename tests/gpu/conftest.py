@@ -1,6 +1,7 @@
 """All kernels that the collected tests need are built first, side by side; the user's tuning records stay out.
 
 A test module names what it runs: ``SPECS`` are kernels, ``PROBLEMS`` are what the dispatcher will be asked for.
+``--family sm80`` runs the modules of tests/conftest.py's PORTABLE_MODULES on the portable kernels.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def built(request: pytest.FixtureRequest, device: torch.device, no_user_records:
     """Every kernel that a collected module needs, from the build cache or compiled on all cores."""
     here = Path(__file__).parent
     modules = {
-        item.module for item in request.session.items if isinstance(item, pytest.Function) and here in item.path.parents
+        item.module
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and here in item.path.parents and not item.get_closest_marker("skip")
     }
     specs = {spec for module in modules for spec in getattr(module, "SPECS", ())}
     target = dispatch.gpu_of(device)

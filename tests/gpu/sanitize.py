@@ -25,8 +25,22 @@ from srelu24.training import kernels as step_kernels
 from srelu24.training import reference, step
 from srelu24.training.reference import Needed, Pruning
 from srelu24_gen import space
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
-from srelu24_gen.target import TARGETS
+from srelu24_gen.spec import (
+    Activation,
+    DType,
+    Family,
+    Instructions,
+    KernelConfig,
+    KernelSpec,
+    Op,
+    Problem,
+    Producer,
+    instructions_of,
+)
+from srelu24_gen.target import target_by_key
+
+TARGET = target_by_key("h200")
+NATIVE = instructions_of(TARGET.arch) is Instructions.WGMMA
 
 FAMILIES = (
     Family(Op.GEMM, DType.BF16, bias=True),
@@ -45,6 +59,8 @@ GEMM_CONFIGS = (
     KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=3),
     KernelConfig(tile_m=128, producer=Producer.WARPGROUP, stages=4, stream_k=True),
     KernelConfig(tile_m=64, cluster_m=1, producer=Producer.WARPGROUP, stages=2),
+    KernelConfig(tile_m=128, cluster_m=1, producer=Producer.ALL, stages=3),
+    KernelConfig(tile_m=64, tile_n=128, cluster_m=1, producer=Producer.ALL, stages=2),
 )
 
 
@@ -58,8 +74,8 @@ def runs() -> list[tuple[KernelSpec, Problem]]:
                 if config.producer is Producer.THREAD:
                     n = 64 * -(-n // 64)
                 problem = Problem(family, m, n, 0 if family.op is Op.SPARSIFY24 else k)
-                if space.supports(problem, config, TARGETS["h200"]).ok:
-                    found.append((KernelSpec(family, config), problem))
+                if space.supports(problem, config, TARGET).ok:
+                    found.append((KernelSpec(family, config, TARGET.arch), problem))
     return found
 
 
@@ -90,7 +106,7 @@ def main() -> int:
         if not found.ok:
             return 1
     print(f"{len(runs())} kernels are right")
-    return fp8()
+    return fp8() if NATIVE else 0
 
 
 def fp8() -> int:

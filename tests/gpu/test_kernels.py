@@ -18,14 +18,32 @@ from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen import space
 from srelu24_gen.bindings import load_block, loads_ragged_n
 from srelu24_gen.compile import BuiltKernel
-from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
-from srelu24_gen.target import TARGETS
+from srelu24_gen.spec import (
+    WIDE_TYPES,
+    Activation,
+    DType,
+    Family,
+    Instructions,
+    KernelConfig,
+    KernelSpec,
+    Op,
+    Problem,
+    Producer,
+    instructions_of,
+)
+from srelu24_gen.target import target_by_key
 
-TARGET = TARGETS["h200"]
-"""Every Hopper GPU has its limits."""
+TARGET = target_by_key("h200")
+"""Every Hopper GPU has its limits. With ``--family sm80`` it is for the portable kernels."""
+PORTABLE = instructions_of(TARGET.arch) is Instructions.MMA_SYNC
 NONE, RELU2 = Activation.NONE, Activation.RELU2
 
 # ------------------------------------------------------------------------------------------------------- what is run
+
+
+def spec_of(family: Family, config: KernelConfig) -> KernelSpec:
+    return KernelSpec(family, config, TARGET.arch)
+
 
 FAMILIES: dict[Op, list[Family]] = {
     op: [
@@ -45,8 +63,10 @@ def all_configs(family: Family) -> list[KernelConfig]:
 
     Raster groups take turns.
     """
+    if PORTABLE:
+        return portable_configs(family)
     found = []
-    shapes = itertools.product((64, 128, 192), (128, 256), (1, 2), Producer)
+    shapes = itertools.product((64, 128, 192), (128, 256), (1, 2), (Producer.WARPGROUP, Producer.THREAD))
     groups = itertools.cycle((1, 4, 8, 16, 2))
     for number, (tile_m, tile_n, cluster_m, producer) in enumerate(shapes):
         base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer)
@@ -56,6 +76,16 @@ def all_configs(family: Family) -> list[KernelConfig]:
             if space.supports_config(family, config, TARGET).ok:
                 found.append(config)
     return found
+
+
+def portable_configs(family: Family) -> list[KernelConfig]:
+    """Every tile with the deepest ring, one stage less, and two."""
+    found: list[KernelConfig] = []
+    groups = itertools.cycle((1, 4, 8, 16, 2))
+    for config in space.candidates(Problem(family, 64, 4096, 4096), TARGET):
+        for stages in (config.stages, config.stages - 1, 2):
+            found.append(dataclasses.replace(config, stages=stages, raster_group=next(groups)))
+    return list({dataclasses.replace(c, raster_group=1): c for c in found if c.stages > 1}.values())
 
 
 def served_configs(family: Family) -> list[KernelConfig]:
@@ -69,12 +99,12 @@ def specs_of(op: Op) -> list[KernelSpec]:
     """Each configuration with one of the families, each family with the configurations that are served."""
     families = FAMILIES[op]
     if op is Op.SPARSIFY24:
-        return [KernelSpec(family, KernelConfig()) for family in families]
+        return [spec_of(family, KernelConfig()) for family in families]
     draw = random.Random(op.value)
-    found = [KernelSpec(family, config) for family in families for config in served_configs(family)]
+    found = [spec_of(family, config) for family in families for config in served_configs(family)]
     for config in all_configs(families[0]):
         able = [family for family in families if space.supports_config(family, config, TARGET).ok]
-        found.append(KernelSpec(draw.choice(able), config))
+        found.append(spec_of(draw.choice(able), config))
     return list({spec.name: spec for spec in found}.values())
 
 
@@ -84,7 +114,7 @@ SWEEP = {op: specs_of(op) for op in FAMILIES}
 def unfused(spec: KernelSpec) -> KernelSpec:
     """The dense GEMM that sums as a fused kernel does."""
     family = spec.family
-    return KernelSpec(Family(Op.GEMM, family.dtype, bias=family.bias), spec.config)
+    return spec_of(Family(Op.GEMM, family.dtype, bias=family.bias), spec.config)
 
 
 FUSED = [spec for spec in SWEEP[Op.GEMM_RELU2_24] if not spec.family.count_nonzeros]
@@ -93,7 +123,7 @@ SPECS = [spec for specs in SWEEP.values() for spec in specs] + [unfused(spec) fo
 ROWS = (0, 1, 7, 8, 63, 64, 65, 127, 129, 193, 384, 385, 1000)
 WIDTHS = (8, 16, 24, 40, 64, 128, 136, 256, 264, 512, 1856, 1864, 2688, 3712, 15680)
 DATA = ("0 %", "10 %", "50 %", "100 %", "integers", "zero rows", "special", "large")
-PROBLEMS_PER_OP = 208
+PROBLEMS_PER_OP = 80 if PORTABLE else 208
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +206,7 @@ def same_bits(x: Tensor | Sparse24, y: Tensor | Sparse24) -> bool:
 
 
 def assert_right(problem: Problem, config: KernelConfig, operands: Operands) -> None:
-    found = verify.verify(problem, config, operands)
+    found = verify.verify(problem, config, operands, TARGET.arch)
     assert found.ok, found.detail
 
 
@@ -276,9 +306,11 @@ TYPICAL = (
     KernelConfig(tile_m=128, stream_k=True),
     KernelConfig(tile_m=128),
     KernelConfig(tile_m=192, producer=Producer.THREAD, stream_k=True),
+    KernelConfig(tile_m=128, cluster_m=1, producer=Producer.ALL),
+    KernelConfig(tile_m=64, tile_n=128, cluster_m=1, producer=Producer.ALL),
 )
 FEW = [
-    KernelSpec(family, dataclasses.replace(config, stages=space.max_stages(family, config, TARGET)))
+    spec_of(family, dataclasses.replace(config, stages=space.max_stages(family, config, TARGET)))
     for family in (
         Family(Op.GEMM, DType.BF16, RELU2, bias=True),
         Family(Op.GEMM_RELU2_24, DType.FP16, RELU2, bias=True),
@@ -288,7 +320,7 @@ FEW = [
     for config in TYPICAL
     if space.supports_config(family, dataclasses.replace(config, stages=3), TARGET).ok
 ] + [spec for spec in SPARSIFY if spec.family.activation is RELU2]
-"""Both producers of every GEMM, with and without stream-K, and sparsify24."""
+"""Both producers of every GEMM, with and without stream-K, and sparsify24; of the portable family two tiles."""
 SPECS += FEW
 
 
@@ -393,9 +425,9 @@ BIG = {
     "packed in": Problem(Family(Op.SPGEMM, DType.BF16), BIG_M, 64, BIG_F),
     "residual": Problem(Family(Op.SPGEMM, DType.BF16, residual=True), BIG_M, BIG_F // 2, 64),
 }
-BIG_SPECS = {name: KernelSpec(p.family, space.default(p, TARGET)) for name, p in BIG.items()}
+BIG_SPECS = {name: spec_of(p.family, space.default(p, TARGET)) for name, p in BIG.items()}
 STRIDED = [
-    KernelSpec(family, space.default(Problem(family, 3000, 2304, 136), TARGET))
+    spec_of(family, space.default(Problem(family, 3000, 2304, 136), TARGET))
     for family in (Family(Op.GEMM, DType.FP16, bias=True), Family(Op.SPGEMM, DType.FP16, residual=True))
 ]
 SPECS += [*BIG_SPECS.values(), *STRIDED]
