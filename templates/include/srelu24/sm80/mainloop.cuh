@@ -112,7 +112,7 @@ struct Mainloop {
   /// Lanes t = 0, 1 serve the first 32 of the block's 64 columns, 2 and 3 the others; the MMA's selector says which.
   struct Metadata {
     uint4 const* source;
-    uint4 vector[kStrips], ahead[kStrips];
+    uint4 vector[kStrips];  // the words after this one
     uint32_t word[kStrips];
     int const vectors;
 
@@ -127,18 +127,18 @@ struct Mainloop {
 
     __device__ __forceinline__ void load() {
 #pragma unroll
-      for (int s = 0; s < kStrips; ++s) ahead[s] = __ldg(source + 32 * s);
+      for (int s = 0; s < kStrips; ++s) vector[s] = __ldg(source + 32 * s);
     }
 
+    /// On to k-block `block`. With a vector's last word the next vector is asked for: it has a k-block's time to arrive.
     __device__ __forceinline__ void advance(int block) {
       if constexpr (Config::kSparse) {
-        bool const starts = block % 4 == 0;
 #pragma unroll
         for (int s = 0; s < kStrips; ++s) {
-          vector[s] = starts ? ahead[s] : uint4{vector[s].y, vector[s].z, vector[s].w, 0};
           word[s] = vector[s].x;
+          vector[s] = {vector[s].y, vector[s].z, vector[s].w, 0};
         }
-        if (starts && block / 4 + 1 < vectors) {
+        if (block % 4 == 3 && block / 4 + 1 < vectors) {
           source += 128;
           load();
         }
