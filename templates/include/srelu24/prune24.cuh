@@ -12,15 +12,6 @@
 
 namespace srelu24 {
 
-/// All ones in each 16-bit half where x >= y, else zeros; both halves below 2^15.
-__device__ __forceinline__ uint32_t mask_ge(uint32_t x, uint32_t y) {
-  // Bit 15 of x - y + 2^15 is set iff x >= y, and no half borrows from the other; then spread the bit.
-  // (__byte_perm ignores the selector bit that replicates a sign.)
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(mask) : "r"(x - y + 0x80008000u));
-  return mask;
-}
-
 __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t x, uint32_t y) {
   return (x & mask) | (y & ~mask);
 }

@@ -5,9 +5,8 @@
 // different banks. Rows of B lie in the kernel's LoadOrder; what is outside of the matrices is zero.
 #pragma once
 
-#include <cute/arch/copy_sm80.hpp>
-
 #include <srelu24/load_order.cuh>
+#include <srelu24/sm80/cp_async.cuh>
 #include <srelu24/sm80/params.cuh>
 
 namespace srelu24 {
@@ -25,12 +24,6 @@ template <LoadOrder Order>
 __device__ __forceinline__ constexpr int row_of_b(int r) {
   constexpr int kBlock = Order == LoadOrder::kOwn16 ? 64 : 32;
   return r / kBlock * kBlock + r % 8 / 2 * (kBlock / 4) + r % kBlock / 8 * 2 + r % 2;
-}
-
-/// 16 bytes to shared memory, of which the first `bytes` are read and the others zero. CuTe's copies take all or none.
-__device__ __forceinline__ void copy16(uint32_t shared, void const* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes)
-               : "memory");
 }
 
 /// Loads one operand's tile of 16-bit elements: this thread's chunks are one of a row, and the same one of every kStep-th

@@ -1,0 +1,2 @@
+// Training epilogues need a GPU.
+#pragma once
