@@ -79,6 +79,12 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
 # --- shapes and problems -------------------------------------------------------------------------------------
 
 
+def test_list_matrix_says_which_gpu_has_what() -> None:
+    rows = json.loads(srelu24("list", "--matrix", "--json").stdout)
+    assert {"native", "portable", "dense"} == {row["kernels"] for row in rows}
+    assert "| l40s | L40S | sm_89 | portable |" in srelu24("list", "--matrix").stdout
+
+
 def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
     first, second = Shape(2, 24, 56).gemms(DType.FP16)
     # X [M, D] times W1 [F, D], then S [M, F] times W2 [D, F].

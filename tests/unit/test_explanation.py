@@ -10,10 +10,11 @@ import torch
 import srelu24
 from srelu24 import dispatch, explanation
 from srelu24.db import Database
-from srelu24.explanation import Explanation
+from srelu24.explanation import Explanation, explain_kernels
 from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import paths
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem
 from srelu24_gen.target import TARGETS
 
@@ -100,3 +101,22 @@ def test_the_text_names_kernels_and_where_their_configurations_come_from(
         "    config  from exact: tuned for this very problem on this GPU",
         "    record  0.5 ms measured 2026-01-01T00:00:00Z",
     ]
+
+
+def test_a_gpu_without_native_kernels_is_told_so() -> None:
+    found = explain_kernels(Shape(4096, 4096, 16384), DType.BF16, True, False, TARGETS["a100"], "sparse")
+    assert found.why == "NVIDIA A100-SXM4-80GB, sm_80, portable kernels (mma.sync); sparse was asked for"
+    assert [kernel.spec.arch for kernel in found.kernels] == ["sm_80", "sm_80"]
+    assert {kernel.choice.source for kernel in found.kernels} == {"default"}
+    assert "untuned" in str(found)
+
+
+def test_the_portable_kernels_on_hopper_are_told_apart() -> None:
+    shape = Shape(4096, 4096, 16384)
+    texts = [
+        str(explain_kernels(shape, DType.BF16, False, False, target, "sparse"))
+        for target in (TARGETS["h200"], TARGETS["h200"].portable)
+    ]
+    assert "sm_90a, native kernels (wgmma)" in texts[0]
+    assert "sm_90, portable kernels (mma.sync)" in texts[1]
+    assert "untuned" in texts[1], "records of the native kernels do not answer for the portable ones"
