@@ -99,3 +99,4 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, function.__name__, function)
     for user in (step, bench_step):
         monkeypatch.setattr(user, "reason_against", lambda *_: None)
+    monkeypatch.setattr(bench_step, "require_gpu", lambda _: None)
