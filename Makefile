@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY) ## the main job: check the machine, build, tune, run and time a squared-ReLU FFN
 	$(BIN)/srelu24 run $(ARGS)
 
-test: $(READY) ## unit and compile tests; no GPU needed
+test: $(READY) ## unit, compile, compatibility and example tests; no GPU needed
 	$(BIN)/python -m pytest $(ARGS)
 
 test-gpu: $(READY) ## tests that need a Hopper GPU

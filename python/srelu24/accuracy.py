@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import msgspec
 import torch
 from msgspec import Struct
 from torch import Tensor
@@ -24,6 +21,7 @@ from srelu24.fp8 import reference as fp8
 from srelu24.fp8.quantize import QuantizedWeight, inverse_scale, quantize_rows, quantize_weight, scale
 from srelu24.fp8.recipes import Predicted, Rowwise, Static
 from srelu24.report import markdown_table
+from srelu24.results import ResultFile
 from srelu24.sparse24 import Sparse24
 from srelu24.workload import make_ffn
 from srelu24_gen import __version__
@@ -76,11 +74,9 @@ class Error(Struct, kw_only=True):
     nonfinite_rows: int
 
 
-class AccuracyFile(Struct, kw_only=True):
+class AccuracyFile(ResultFile, kw_only=True):
     """The result file."""
 
-    schema: int = 1
-    env: dict[str, Any]
     rows: list[Error]
 
 
@@ -94,11 +90,6 @@ def measure(progress: Callable[[str], None] = lambda _: None) -> AccuracyFile:
     return AccuracyFile(env={"torch": str(torch.__version__), "srelu24": __version__, "device": "cpu"}, rows=rows)
 
 
-def save(file: AccuracyFile, path: Path) -> None:
-    """Write the file as indented JSON."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n")
-
-
 def tables(file: AccuracyFile) -> dict[str, str]:
     """Markdown by name: ``fp8_accuracy`` and ``fp8_bounds``."""
     head = ["computed as", "vs pruned", "vs dense", "worst row", "row x 1000", "row x 1e-6", "saturated", "lost rows"]
@@ -110,11 +101,6 @@ def tables(file: AccuracyFile) -> dict[str, str]:
         )
         for name, group in (("accuracy", "ffn"), ("bounds", "bound"))
     }
-
-
-def load(path: Path) -> AccuracyFile:
-    """The file that :func:`save` wrote."""
-    return msgspec.json.decode(path.read_bytes(), type=AccuracyFile)
 
 
 class _Case:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from msgspec import UNSET, UnsetType
 
-from srelu24 import measure, ops, peers, peers_fp8
-from srelu24.measure import Captured, Interrupted, Progress, Timing
+from srelu24 import machine, measure, ops, peers
+from srelu24.bench_rows import ENERGY_SECONDS, PEERS, ROWS, Group
+from srelu24.machine import require_gpu
+from srelu24.measure import Captured, Interrupted, Progress
 from srelu24.peers import Case, Output, Peer, relative_error
 from srelu24.peers_fp8 import Fp8Case
-from srelu24.results import BenchFile, Candidate, Row
+from srelu24.results import BenchFile, Row, check_writable
 from srelu24.workload import make_ffn, poison
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.spec import DType
@@ -123,34 +123,6 @@ def bench_fp8(
     return bench.run(shapes, densities, seconds_per_shape, {"fp8_gemm": 0.3, "fp8_memory": 0.1, "fp8_ffn": 0.6})
 
 
-@dataclass(slots=True)
-class _Group:
-    """The candidates of one interleaved run."""
-
-    timings: dict[str, Timing] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-
-    def candidate(self, name: str, flops: int = 0, nbytes: int = 0, flops_per_clock: int = 0) -> Candidate:
-        timing = self.timings.get(name)
-        if timing is None:
-            why = self.errors.get(name, "interrupted before the first round")
-            return Candidate(ms=None, tflops=None, joules=None, sm_mhz=None, watts=None, samples=0, error=why)
-        return Candidate(
-            ms=timing.ms,
-            tflops=timing.tflops(flops) if flops else None,
-            joules=timing.joules,
-            sm_mhz=timing.sm_mhz,
-            watts=timing.watts,
-            samples=len(timing.samples),
-            gbps=nbytes / timing.ms / 1e6 if nbytes else UNSET,
-            utilisation=_utilisation(timing, flops, flops_per_clock),
-            throttled=True if timing.throttled else UNSET,
-            note=self.notes.get(name, UNSET),
-        )
-
-
 class _Bench:
     """One run: its file, its device and how far it is."""
 
@@ -162,14 +134,12 @@ class _Bench:
         on_event: OnEvent | None,
         case: type[Case] = Case,
     ) -> None:
-        _require_gpu(device)
+        require_gpu(device)
         self._case = case
-        self.file = BenchFile(env=measure.environment(device), rows=[])
+        self.file = BenchFile(env=machine.environment(device), rows=[])
         self._dtype, self._device, self._path, self._on_event = dtype, device, json_path, on_event
         self._fraction = 0.0
-        if json_path is not None:
-            json_path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=json_path.parent).close()  # Fails now, not after the first case.
+        check_writable(json_path)
 
     def run(
         self,
@@ -186,12 +156,12 @@ class _Bench:
             data = "zeros" if zero else f"density {density:g}"
             self._event("case", f"{_shape_name(shape)} {self._dtype}, {data}: data and references")
             case = self._case.make(shape, self._dtype, density, self._device, zeros=zero)
-            groups: dict[str, _Group] = {}
+            groups: dict[str, Group] = {}
             for part, share in parts.items():
                 if zero and part.endswith("memory"):
                     continue
                 groups[part] = self._measure(part, case, seconds * share, share / cases)
-                rows = _ROWS[part](case, groups)
+                rows = ROWS[part](case, groups)
                 for row in rows if zero else ():
                     row.zeros = True
                 self._record(rows)
@@ -212,12 +182,12 @@ class _Bench:
                 self._event("failed", f"Python overhead of {name}: {_reason(error)}")
         return overhead
 
-    def _measure(self, part: str, case: Case, seconds: float, share: float) -> _Group:
+    def _measure(self, part: str, case: Case, seconds: float, share: float) -> Group:
         """Builds, checks, times and checks again the candidates of one part."""
-        group = _Group()
+        group = Group()
         ready: dict[str, tuple[Peer, Captured[Output]]] = {}
         pool = measure.graph_pool(self._device)
-        for peer in _PEERS[part]:
+        for peer in PEERS[part]:
             try:
                 captured = measure.capture(peer.build(case), device=self._device, pool=pool)
                 if captured.note:
@@ -239,7 +209,7 @@ class _Bench:
                 device=self._device,
                 seconds=seconds,
                 on_progress=progress,
-                energy_seconds=_ENERGY_SECONDS[part],
+                energy_seconds=ENERGY_SECONDS[part],
             )
         except Interrupted as interrupted:
             group.timings, group.interrupted = interrupted.timings, True
@@ -252,7 +222,7 @@ class _Bench:
                 self._fail(group, case, name, _reason(error))
         return group
 
-    def _fail(self, group: _Group, case: Case, name: str, reason: str) -> None:
+    def _fail(self, group: Group, case: Case, name: str, reason: str) -> None:
         group.errors[name] = reason
         self._event("failed", f"{case.name}: {name}: {reason}")
 
@@ -268,13 +238,6 @@ class _Bench:
             self._on_event(BenchEvent(kind, text, self._fraction, row))
 
 
-def _require_gpu(device: torch.device) -> None:
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise Unsupported(
-            "benchmarks time kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"
-        )
-
-
 def _check_output(peer: Peer, case: Case, captured: Captured[Output]) -> None:
     """Poisons the output, runs what is going to be timed, compares.
 
@@ -287,125 +250,6 @@ def _check_output(peer: Peer, case: Case, captured: Captured[Output]) -> None:
     allowed = peer.tolerance or peers.TOLERANCE[case.dtype]
     if not error <= allowed:  # NaN compares false.
         raise Unsupported(f"wrong result: relative error {error:.2g}, allowed {allowed:g}")
-
-
-def _utilisation(timing: Timing, flops: int, flops_per_clock: int) -> float | UnsetType:
-    if not flops_per_clock or not timing.sm_mhz:
-        return UNSET
-    return flops / (timing.ms * timing.sm_mhz * 1e3 * flops_per_clock)
-
-
-def _row(
-    op: str,
-    case: Case,
-    group: _Group,
-    names: dict[str, str],
-    flops: int,
-    *,
-    nbytes: dict[str, int] | None = None,
-    alone: bool = False,
-) -> Row:
-    """``names``: candidate in the row to peer in the group; the first is srelu24. ``alone``: each is one GEMM."""
-    timings = {name: group.timings[peer] for name, peer in names.items() if peer in group.timings}
-    ours = timings.get("srelu24")
-    return Row(
-        op=op,
-        dtype=case.dtype.value,
-        shape=case.name,
-        density=case.density,
-        candidates={
-            name: group.candidate(
-                peer, flops, (nbytes or {}).get(name, 0), peers.tensor_rate(case, peer) if alone else 0
-            )
-            for name, peer in names.items()
-        },
-        speedup={name: measure.ratio(ours, t) for name, t in timings.items() if name != "srelu24"} if ours else {},
-        measured_density=case.measured_density,
-    )
-
-
-def _gemm_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    gemm1 = {"srelu24": "gemm1_fused", "gemm": "gemm1_dense", "cublas": "gemm1_cublas"}
-    gemm2 = {"srelu24": "gemm2_sparse", "gemm": "gemm2_dense"}
-    gemm2 |= {"cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
-    dense = {"srelu24": "gemm1_dense", "cublas": "gemm1_cublas"}
-    by_op = {"gemm_relu2_24": gemm1, "spgemm": gemm2, "gemm": dense}
-    return [_row(op, case, groups["gemm"], names, case.gemm_flops, alone=True) for op, names in by_op.items()]
-
-
-def _memory_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    dense = case.h.nbytes
-    nbytes = {"srelu24": dense + case.s.values.nbytes + case.s.metadata.nbytes, "copy": 2 * dense}
-    row = _row("sparsify24", case, groups["memory"], {"srelu24": "sparsify24", "copy": "copy"}, 0, nbytes=nbytes)
-    row.speedup = {}  # They move different amounts; compare GB/s.
-    return [row]
-
-
-def _ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    names = {peer.name: peer.name for peer in _PEERS["ffn"]}
-    row = _row("ffn_forward", case, groups["ffn"], names, 2 * case.gemm_flops)
-    ours, alone = groups["ffn"].timings.get("srelu24"), groups["gemm"].timings
-    dense = [t.ms for name, t in alone.items() if name in peers.DENSE_GEMMS]
-    sparse = [t.ms for name, t in alone.items() if name in peers.SPARSE_GEMMS]
-    if ours is not None and dense and sparse:
-        row.speed_of_light = (min(dense) + min(sparse)) / ours.ms
-    return [row]
-
-
-def _sweep_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    names = {peer.name: peer.name for peer in _PEERS["sweep"]}
-    row = _row("sweep", case, groups["sweep"], names, 2 * case.gemm_flops)
-    row.candidates["srelu24"].note = peers.chosen_way(case)
-    return [row]
-
-
-def _fp8_gemm_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    """``recipe`` says what GEMM1 writes: bf16 for rowwise, e4m3 for the others."""
-    gemm2 = {"srelu24": "gemm2_sparse", "cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
-    by_op = [
-        ("gemm_relu2_24", "rowwise", {"srelu24": "gemm1_bf16", "cublas": "gemm1_cublas"}),
-        ("gemm_relu2_24", "predicted", {"srelu24": "gemm1_e4m3", "cublas": "gemm1_cublas"}),
-        ("spgemm", None, gemm2),
-    ]
-    return [_fp8(_row(op, case, groups["fp8_gemm"], names, case.gemm_flops), recipe) for op, recipe, names in by_op]
-
-
-def _fp8_memory_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    x, kept = case.m * case.d, case.m * case.f // 2
-    rows = []
-    for op, nbytes in (("quantize_rows", 3 * x), ("square_rows", 3 * kept)):
-        names = {"srelu24": op, "copy": "copy"}
-        row = _row(op, case, groups["fp8_memory"], names, 0, nbytes={"srelu24": nbytes, "copy": 4 * x})
-        row.speedup = {}  # They move different amounts; compare GB/s.
-        rows.append(_fp8(row, None))
-    return rows
-
-
-def _fp8_ffn_rows(case: Case, groups: dict[str, _Group]) -> list[Row]:
-    group, alone = groups["fp8_ffn"], groups["fp8_gemm"].timings
-    dense = [t.ms for name, t in alone.items() if name in ("gemm1_e4m3", "gemm1_bf16", "gemm1_cublas", "gemm2_cublas")]
-    sparse = [t.ms for name, t in alone.items() if name in peers.SPARSE_GEMMS]
-    rows = []
-    for recipe in peers_fp8.RECIPES:
-        names = {"srelu24": recipe, "torch_compile": "torch_compile"}
-        row = _fp8(_row("ffn_forward", case, group, names, 2 * case.gemm_flops), recipe)
-        if (ours := group.timings.get(recipe)) and dense and sparse:
-            row.speed_of_light = (min(dense) + min(sparse)) / ours.ms
-        rows.append(row)
-    return rows
-
-
-def _fp8(row: Row, recipe: str | None) -> Row:
-    row.dtype, row.recipe = "fp8_e4m3", recipe
-    return row
-
-
-_PEERS = {"gemm": peers.GEMM, "memory": peers.MEMORY, "ffn": peers.FFN, "sweep": peers.SWEEP}
-_PEERS |= {"fp8_gemm": peers_fp8.GEMM, "fp8_memory": peers_fp8.MEMORY, "fp8_ffn": peers_fp8.FFN}
-_ROWS = {"gemm": _gemm_rows, "memory": _memory_rows, "ffn": _ffn_rows, "sweep": _sweep_rows}
-_ROWS |= {"fp8_gemm": _fp8_gemm_rows, "fp8_memory": _fp8_memory_rows, "fp8_ffn": _fp8_ffn_rows}
-_ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5, "sweep": 0.0}
-_ENERGY_SECONDS |= {"fp8_gemm": 0.5, "fp8_memory": 0.0, "fp8_ffn": 0.5}
 
 
 def _summary(row: Row) -> str:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
 
-from srelu24 import measure, reference
+from srelu24 import machine, measure, reference
+from srelu24.bench_rows import candidate
 from srelu24.conversion import convert
 from srelu24.launch import TORCH_DTYPE
+from srelu24.machine import require_gpu
 from srelu24.measure import Interrupted, Timing
 from srelu24.profiling import profile
-from srelu24.results import BenchFile, Candidate, Row
+from srelu24.results import BenchFile, Candidate, Row, check_writable
 from srelu24.workload import make_ffn
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType
@@ -142,10 +144,11 @@ def bench_model(
         KeyboardInterrupt: Ctrl-C; what was measured is in the file.
     """
     device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("PyTorch sees no NVIDIA GPU; run `srelu24 doctor` to find out why, or try --tiny.")
+    if device.type != "cpu":
+        require_gpu(device)
     if not tokens or min(tokens) < 2:
         raise Unsupported(f"token counts are {list(tokens)}; at least one, of 2 or more, is needed.")
+    check_writable(json_path)
     tell = on_event or (lambda _: None)
     tell(f"{architecture.name}, {architecture.layers} layers: weights")
     dense = make_stack(architecture, dtype, density, device)
@@ -155,7 +158,7 @@ def bench_model(
     with torch.inference_mode():
         measured = profile(dense, inputs[min(tokens)])
         _check(dense, converted, inputs[min(tokens)])
-    env = measure.environment(device) | {"model": asdict(architecture)}
+    env = machine.environment(device) | {"model": asdict(architecture)}
     file = BenchFile(env=env, rows=[])
     calls: dict[str, Callable[[Tensor], Tensor]] = {"srelu24 eager": converted, "dense eager": dense}
     graphs = {}
@@ -174,7 +177,7 @@ def bench_model(
                 timings, interrupted = stopped.timings, True
         for mode in MODES:
             candidates = {
-                who: _candidate(timings.get(f"{who} {mode}"), m, peaks[f"{who} {mode}"], graphs.get(f"{who} {mode}"))
+                who: _candidate(timings.get(name := f"{who} {mode}"), m, peaks[name], graphs.get(name))
                 for who in ("srelu24", "dense")
             }
             file.rows.append(_row(architecture, mode, m, dtype, density, found, candidates, timings))
@@ -239,18 +242,9 @@ def _peak_bytes(call: Callable[[Tensor], Tensor], x: Tensor) -> int | None:
 
 
 def _candidate(timing: Timing | None, m: int, peak: int | None, graphs: int | None) -> Candidate:
-    if timing is None:
-        why = "interrupted before the first round"
-        return Candidate(ms=None, tflops=None, joules=None, sm_mhz=None, watts=None, samples=0, error=why)
-    return Candidate(
-        ms=timing.ms,
-        tflops=None,
-        joules=timing.joules,
-        sm_mhz=timing.sm_mhz,
-        watts=timing.watts,
-        samples=len(timing.samples),
-        throttled=True if timing.throttled else UNSET,
-        tokens_per_s=m / timing.ms * 1000,
+    return candidate(
+        timing,
+        tokens_per_s=m / timing.ms * 1000 if timing else UNSET,
         peak_bytes=UNSET if peak is None else peak,
         graphs=UNSET if graphs is None else graphs,
     )

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from srelu24 import measure
+from srelu24 import machine, measure
+from srelu24.bench_rows import candidate
 from srelu24.dispatch import gpu_of
-from srelu24.measure import Call, Timing
-from srelu24.results import BenchFile, Candidate, Row
+from srelu24.machine import require_gpu
+from srelu24.measure import Call
+from srelu24.peers import plain_ffn
+from srelu24.results import BenchFile, Row, check_writable
 from srelu24.sparse24 import Sparse24
 from srelu24.training import kernels
 from srelu24.training import ops as training_ops
@@ -101,8 +103,9 @@ def bench_step(
     """
     if not shapes or not densities:
         raise Unsupported("a benchmark needs at least one shape MxDxF and one density")
-    _require_gpu(device)
-    file = BenchFile(env=measure.environment(device), rows=[])
+    require_gpu(device)
+    check_writable(json_path)
+    file = BenchFile(env=machine.environment(device), rows=[])
 
     def keep(rows: list[Row]) -> None:
         file.rows += rows
@@ -122,7 +125,7 @@ def bench_step(
 def whole_steps(case: StepCase, compile_dense: Callable[..., Any] = torch.compile) -> dict[str, Call]:
     """Forward and backward, by candidate: gradients of x, w1 and w2."""
     leaves = [t.detach().requires_grad_() for t in (case.data.x, case.data.w1, case.data.w2)]
-    compiled = compile_dense(_dense)
+    compiled = compile_dense(plain_ffn)
 
     def call(forward: Callable[..., Tensor]) -> Call:
         return lambda: torch.autograd.grad(forward(*leaves), leaves, case.g)
@@ -130,7 +133,7 @@ def whole_steps(case: StepCase, compile_dense: Callable[..., Any] = torch.compil
     return {
         "srelu24": call(lambda x, w1, w2: training_ops.ffn(x, w1, w2, None, None, case.layer)),
         "torch_compile": call(compiled),
-        "eager": call(_dense),
+        "eager": call(plain_ffn),
     }
 
 
@@ -187,17 +190,17 @@ def bench_configs(
     Raises:
         As :func:`bench_step`; CompileError where a configuration cannot be built.
     """
-    _require_gpu(device)
+    require_gpu(device)
     case = StepCase.make(shape, dtype, density, device)
     target = gpu_of(case.data.x.device)
     calls = {op: calls["srelu24"] for op, (flops, calls) in parts(case).items() if flops}
     rows = []
     for op, problem in _problems(shape, dtype).items():
-        configs = space.candidates(problem, target)
-        for built in build_many([KernelSpec(problem.family, config, target.arch) for config in configs]):
+        specs = [KernelSpec(problem.family, config, target.arch) for config in space.candidates(problem, target)]
+        for built in build_many(specs):
             if isinstance(built, Srelu24Error):
                 raise built
-        named = {_config_name(KernelSpec(problem.family, config, target.arch)): config for config in configs}
+        named = {f"{s.name.split(f'_{s.arch}_')[1]}_g{s.config.raster_group}": s.config for s in specs}
         timings = measure.interleave(
             {name: partial(_with_config, config, calls[op]) for name, config in named.items()},
             device=device,
@@ -211,24 +214,13 @@ def bench_configs(
                 dtype=dtype.value,
                 shape="x".join(map(str, shape)),
                 density=density,
-                candidates={name: _candidate(timing, problem.flops) for name, timing in ranked.items()},
+                candidates={name: candidate(timing, problem.flops) for name, timing in ranked.items()},
                 speedup={name: measure.ratio(timing, default) for name, timing in ranked.items()},
             )
         )
         best = next(iter(ranked))
         on_event(f"{op}: {best} {ranked[best].ms:.3f} ms, {rows[-1].speedup[best]:.3f}x the default")
     return rows
-
-
-def _require_gpu(device: torch.device | str) -> None:
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise Unsupported(
-            "benchmarks time kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"
-        )
-
-
-def _config_name(spec: KernelSpec) -> str:
-    return f"{spec.name.split(f'_{spec.arch}_')[1]}_g{spec.config.raster_group}"
 
 
 def _with_config(config: KernelConfig, call: Call) -> None:
@@ -277,7 +269,7 @@ def _step_rows(shape: Shape, dtype: DType, density: float, device: torch.device 
     whole.candidates["srelu24"].saved_bytes = saved_bytes(
         lambda: training_ops.ffn(leaves[0], leaves[1], leaves[2], None, None, case.layer), inputs
     )
-    whole.candidates["eager"].saved_bytes = saved_bytes(lambda: _dense(*leaves), inputs)
+    whole.candidates["eager"].saved_bytes = saved_bytes(lambda: plain_ffn(*leaves), inputs)
     pieces = parts(case)
     each = seconds / 2 / len(pieces)
     return [
@@ -326,25 +318,9 @@ def _row(
         dtype=dtype.value,
         shape="x".join(map(str, shape)),
         density=density,
-        candidates={name: _candidate(timing, flops) for name, timing in timings.items()},
+        candidates={name: candidate(timing, flops) for name, timing in timings.items()},
         speedup={name: measure.ratio(ours, timing) for name, timing in timings.items() if name != "srelu24"},
     )
-
-
-def _candidate(timing: Timing, flops: int) -> Candidate:
-    return Candidate(
-        ms=timing.ms,
-        tflops=timing.tflops(flops) if flops else None,
-        joules=timing.joules,
-        sm_mhz=timing.sm_mhz,
-        watts=timing.watts,
-        samples=len(timing.samples),
-        throttled=timing.throttled,
-    )
-
-
-def _dense(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    return linear(linear(x, w1).relu().square(), w2)
 
 
 def _summary(row: Row) -> str:

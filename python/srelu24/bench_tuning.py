@@ -49,7 +49,7 @@ def bench_tuning(
         shapes: with a record each on this GPU.
         held_out: without one; each is tuned for ``tune_s`` seconds.
         runner: is closed at the end.
-        env: of :func:`srelu24.measure.environment`.
+        env: of :func:`srelu24.machine.environment`.
         json_path: result file, written anew after every row.
 
     Raises:

@@ -13,9 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import os
 import re
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -24,7 +22,7 @@ from pathlib import Path
 
 import msgspec
 
-from srelu24 import catalogue
+from srelu24 import catalogue, whole_file
 from srelu24.db import Database
 from srelu24.records import TuningRecord, decode_file, encode_file
 from srelu24_gen import __version__, space
@@ -179,11 +177,7 @@ def _write(path: Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-            temporary.write(buffer.getvalue())
-        os.chmod(temporary.name, 0o644)
-        os.replace(temporary.name, path)
+        whole_file.write(path, buffer.getvalue())
     except OSError as error:
         raise BundleError(f"{path} cannot be written ({error.strerror}); choose another path") from error
 

@@ -136,13 +136,13 @@ def bench_report(
     ],
 ) -> None:
     """Fill the tables of the pages and draw the plots from the result files."""
-    from srelu24 import report
+    from srelu24 import plots, report
 
     for each in page:
         report.update_page(each, results)
-    report.plot(results, results / "ffn.svg")
+    plots.plot_ffn(results, results / "ffn.svg")
     if any(row.row.op == "sweep" for row in report.load_results(results)):
-        report.plot_sweep(results, results / "sweep.svg")
+        plots.plot_sweep(results, results / "sweep.svg")
 
 
 @app.command("fp8")
@@ -168,8 +168,10 @@ def bench_accuracy(
 ) -> None:
     """Errors of the 8-bit recipes against float64, on the CPU."""
     from srelu24 import accuracy, report
+    from srelu24.results import check_writable
 
+    check_writable(json)
     file = accuracy.measure(typer.echo)
-    accuracy.save(file, json)
+    file.save(json)
     if document is not None:
         document.write_text(report.filled(document.read_text(encoding="utf-8"), accuracy.tables(file), document.name))

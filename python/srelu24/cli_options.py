@@ -74,7 +74,7 @@ FromModule = Annotated[
     typer.Option(
         "--from-module",
         metavar="PACKAGE:FACTORY",
-        help="Read the widths off the model that this makes, on the meta device.",
+        help="Widths of the squared-ReLU FFNs of the model that this makes, on the meta device.",
     ),
 ]
 

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
+from srelu24 import cli_options as options
 from srelu24 import views
-from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType
 
 PAGE = Path("docs/training.md")
@@ -72,35 +71,33 @@ def report_training(
 
 
 def bench_step(
-    shape: Annotated[list[str], typer.Option("--shape", metavar="MxDxF", help="May be repeated.")],
-    dtype: Annotated[DType, typer.Option("--dtype")] = DType.BF16,
-    density: Annotated[
-        list[float], typer.Option("--density", min=0, max=1, help="Share of non-zeros; may be repeated.")
-    ] = [0.1],  # noqa: B006
+    shape: options.GivenShapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    dtype: options.Dtype = DType.BF16,
+    density: options.Densities = [0.1],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=1, help="Of timing, per shape and density.")] = 15.0,
     configs: Annotated[
         bool, typer.Option("--configs", help="Time every configuration of every kernel instead; for the first shape.")
     ] = False,
     split: Annotated[bool, typer.Option(help="The split weight gradient at 8192^3 as well.")] = True,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result file here.")] = None,
+    json: options.JsonFile = None,
+    results: options.Results = None,
 ) -> None:
     """Forward and backward of the FFN against dense PyTorch, the kernels of the step alone, and what is overhead."""
     from srelu24 import bench_step as bench
-    from srelu24.measure import environment
+    from srelu24.machine import environment
     from srelu24.results import BenchFile
 
-    try:
-        shapes = [Shape.parse(text) for text in shape]
-    except Unsupported as error:
-        raise typer.BadParameter(str(error)) from error
+    shapes = [(each.m, each.d, each.f) for each in options.shapes_of(shape, model, tokens, default=[])]
+    json = options.result_path(json, results, "step", dtype)
     if configs:
-        m, d, f = shapes[0]
-        rows = bench.bench_configs((m, d, f), dtype, density[0], seconds=seconds, on_event=views.note)
+        rows = bench.bench_configs(shapes[0], dtype, density[0], seconds=seconds, on_event=views.note)
         if json is not None:
             BenchFile(env=environment("cuda"), rows=rows).save(json)
         return
     bench.bench_step(
-        [(each.m, each.d, each.f) for each in shapes],
+        shapes,
         dtype,
         density,
         seconds_per_shape=seconds,

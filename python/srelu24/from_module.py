@@ -1,4 +1,4 @@
-"""Widths of the FFNs of a real model, built without memory on PyTorch's meta device."""
+"""Widths of the squared-ReLU FFNs of a real model, built without memory on PyTorch's meta device."""
 
 from __future__ import annotations
 
@@ -9,37 +9,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from srelu24 import sites
+from srelu24.modules import SquaredReLUFFN
 from srelu24_gen.errors import Unsupported
 
 
 def widths_of(reference: str) -> list[tuple[int, int]]:
-    """D and F of every FFN of the model that ``package.module:factory`` makes, each once, in the model's order.
+    """D and F of every FFN that :func:`srelu24.convert` would change, or has, each once, in the model's order.
 
-    The factory is called without arguments, on the meta device, so that no weights are made.
+    The model is what ``package.module:factory`` makes: called without arguments, on the meta device, so that no weights
+    are made.
 
     Raises:
-        Unsupported: it cannot be imported or called, or the model has no FFN of two linear layers.
+        Unsupported: it cannot be imported or called, or the model has no squared-ReLU FFN; the message says what the
+            first one that looks like an FFN is instead.
     """
     model = _build(reference)
-    found = ffn_widths(model)
+    candidates = sites.find(model)
+    found = [_widths(module.up, module.down) for module in model.modules() if isinstance(module, SquaredReLUFFN)]
+    found += [_widths(site.up, site.down) for site in candidates if site.kind != "other"]
     if not found:
-        raise Unsupported(
-            f"{reference} has no module with two Linear layers [F, D] and [D, F] and no gate; give --d-model and --d-ff"
-        )
-    return found
+        why = f" ({candidates[0].path or 'the model'}: {candidates[0].why})" if candidates else ""
+        raise Unsupported(f"{reference} has no squared-ReLU FFN{why}; give --d-model and --d-ff")
+    return list(dict.fromkeys(found))
 
 
-def ffn_widths(model: nn.Module) -> list[tuple[int, int]]:
-    """D and F of every module whose own Linear layers are [F, D] and [D, F]; a gated FFN has one more."""
-    found: dict[tuple[int, int], None] = {}
-    for module in model.modules():
-        layers = [child for child in module.children() if isinstance(child, nn.Linear)]
-        if len(layers) == 2:
-            up, down = sorted(layers, key=lambda layer: layer.in_features)
-            wider = up.out_features > up.in_features
-            if wider and (up.out_features, up.in_features) == (down.in_features, down.out_features):
-                found[up.in_features, up.out_features] = None
-    return list(found)
+def _widths(up: Any, down: Any) -> tuple[int, int]:
+    return int(up.in_features), int(down.in_features)
 
 
 def _build(reference: str) -> nn.Module:

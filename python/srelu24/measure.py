@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import random
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
-import srelu24_gen
 from srelu24.nvml import Gpu, Power, Sampler
 from srelu24_gen.errors import Srelu24Error
-from srelu24_gen.target import Toolchain
 
 T = TypeVar("T")
 Call = Callable[[], Any]
@@ -367,57 +360,6 @@ def host_us(call: Call, *, device: torch.device | str, calls: int = 100, batches
     times = [batch() for _ in range(batches)]
     settle()
     return median(times)
-
-
-def environment(device: torch.device | str) -> dict[str, Any]:
-    """What a result depends on, as plain JSON types; None for what cannot be read."""
-    device = torch.device(device)
-    gpu = Gpu.open(device)
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    commit, dirty = _git_state()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": properties.name if properties else None,
-        "sm_count": properties.multi_processor_count if properties else None,
-        "driver": gpu.driver() if gpu else None,
-        "power_limit_watts": gpu.power_limit_watts() if gpu else None,
-        "cuda": torch.version.cuda,
-        "torch": str(torch.__version__),
-        "cusparselt": torch.backends.cusparselt.version(),
-        **_toolchain_versions(),
-        "srelu24": srelu24_gen.__version__,
-        "commit": commit,
-        "dirty": dirty,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
-def _toolchain_versions() -> dict[str, str | None]:
-    try:
-        found = Toolchain.find()
-    except Srelu24Error:
-        return {"nvrtc": None, "cutlass": None}
-    return {"nvrtc": found.nvrtc_version, "cutlass": found.cutlass_version}
-
-
-def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether tracked files differ from it; SRELU24_COMMIT speaks for copies whose .git is not theirs."""
-    if named := os.environ.get("SRELU24_COMMIT"):
-        return named, None
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        try:
-            commit, status = (
-                subprocess.run(
-                    ["git", "-C", str(root), *args], capture_output=True, text=True, check=True, timeout=10
-                ).stdout.strip()
-                for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-            )
-            return commit, bool(status)
-        except (OSError, subprocess.SubprocessError):
-            pass
-    return None, None
 
 
 def _first_line(error: BaseException) -> str:

@@ -80,19 +80,21 @@ class SquaredReLUFFN(nn.Module):
         self.training_state: LayerState | None = None
         if len(names) != 2 or names[0] == names[1] or any(not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
+        if not are_free(names):
+            raise Unsupported(f"names are {names}, and a SquaredReLUFFN has something else of that name; give others.")
         self.names = (names[0], names[1])
-        self.add_module(names[0], up)
-        self.add_module(names[1], down)
+        self._modules[names[0]] = up  # add_module refuses "up", which is a property here and gives this very child
+        self._modules[names[1]] = down
 
     @property
     def up(self) -> nn.Module:
         """The first layer, D -> F."""
-        return self.get_submodule(self.names[0])
+        return self._modules[self.names[0]]  # type: ignore[return-value]
 
     @property
     def down(self) -> nn.Module:
         """The second layer, F -> D."""
-        return self.get_submodule(self.names[1])
+        return self._modules[self.names[1]]  # type: ignore[return-value]
 
     def train_with(self, recipe: Recipe, name: str) -> LayerState:
         """Train by a recipe from here on (docs/training.md), as its layer ``name``, on the device that it is on now.
@@ -129,6 +131,12 @@ class SquaredReLUFFN(nn.Module):
     def extra_repr(self) -> str:
         """The kind of network, for ``print``."""
         return "squared ReLU, hidden activations pruned to 2:4"
+
+
+def are_free(names: tuple[str, str]) -> bool:
+    """Whether a SquaredReLUFFN can have children of these names: it has attributes of its own."""
+    own = ("mode", "names", "training", "training_state")
+    return names == ("up", "down") or not any(name in own or hasattr(SquaredReLUFFN, name) for name in names)
 
 
 def is_plain(layer: nn.Module | None) -> bool:

@@ -176,10 +176,6 @@ def _scaled_gemm(a: QuantizedRows, w: QuantizedWeight) -> Run:
     )  # fmt: skip
 
 
-def _gemm2_cublas(case: Fp8Case) -> Run:
-    return _scaled_gemm(case.act8, case.q2)
-
-
 def _gemm1(to: torch.dtype) -> Callable[[Fp8Case], Run]:
     def build(case: Fp8Case) -> Run:
         out = Sparse24.empty(case.m, case.f, to, case.x.device, FragmentOrder.BITS8)

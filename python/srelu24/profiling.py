@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from srelu24 import dispatch, sites
 from srelu24.dispatch import SPARSE, FfnChoice
+from srelu24.figures import figure
 from srelu24.launch import DTYPES
 from srelu24.modules import SquaredReLUFFN
 from srelu24.pruned_linear import Linear24
-from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType
 from srelu24_gen.target import GpuTarget, target_by_key
@@ -61,26 +62,21 @@ class Profile(msgspec.Struct, kw_only=True):
         """Density and what 2:4 drops, by layer, into an image; the suffix says which kind.
 
         Raises:
-            Srelu24Error: matplotlib is not installed.
+            Srelu24Error: matplotlib is not installed, or the file cannot be written.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise Srelu24Error("plots need matplotlib; install it with pip install 'srelu24[bench]'") from error
-        figure = Figure(figsize=(max(6.0, 0.35 * len(self.layers)), 4.0), layout="constrained")
-        axis = figure.subplots()
         places = range(len(self.layers))
-        for label, values in (
-            ("non-zero", [layer.density for layer in self.layers]),
-            ("of the non-zeros dropped", [layer.dropped or 0.0 for layer in self.layers]),
-            ("of the energy dropped", [layer.energy_dropped or 0.0 for layer in self.layers]),
-        ):
-            axis.plot(places, values, marker="o", label=label)
-        axis.set_xticks(places, [layer.path for layer in self.layers], rotation=90, fontsize=7)
-        axis.set_ylabel("share")
-        axis.set_ylim(bottom=0)
-        axis.legend()
-        figure.savefig(path)
+        with figure(path, max(6.0, 0.35 * len(self.layers)), 4.0) as drawn:
+            axis = drawn.subplots()
+            for label, values in (
+                ("non-zero", [layer.density for layer in self.layers]),
+                ("of the non-zeros dropped", [layer.dropped or 0.0 for layer in self.layers]),
+                ("of the energy dropped", [layer.energy_dropped or 0.0 for layer in self.layers]),
+            ):
+                axis.plot(places, values, marker="o", label=label)
+            axis.set_xticks(places, [layer.path for layer in self.layers], rotation=90, fontsize=7)
+            axis.set_ylabel("share")
+            axis.set_ylim(bottom=0)
+            axis.legend()
 
     def __str__(self) -> str:
         head = ("layer", "DxF", "tokens", "density", "dropped", "energy dropped", "expected", "recommended", "why")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from srelu24 import whole_file
 from srelu24.user_store import warn_once
 from srelu24_gen.errors import RecordError
 from srelu24_gen.spec import Family, KernelConfig, Problem
@@ -179,19 +178,9 @@ def encode_file(records: Iterable[TuningRecord]) -> bytes:
 
 def write_file(file: Path, records: Iterable[TuningRecord]) -> None:
     """A reader sees the old file or the new one."""
-    partial: str | None = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(encode_file(records))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, file)
+        whole_file.write(file, encode_file(records))
     except OSError as error:
-        if partial:
-            Path(partial).unlink(missing_ok=True)
         raise RecordError(f"{file} cannot be written ({error}); choose another path") from error
 
 

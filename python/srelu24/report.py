@@ -1,16 +1,16 @@
-"""Tables and plots from result files, so that no figure in a document is ever typed."""
+"""Tables from result files, so that no figure in a document is ever typed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from srelu24.results import BenchFile, Candidate, Row
-from srelu24_gen.errors import RecordError, Srelu24Error
+from srelu24_gen.errors import RecordError
 
 PEERS = {
     "torch_compile": "torch.compile",
@@ -133,91 +133,8 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
-def plot(results_dir: Path, out_svg: Path) -> None:
-    """Bars of the FFN's speed-up over each peer, one panel per GPU, type and density.
-
-    Raises:
-        RecordError: there is nothing to plot, or a file is no result file.
-        Srelu24Error: matplotlib is not installed.
-    """
-    panels: dict[tuple[str, str, float], list[Row]] = {}
-    for result in _of_op(load_results(results_dir), "ffn_forward"):
-        if result.row.speedup and result.row.recipe is None:
-            panels.setdefault((result.gpu, result.row.dtype, result.row.density), []).append(result.row)
-    if not panels:
-        raise RecordError(f"{results_dir} has no FFN results to plot; run `srelu24 bench ffn` first")
-    titles = [f"FFN forward on {gpu}, {dtype}, {density:.0%} non-zero activations" for gpu, dtype, density in panels]
-    _figure(out_svg, dict(zip(titles, panels.values(), strict=True)), _bars)
-
-
-def plot_sweep(results_dir: Path, out_svg: Path) -> None:
-    """Speed over torch.compile by tokens: sparse, the best dense way, and what was chosen; a panel per width.
-
-    Raises:
-        RecordError: there is nothing to plot, or a file is no result file.
-        Srelu24Error: matplotlib is not installed.
-    """
-    panels: dict[str, list[Row]] = {}
-    for result in _of_op(load_results(results_dir), "sweep"):
-        d, f = result.row.shape.split("x")[1:]
-        panels.setdefault(f"D = {d}, F = {f} on {result.gpu}, {result.row.dtype}", []).append(result.row)
-    if not panels:
-        raise RecordError(f"{results_dir} has no sweep to plot; run `srelu24 bench sweep` first")
-    _figure(out_svg, panels, _lines)
-
-
-def _figure(out_svg: Path, panels: dict[str, list[Row]], draw: Callable[[Any, Sequence[Row]], None]) -> None:
-    """A panel per title, one below the other."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Srelu24Error("plots need matplotlib; install it with pip install 'srelu24[bench]'") from error
-    # A fixed salt and no date: the same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "srelu24", "font.size": 9}):
-        figure = Figure(figsize=(10, 3.2 * len(panels)), layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-            draw(axis, rows)
-            axis.set_title(title)
-        out_svg.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out_svg, format="svg", metadata={"Date": None})
-
-
-def _lines(axis: Any, rows: Sequence[Row]) -> None:
-    lines = {"sparse": ("sparse", "o-"), "dense": ("dense, the best way", "s-"), "srelu24": ("chosen", "k--")}
-    for name, (label, style) in lines.items():
-        points = [(_tokens(row), ratio) for row in rows if (ratio := _over_compile(row, name)) is not None]
-        if points:
-            axis.plot(*zip(*sorted(points), strict=True), style, label=label, markersize=4)
-    axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("tokens")
-    axis.set_ylabel("times as fast as torch.compile")
-    axis.legend(fontsize=7)
-
-
-def _bars(axis: Any, rows: Sequence[Row]) -> None:
-    peers = [peer for peer in PEERS if any(peer in row.speedup for row in rows)]
-    width = 0.8 / len(peers)
-    for index, peer in enumerate(peers):
-        places = [place for place, row in enumerate(rows) if peer in row.speedup]
-        bars = axis.bar(
-            [place + (index - (len(peers) - 1) / 2) * width for place in places],
-            [rows[place].speedup[peer] for place in places],
-            width,
-            label=f"over {PEERS[peer]}",
-        )
-        axis.bar_label(bars, fmt="%.2f", fontsize=6, padding=1)
-    axis.axhline(1.0, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(rows)), [row.shape for row in rows])
-    axis.set_ylabel("times faster")
-    axis.margins(y=0.12)
-    axis.legend(fontsize=7, ncols=len(peers), loc="lower center")
-
-
 def _ffn_table(results: list[Result]) -> str:
-    results = _of_op(results, "ffn_forward")
+    results = of_op(results, "ffn_forward")
     peers = [peer for peer in PEERS if any(peer in r.row.candidates for r in results)]
     head = ["dtype", "MxDxF", "density", "ms", "TFLOP/s", "J", *(f"over {PEERS[peer]}" for peer in peers), "of light"]
 
@@ -253,7 +170,7 @@ def _gemm_table(results: list[Result]) -> str:
             *(_number(row.speedup.get(peer), ".3f", "x") for peer in peers),
         ]
 
-    return _tables([r for op in _GEMMS for r in _of_op(results, op)], head, cells)
+    return _tables([r for op in _GEMMS for r in of_op(results, op)], head, cells)
 
 
 def _memory_table(results: list[Result]) -> str:
@@ -270,7 +187,7 @@ def _memory_table(results: list[Result]) -> str:
             _number(ours / copy if ours and copy else None, ".0%"),
         ]
 
-    return _tables([r for op in _MOVERS for r in _of_op(results, op)], head, cells)
+    return _tables([r for op in _MOVERS for r in of_op(results, op)], head, cells)
 
 
 def _overhead_table(results: list[Result]) -> str:
@@ -289,7 +206,7 @@ def _overhead_table(results: list[Result]) -> str:
 
 def _ratio_table(results: list[Result], op: str, other: str, ours: str) -> str:
     """Ours against one other, and over all shapes of a GPU the geometric mean and the worst."""
-    results = [result for result in _of_op(results, op) if other in result.row.speedup]
+    results = [result for result in of_op(results, op) if other in result.row.speedup]
     texts = []
     for gpu in dict.fromkeys(result.gpu for result in results):
         of_gpu = [result for result in results if result.gpu == gpu]
@@ -312,27 +229,23 @@ def _sweep_table(results: list[Result]) -> str:
     def cells(result: Result) -> list[str]:
         row = result.row
         chosen = row.candidates["srelu24"]
-        ratios = [_number(_over_compile(row, name), ".2f", "x") for name in ("sparse", "dense", "srelu24")]
+        ratios = [_number(over_compile(row, name), ".2f", "x") for name in ("sparse", "dense", "srelu24")]
         return [*_case_cells(row), _number(chosen.ms, ".3f"), *ratios, str(chosen.note)]
 
     head = ["dtype", "MxDxF", "density", "ms", "sparse", "dense, the best way", "chosen", "which is"]
-    table = _tables(_of_op(results, "sweep"), head, cells)
+    table = _tables(of_op(results, "sweep"), head, cells)
     return f"Times as fast as torch.compile's dense FFN:\n\n{table}" if table else ""
 
 
 _NO_DENSE_WAY = ("srelu24", "sparse", "torch_compile")
 
 
-def _over_compile(row: Row, name: str) -> float | None:
+def over_compile(row: Row, name: str) -> float | None:
     """Speed of a candidate of a sweep over torch.compile's; "dense" is the fastest of the dense ways."""
     names = [n for n in row.candidates if n not in _NO_DENSE_WAY] if name == "dense" else [name]
     times = [ms for n in names if (ms := row.candidates[n].ms) is not None]
     compiled = row.candidates["torch_compile"].ms
     return compiled / min(times) if times and compiled else None
-
-
-def _tokens(row: Row) -> int:
-    return int(row.shape.split("x")[0])
 
 
 def _model_table(results: list[Result]) -> str:
@@ -354,7 +267,7 @@ def _model_table(results: list[Result]) -> str:
             _number(ours.graphs or None, "d"),
         ]
 
-    return _tables([r for mode in ("eager", "compiled") for r in _of_op(results, f"prefill_{mode}")], head, cells)
+    return _tables([r for mode in ("eager", "compiled") for r in of_op(results, f"prefill_{mode}")], head, cells)
 
 
 def _step_table(results: list[Result]) -> str:
@@ -373,7 +286,7 @@ def _step_table(results: list[Result]) -> str:
             _number(saved[0] / saved[1] if len(saved) == 2 and saved[1] else None, ".2f", "x"),
         ]
 
-    return _tables(_of_op(results, "ffn_step"), head, cells)
+    return _tables(of_op(results, "ffn_step"), head, cells)
 
 
 def _step_parts_table(results: list[Result]) -> str:
@@ -392,10 +305,11 @@ def _split_table(results: list[Result]) -> str:
         row, ours = result.row, result.row.candidates["srelu24"]
         return [row.dtype, row.shape, f"{row.density:.0%}", _number(ours.ms, ".3f"), _number(ours.tflops, ".0f")]
 
-    return _tables(_of_op(results, "split_gemm"), ["dtype", "MxDxF", "sparse share", "ms", "TFLOP/s"], cells)
+    return _tables(of_op(results, "split_gemm"), ["dtype", "MxDxF", "sparse share", "ms", "TFLOP/s"], cells)
 
 
-def _of_op(results: Iterable[Result], op: str) -> list[Result]:
+def of_op(results: Iterable[Result], op: str) -> list[Result]:
+    """Those of one op, in their order."""
     return [result for result in results if result.row.op == op]
 
 

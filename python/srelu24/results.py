@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from srelu24 import whole_file
 from srelu24_gen.errors import RecordError
 
 SCHEMA = 1
+
+
+class ResultFile(Struct, kw_only=True):
+    """What every result file has."""
+
+    schema: int = SCHEMA
+    env: dict[str, Any]
+    """Of :func:`srelu24.machine.environment`."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises RecordError where the file cannot be read or is not of this kind and schema."""
+        try:
+            file = msgspec.json.decode(path.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise RecordError(f"{path} is no {cls.__name__} ({error}); measure again or name another file") from error
+        if file.schema != SCHEMA:
+            raise RecordError(f"{path} has schema {file.schema} and {SCHEMA} is needed; measure again or remove it")
+        return file
+
+    def save(self, path: Path) -> None:
+        """Replaces the file at once. Raises RecordError where it cannot be written."""
+        with _writing(path):
+            whole_file.write(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises RecordError before anything is measured where :meth:`ResultFile.save` could not write afterwards."""
+    if path is not None:
+        with _writing(path):
+            whole_file.check_writable(path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"{path} cannot be written ({error.strerror}); choose another path") from error
 
 
 class Candidate(Struct, kw_only=True):
@@ -67,31 +107,9 @@ class Row(Struct, kw_only=True):
     measured_density: float | UnsetType = UNSET
 
 
-class BenchFile(Struct, kw_only=True):
-    """A result file."""
+class BenchFile(ResultFile, kw_only=True):
+    """The file of a benchmark."""
 
-    schema: int = SCHEMA
-    env: dict[str, Any]
     rows: list[Row]
     python_overhead_us: dict[str, float] | UnsetType = UNSET
     """Host time per eager FFN call on a small shape, by candidate."""
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Raises RecordError where the file cannot be read or is not of this schema."""
-        try:
-            file = msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise RecordError(f"{path} is no result file ({error}); measure again or remove it") from error
-        if file.schema != SCHEMA:
-            raise RecordError(f"{path} has schema {file.schema} and {SCHEMA} is needed; measure again or remove it")
-        return file
-
-    def save(self, path: Path) -> None:
-        """Replaces the file at once, so that a crash leaves the old or the new one."""
-        text = msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as temporary:
-            temporary.write(text)
-        os.chmod(temporary.name, 0o644)
-        os.replace(temporary.name, path)

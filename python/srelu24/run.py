@@ -155,7 +155,7 @@ def benchmark_tuning(
     """Times tuned kernels against the defaults on this GPU; prints the table, writes the file, if named."""
     import torch
 
-    from srelu24 import bench_tuning, measure
+    from srelu24 import bench_tuning, machine
     from srelu24.tune import GpuRunner
 
     device = torch.device("cuda")
@@ -169,7 +169,7 @@ def benchmark_tuning(
             density=density,
             seconds_per_shape=seconds,
             tune_s=tune_s,
-            env=measure.environment(device),
+            env=machine.environment(device),
             json_path=path,
             on_event=lambda event: bar.update(task, completed=event.fraction, description=event.text),
         )

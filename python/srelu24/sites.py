@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from srelu24.modules import SquaredReLUFFN, is_plain
+from srelu24.modules import SquaredReLUFFN, are_free, is_plain
 from srelu24.pruned_linear import Linear24
 from srelu24_gen.errors import Unsupported
 
 _TWIN_F = 48
 _MOST_ELEMENTS = 2**28
-"""In the twin besides the two layers: a whole model with an adapter of its own is no FFN, and is not copied."""
+"""In a twin: a whole model with an adapter of its own is no FFN, and nor are the projections of a wide attention."""
 
 _SCALES = (1.0, 0.05, 20.0)
 """Of the twin's inputs: an activation that only looks like squared ReLU near 1 is told from it elsewhere."""
@@ -81,7 +81,11 @@ def find(model: nn.Module) -> list[Site]:
         if isinstance(module, SquaredReLUFFN):
             continue
         if pairs := _pairs(module):
-            site = _examined(path, module, pairs)
+            site = _examined(path, module, pairs[0])
+            for others in pairs[1:]:
+                if site.kind == "other":
+                    found = _examined(path, module, others)
+                    site = site if found.kind == "other" else found
             if site.kind != "other" or any(u.in_features != u.out_features for u in (site.up, site.down)):
                 sites.append(site)  # the projections of attention are square pairs, and no news
         elif any(_is_squared_relu(child) for child in module.children()):
@@ -119,13 +123,18 @@ def _linears(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _pairs(module: nn.Module) -> list[tuple[str, str]]:
-    """Children D -> F and F -> D. Where D = F, attention has such children too: its twin will not run."""
-    return [
-        (up_name, down_name)
-        for (up_name, up), (down_name, down) in itertools.permutations(_linears(module).items(), 2)
-        if up.out_features == down.in_features and up.in_features == down.out_features
-    ]
+def _pairs(module: nn.Module) -> list[list[tuple[str, str]]]:
+    """Children D -> F and F -> D: those with F >= D, then those with F < D, which are the same in the other order.
+
+    Where D = F, attention has such children too: its twin will not run.
+    """
+    wide: list[tuple[str, str]] = []
+    narrow: list[tuple[str, str]] = []
+    for (up_name, up), (down_name, down) in itertools.permutations(_linears(module).items(), 2):
+        if up.out_features == down.in_features and up.in_features == down.out_features:
+            widens = int(up.out_features) >= int(up.in_features)  # type: ignore[arg-type]
+            (wide if widens else narrow).append((up_name, down_name))
+    return [pairs for pairs in (wide, narrow) if pairs]
 
 
 @torch.no_grad()
@@ -140,7 +149,7 @@ def _examined(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Sit
             return Site(path, module, first, "other", f"{name} is a {kind}, {extra}")
     if "forward" in module.__dict__:
         return Site(path, module, first, "other", "its forward was replaced on the instance")
-    if _elements_besides(module) > _MOST_ELEMENTS:
+    if _elements(module, pairs) > _MOST_ELEMENTS:
         return Site(path, module, first, "other", "it holds far more than an FFN")
     try:
         with torch.random.fork_rng(devices=[]):
@@ -208,26 +217,35 @@ def _runs(module: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[_Run]:
         yield _Run(twin, x, seen, y)
 
 
-def _elements_besides(module: nn.Module) -> int:
-    """Numbers in a module's parameters and buffers that are not in its linear children."""
+def _elements(module: nn.Module, pairs: list[tuple[str, str]]) -> int:
+    """Numbers in the parameters and buffers of a module's twin."""
     children = {id(t) for child in _linears(module).values() for t in child.parameters()}
     tensors = itertools.chain(module.parameters(), module.buffers())
-    return sum(t.numel() for t in tensors if id(t) not in children)
+    besides = sum(t.numel() for t in tensors if id(t) not in children)
+    return besides + sum(i * o for i, o in _twin_sizes(module, pairs).values())
+
+
+def _twin_sizes(module: nn.Module, pairs: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
+    """Widths in and out of the twin's linear children: F is small, unless something has it for its D."""
+    sizes = {
+        name: (int(child.in_features), int(child.out_features))  # type: ignore[arg-type]
+        for name, child in _linears(module).items()
+    }
+    widths = {sizes[up][1] for up, _ in pairs}
+    small = dict.fromkeys(widths, _TWIN_F) if widths.isdisjoint(sizes[up][0] for up, _ in pairs) else {}
+    return {name: (small.get(i, i), small.get(o, o)) for name, (i, o) in sizes.items()}
 
 
 def _twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     """A copy in float32 on the CPU with random values everywhere, F made small; large weights are never copied."""
-    children = _linears(module)
-    sizes = {name: (int(c.in_features), int(c.out_features)) for name, c in children.items()}  # type: ignore[arg-type]
-    widths = {sizes[up][1] for up, _ in pairs}
-    narrow = dict.fromkeys(widths, _TWIN_F) if widths.isdisjoint(sizes[up][0] for up, _ in pairs) else {}
+    sizes = _twin_sizes(module, pairs)
     memo: dict[int, object] = {}
-    for name, child in children.items():
-        i, o = (narrow.get(size, size) for size in sizes[name])
-        fresh = nn.Linear(i, o, bias=child.bias is not None, device="cpu", dtype=torch.float32)
+    for name, child in _linears(module).items():
+        fresh = nn.Linear(*sizes[name], bias=child.bias is not None, device="cpu", dtype=torch.float32)
         memo[id(child)] = fresh
+    children = {id(t) for child in _linears(module).values() for t in child.parameters()}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and id(tensor) not in children:
             values = torch.randn(tensor.shape, device="cpu", dtype=torch.float32)
             memo[id(tensor)] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
     if hasattr(module, "config"):
@@ -245,6 +263,8 @@ def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[_Run]) -
     owned = {id(t) for name in pair for t in module.get_submodule(name).parameters()}
     if any(id(t) not in owned for t in itertools.chain(module.parameters(), module.buffers())):
         return "it holds parameters or buffers besides the two layers"
+    if not are_free(pair):
+        return "its layers have names that a module uses itself"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has hooks"
     return ""

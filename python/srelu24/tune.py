@@ -20,7 +20,7 @@ from rich.progress import TaskID
 from srelu24 import views
 from srelu24.db import Database
 from srelu24.dispatch import clear_cache, gpu_of
-from srelu24.measure import environment
+from srelu24.machine import environment, require_gpu
 from srelu24.search import Runner, Search
 from srelu24.tune_events import (
     Advanced,
@@ -122,12 +122,7 @@ class GpuRunner:
     """A device, its worker process, and compilers on the other cores. Source of the idea: Inductor's autotuner."""
 
     def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise Unsupported(f"the device to tune is {device}; a CUDA GPU is needed")
-        if not torch.cuda.is_available():
-            raise Unsupported(
-                "tuning times kernels on an NVIDIA GPU and PyTorch sees none; run `srelu24 doctor` to find out why"
-            )
+        require_gpu(device, "tuning times kernels")
         self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.target = gpu_of(self._device)
         self._worker = Worker(str(self._device))

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from srelu24 import fallback
 
+torch.set_num_threads(1)  # as in tests/unit
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

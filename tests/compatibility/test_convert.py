@@ -222,6 +222,28 @@ def test_the_model_itself(x: Tensor, distance: Distance, masked: Callable[..., o
         assert distance(model(x), expected) < BF16
 
 
+class Reversed(nn.Module):
+    """The second layer declared first."""
+
+    def __init__(self, d: int, f: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(f, d), nn.Linear(d, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)).square())
+
+
+@pytest.mark.parametrize(("d", "f"), [(32, 96), (96, 32), (18432, 73728)])
+def test_layers_in_any_order(d: int, f: int) -> None:
+    """An FFN whose second layer is declared first, that narrows, or that is too wide to be copied."""
+    with torch.device("meta"):
+        model = nn.Sequential(Reversed(d, f))
+    done = srelu24.convert(model).converted
+    assert [(each.d_model, each.d_ff, each.layer) for each in done] == [(d, f, "ffn")]
+    assert model[0].up.out_features == f
+    assert list(dict(model[0].named_children())) == ["up", "down"]
+
+
 def test_twice_and_on_meta() -> None:
     """Converting again changes nothing; a model on the meta device is converted too."""
     with torch.device("meta"):

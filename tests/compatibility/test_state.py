@@ -59,6 +59,9 @@ def test_names_are_checked() -> None:
         SquaredReLUFFN(32, 96, names=("fc", "fc"))
     with pytest.raises(Unsupported, match="two different names"):
         SquaredReLUFFN(32, 96, names=("fc",))  # type: ignore[arg-type]
+    for taken in (("down", "up"), ("forward", "fc"), ("fc", "mode")):
+        with pytest.raises(Unsupported, match="something else of that name"):
+            SquaredReLUFFN(32, 96, names=taken)
     with pytest.raises(Unsupported, match="must be positive"):
         SquaredReLUFFN(0, 96)
     with pytest.raises(Unsupported, match="do not follow each other"):

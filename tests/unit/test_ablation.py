@@ -160,7 +160,7 @@ def test_other_settings_are_refused_and_time_is_kept(
     assert file.runs == []
     assert "stopped before dense, seed 0" in said[0]
     (tmp_path / "c.json").write_text("{}")
-    with pytest.raises(RecordError, match="holds no training ablation"):
+    with pytest.raises(RecordError, match="no AblationFile"):
         AblationFile.load(tmp_path / "c.json")
 
 

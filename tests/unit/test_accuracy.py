@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def shipped() -> AccuracyFile:
-    return accuracy.load(ROOT / "docs" / "measurements" / "fp8_accuracy.json")
+    return AccuracyFile.load(ROOT / "docs" / "measurements" / "fp8_accuracy.json")
 
 
 def test_the_page_says_what_the_file_says(shipped: AccuracyFile) -> None:
@@ -43,8 +43,8 @@ def test_predicted_is_within_half_again_of_rowwise(shipped: AccuracyFile) -> Non
 def test_measure_writes_a_file_that_makes_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "CASES", [(Shape(24, 64, 1024), 0.5, True)])
     said: list[str] = []
-    accuracy.save(accuracy.measure(said.append), tmp_path / "file.json")
-    file = accuracy.load(tmp_path / "file.json")
+    accuracy.measure(said.append).save(tmp_path / "file.json")
+    file = AccuracyFile.load(tmp_path / "file.json")
     assert said == ["24x64x1024, 50% non-zero, aligned"]
     rows = {row.candidate: row for row in file.rows}
     assert rows["bf16, dense"].against_dense < 0.02 < rows["rowwise"].against_pruned < 0.2  # type: ignore[operator]

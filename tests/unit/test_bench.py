@@ -12,7 +12,7 @@ import torch
 from msgspec import UNSET
 from torch import Tensor
 
-from srelu24 import bench, measure, peers, reference
+from srelu24 import bench, bench_rows, measure, peers, reference
 from srelu24.bench import BenchEvent, bench_ffn, bench_gemm
 from srelu24.dispatch import SPARSE
 from srelu24.measure import Interrupted, Timing
@@ -64,11 +64,13 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         choose=lambda problem, gpu: None, gpu_of=lambda device: TARGETS["h200"], choose_ffn=choose_ffn, SPARSE=SPARSE
     )
     monkeypatch.setattr(peers, "dispatch", dispatch)
-    monkeypatch.setattr(bench, "_require_gpu", lambda device: None)
+    monkeypatch.setattr(bench, "require_gpu", lambda device: None)
     monkeypatch.setattr(bench.measure, "host_us", lambda call, device: 12.5)
     monkeypatch.setattr(bench.measure, "interleave", interleave)
     for part in ("ffn", "sweep"):
-        monkeypatch.setitem(bench._PEERS, part, tuple(p for p in bench._PEERS[part] if p.name != "torch_compile"))
+        monkeypatch.setitem(
+            bench_rows.PEERS, part, tuple(p for p in bench_rows.PEERS[part] if p.name != "torch_compile")
+        )
     monkeypatch.setattr(peers.dense, "ffn", lambda way, x, w1, w2, b1, b2: dense_ffn(x, w1, w2))
 
 
@@ -135,14 +137,14 @@ def test_zeros_are_a_case_of_their_own_for_the_gemms() -> None:
 def test_utilisation_is_the_rate_at_the_measured_clock_over_the_tensor_cores() -> None:
     timing = Timing.of([2.0], Power(sm_mhz=1000.0))
     flops = 132 * 4096 * 1_000_000  # what an H200 does in 1 ms at 1000 MHz
-    assert bench._utilisation(timing, flops, 132 * 4096) == pytest.approx(0.5)
-    assert bench._utilisation(timing, flops, 132 * 4096 * 2) == pytest.approx(0.25)
-    assert bench._utilisation(Timing.of([2.0]), flops, 132 * 4096) is UNSET
+    assert bench_rows._utilisation(timing, flops, 132 * 4096) == pytest.approx(0.5)
+    assert bench_rows._utilisation(timing, flops, 132 * 4096 * 2) == pytest.approx(0.25)
+    assert bench_rows._utilisation(Timing.of([2.0]), flops, 132 * 4096) is UNSET
 
 
 def _replace_peer(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[Case], peers.Run]) -> None:
-    changed = tuple(Peer(p.name, build, p.expect) if p.name == name else p for p in bench._PEERS["ffn"])
-    monkeypatch.setitem(bench._PEERS, "ffn", changed)
+    changed = tuple(Peer(p.name, build, p.expect) if p.name == name else p for p in bench_rows.PEERS["ffn"])
+    monkeypatch.setitem(bench_rows.PEERS, "ffn", changed)
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), 0.05])
@@ -230,9 +232,9 @@ def test_events_advance_to_the_end() -> None:
 def test_real_timing_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam between benchmark and measurement: the host's clock, two peers."""
     monkeypatch.setattr(bench.measure, "interleave", REAL_INTERLEAVE)
-    monkeypatch.setitem(bench._ENERGY_SECONDS, "ffn", 0.0)
-    monkeypatch.setitem(bench._PEERS, "ffn", tuple(p for p in peers.FFN if p.name in ("srelu24", "eager")))
-    monkeypatch.setitem(bench._PEERS, "gemm", ())
+    monkeypatch.setitem(bench_rows.ENERGY_SECONDS, "ffn", 0.0)
+    monkeypatch.setitem(bench_rows.PEERS, "ffn", tuple(p for p in peers.FFN if p.name in ("srelu24", "eager")))
+    monkeypatch.setitem(bench_rows.PEERS, "gemm", ())
     row = bench_ffn([SHAPE], DType.BF16, (0.1,), device="cpu", seconds_per_shape=0.1).rows[-1]
     eager = row.candidates["eager"]
     assert eager.samples >= 5

@@ -7,21 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from srelu24.from_module import ffn_widths, widths_of
+from srelu24.from_module import widths_of
 from srelu24_gen.errors import Unsupported
 
 MODEL = """
+import srelu24
 import torch
 from torch import nn
 
 class FFN(nn.Module):
     def __init__(self, d, f, gated=False):
         super().__init__()
-        self.up, self.act, self.down = nn.Linear(d, f), nn.ReLU(), nn.Linear(f, d)
-        if gated:
-            self.gate = nn.Linear(d, f)
+        self.down, self.up = nn.Linear(f, d), nn.Linear(d, f)
+        self.gate = nn.Linear(d, f) if gated else None
+
+    def forward(self, x):
+        h = torch.relu(self.up(x)).square()
+        return self.down(h if self.gate is None else h * self.gate(x))
+
+class GELU(FFN):
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x)))
 
 class Block(nn.Module):
     def __init__(self, d, f):
@@ -31,7 +38,11 @@ class Block(nn.Module):
 
 def make():
     assert torch.empty(1).device.type == "meta"
-    return nn.ModuleList([Block(18432, 73728), Block(18432, 73728), Block(64, 256), FFN(32, 128, gated=True)])
+    converted = srelu24.SquaredReLUFFN(64, 256)
+    return nn.ModuleList([converted, Block(18432, 73728), Block(18432, 73728), FFN(32, 128, gated=True), GELU(8, 32)])
+
+def other():
+    return nn.ModuleList([GELU(8, 32)])
 
 def no_ffn():
     return nn.Linear(8, 8)
@@ -52,14 +63,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "a_model_of_tests"
 
 
-def test_every_width_once_in_the_models_order_without_gated_ones(package: str) -> None:
-    assert widths_of(f"{package}:make") == [(18432, 73728), (64, 256)]
+def test_every_width_once_and_no_other_kind_of_ffn(package: str) -> None:
+    assert widths_of(f"{package}:make") == [(64, 256), (18432, 73728)]
+    assert torch.get_default_device().type == "cpu"
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        (":no_ffn", "no module with two Linear layers"),
+        (":no_ffn", "no_ffn has no squared-ReLU FFN; give"),
+        (":other", r"no squared-ReLU FFN \(0: its activation is GELU, not squared ReLU\)"),
         (":broken", "failed on the meta device with RuntimeError: needs a file"),
         (":number", "gave a int"),
         (":missing", "cannot be imported"),
@@ -73,11 +86,3 @@ def test_what_does_not_work_is_one_sentence(package: str, name: str, reason: str
     assert "\n" not in str(error.value)
     with pytest.raises(Unsupported, match="cannot be imported"):
         widths_of("no_such_package_of_tests:make")
-
-
-def test_the_order_of_layers_does_not_matter_and_square_ones_are_no_ffn() -> None:
-    down_first = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32))
-    square = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    other = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 16))
-    assert ffn_widths(nn.ModuleList([down_first, square, other])) == [(8, 32)]
-    assert torch.get_default_device().type == "cpu"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import srelu24_gen
-from srelu24 import measure, nvml
+from srelu24 import machine, measure, nvml
 from srelu24.measure import Interrupted, Progress, Timing, interleave, ratio
 from srelu24.nvml import Gpu, Power, Reading, Sampler
 
@@ -242,7 +242,7 @@ def test_host_us() -> None:
 
 
 def test_environment_is_json_and_says_the_version() -> None:
-    env = measure.environment("cpu")
+    env = machine.environment("cpu")
     assert json.loads(json.dumps(env)) == env
     assert env["srelu24"] == srelu24_gen.__version__
     assert env["torch"] == torch.__version__

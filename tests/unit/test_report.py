@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from srelu24 import report
+from srelu24 import plots, report
 from srelu24.results import BenchFile, Candidate, Row
 from srelu24_gen.errors import RecordError
 
@@ -165,8 +165,8 @@ def test_plot_shows_every_ratio_and_is_reproducible(tmp_path: Path) -> None:
     rows = [ffn_row("8x8x8", torch_compile=1.25, eager=1.31), ffn_row("8x8x8", 0.5, torch_compile=1.47)]
     write(tmp_path, "ffn.json", rows)
     first, second = tmp_path / "a" / "first.svg", tmp_path / "second.svg"
-    report.plot(tmp_path, first)
-    report.plot(tmp_path, second)
+    plots.plot_ffn(tmp_path, first)
+    plots.plot_ffn(tmp_path, second)
     assert first.read_bytes() == second.read_bytes()
     root = ElementTree.parse(first).getroot()
     assert root.tag.endswith("svg")
@@ -178,7 +178,7 @@ def test_plot_shows_every_ratio_and_is_reproducible(tmp_path: Path) -> None:
 def test_plot_without_results_says_what_to_run(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(RecordError, match="srelu24 bench ffn"):
-        report.plot(tmp_path, tmp_path / "x.svg")
+        plots.plot_ffn(tmp_path, tmp_path / "x.svg")
 
 
 @pytest.mark.parametrize(("page", "table"), [("README.md", "ffn"), ("docs/benchmarks.md", "gemm")])

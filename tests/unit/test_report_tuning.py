@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srelu24 import coverage, report
+from srelu24 import coverage, plots, report
 from srelu24.db import Database
 from srelu24.records import DenseTime, Evidence, TuningRecord
 from srelu24.results import BenchFile, Candidate, Row
@@ -69,13 +69,13 @@ def test_sweep_table_and_plot(tmp_path: Path) -> None:
     assert "| bf16 | 4096x64x256 | 10% | 1.500 | 1.40x | 1.11x | 1.40x | sparse |" in table
     pytest.importorskip("matplotlib")
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
-    report.plot_sweep(folder, first)
-    report.plot_sweep(folder, second)
+    plots.plot_sweep(folder, first)
+    plots.plot_sweep(folder, second)
     assert first.read_bytes() == second.read_bytes()
     for words in ("D = 64, F = 256 on NVIDIA H200", "chosen", "tokens"):
         assert words in first.read_text()
     with pytest.raises(RecordError, match="bench sweep"):
-        report.plot_sweep(saved(tmp_path / "none", row("tuning", "1x8x8", {"srelu24": 1.0})), first)
+        plots.plot_sweep(saved(tmp_path / "none", row("tuning", "1x8x8", {"srelu24": 1.0})), first)
 
 
 def records(shape: Shape, dense: dict[str, DenseTime]) -> list[TuningRecord]:

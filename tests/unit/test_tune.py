@@ -347,7 +347,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_runs(db: Database) -> N
         with pytest.raises(Unsupported, match=match):
             tune_ffn(m, d, f, DType.BF16, db=db, runner=gpu)
         assert gpu.jobs == []
-    with pytest.raises(Unsupported, match="CUDA GPU"):
+    with pytest.raises(Unsupported, match="on an NVIDIA GPU and the device is cpu"):
         tune_ffn(M, D, F, DType.BF16, db=db, device="cpu")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from srelu24.ablation.results import AblationFile, Grouping, Run
 from srelu24.ablation.variants import Variant
-from srelu24_gen.errors import RecordError, Srelu24Error
+from srelu24.figures import figure
+from srelu24_gen.errors import RecordError
 
 
 def tables(file: AblationFile) -> dict[str, str]:
@@ -23,17 +24,11 @@ def plot(file: AblationFile, out_svg: Path) -> None:
         RecordError: no run is in the file.
         Srelu24Error: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Srelu24Error("plots need matplotlib; install it with pip install 'srelu24[bench]'") from error
     runs = _by_variant(file)
     if not runs:
         raise RecordError("the ablation has no runs to plot; run `srelu24 bench training` first")
-    with matplotlib.rc_context({"svg.hashsalt": "srelu24", "font.size": 9}):
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
-        curves, finals, groups = figure.subplots(1, 3)
+    with figure(out_svg, 12, 3.6) as drawn:
+        curves, finals, groups = drawn.subplots(1, 3)
         for index, (variant, of_variant) in enumerate(runs.items()):
             steps = [step for step, _ in min((run.losses for run in of_variant), key=len)]
             losses = [mean(run.losses[i][1] for run in of_variant) for i in range(len(steps))]
@@ -47,8 +42,6 @@ def plot(file: AblationFile, out_svg: Path) -> None:
         finals.set_ylabel("validation loss, every seed")
         finals.set_xticks(range(len(runs)), [variant.value for variant in runs], rotation=30, ha="right")
         _plot_groups(groups, file.groupings)
-        out_svg.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out_svg, format="svg", metadata={"Date": None})
 
 
 def _ablation_table(file: AblationFile) -> str:

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
-from typing import Any, Self
-
-import msgspec
 from msgspec import Struct
 
 from srelu24.ablation.variants import Variant
-from srelu24_gen.errors import RecordError
-
-SCHEMA = 1
+from srelu24.results import ResultFile
 
 
 class Setup(Struct, kw_only=True, frozen=True):
@@ -70,34 +62,12 @@ class Grouping(Struct, kw_only=True):
     """The same with the densest 5 % exempt."""
 
 
-class AblationFile(Struct, kw_only=True):
+class AblationFile(ResultFile, kw_only=True):
     """All runs of one setup on one machine."""
 
-    schema: int = SCHEMA
     kind: str = "training_ablation"
-    env: dict[str, Any]
     setup: Setup
     corpus_bytes: int
     corpus_digest: str
     runs: list[Run]
     groupings: list[Grouping]
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Raises RecordError where the file cannot be read or is not of this schema."""
-        try:
-            file = msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise RecordError(f"{path} holds no training ablation ({error}); name another file or remove it") from error
-        if file.schema != SCHEMA:
-            raise RecordError(f"{path} has schema {file.schema} and {SCHEMA} is needed; run again or remove it")
-        return file
-
-    def save(self, path: Path) -> None:
-        """Replaces the file at once, so that a crash leaves the old or the new one."""
-        text = msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as temporary:
-            temporary.write(text)
-        os.chmod(temporary.name, 0o644)
-        os.replace(temporary.name, path)

@@ -16,7 +16,8 @@ from srelu24.ablation.corpus import Corpus
 from srelu24.ablation.model import Transformer
 from srelu24.ablation.results import AblationFile, Grouping, Run, Setup
 from srelu24.ablation.variants import Trained, Variant, attach
-from srelu24.measure import environment
+from srelu24.machine import environment
+from srelu24.results import check_writable
 from srelu24.training import reference
 from srelu24.training.order import NATURAL, NEIGHBOURS
 from srelu24.training.reference import Pruning
@@ -47,12 +48,13 @@ def ablate(
         on_event: called with one line for what happens.
 
     Raises:
-        RecordError: the file is of another setup, corpus or GPU.
+        RecordError: the file is of another setup, corpus or GPU, or cannot be written.
         Unsupported: the setup makes no sense.
     """
     begin, longest = time.monotonic(), 0.0
     device = torch.device(device)
     _check(setup, variants, seeds)
+    check_writable(path)
     corpus = (corpora.load() if corpus is None else corpus).to(device)
     file = _open(path, setup, corpus, device)
     done = {(run.variant, run.seed) for run in file.runs}

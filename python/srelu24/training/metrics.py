@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from srelu24.figures import figure
 from srelu24_gen.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -78,30 +79,26 @@ class Metrics:
         return table
 
     def plot(self, path: Path) -> None:
-        """An SVG of density and dropped shares over the layers.
+        """A figure of density and dropped shares over the layers.
 
         Raises:
-            Unsupported: nothing was watched, or matplotlib is not there.
+            Unsupported: nothing was watched.
+            Srelu24Error: matplotlib is not installed, or the file cannot be written.
         """
         layers = self.layers
         if not layers:
             raise Unsupported("no forward pass was watched; run the model inside of recipe.watch().")
-        try:
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise Unsupported("plots need matplotlib: pip install 'srelu24[bench]'") from error
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for key, label in (
-            ("density", "density"),
-            ("dropped_features", "dropped along features"),
-            ("dropped_tokens", "dropped along tokens"),
-        ):
-            axes.plot([x.name for x in layers], [100 * asdict(x)[key] for x in layers], marker="o", label=label)
-        axes.set_ylabel("%")
-        axes.tick_params(axis="x", rotation=45)
-        axes.legend()
-        figure.savefig(path)
+        with figure(path, 7, 4) as drawn:
+            axes = drawn.subplots()
+            for key, label in (
+                ("density", "density"),
+                ("dropped_features", "dropped along features"),
+                ("dropped_tokens", "dropped along tokens"),
+            ):
+                axes.plot([x.name for x in layers], [100 * asdict(x)[key] for x in layers], marker="o", label=label)
+            axes.set_ylabel("%")
+            axes.tick_params(axis="x", rotation=45)
+            axes.legend()
 
 
 def _summary(name: str, seen: list[Observation]) -> LayerMetrics:

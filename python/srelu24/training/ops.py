@@ -13,14 +13,12 @@ end of the warm-up changes no code.
 
 from __future__ import annotations
 
-import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from srelu24.fallback import FallbackWarning
+from srelu24.fallback import warn_reference
 from srelu24.operands import autocast, check_ffn, differentiated
 from srelu24.training import reference, step
 from srelu24.training.recipe import LayerState
@@ -92,7 +90,7 @@ def _ffn_train(
     pruning = _pruning(sparse, dense_features, token_stride)
     reason = step.reason_against(x, w1.shape[0], token_stride, kernels)
     if reason is not None and x.is_cuda:
-        _warn(reason)
+        warn_reference(reason)
     with _exact(x):
         if reason is not None:
             done = reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
@@ -289,16 +287,3 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"srelu24::{_name}", _fake, lib=_library)
 torch.library.register_autograd("srelu24::ffn_train", _backward, setup_context=_setup_context, lib=_library)
 torch.library.register_autograd("srelu24::ffn_train_backward", _refuse_double_backward, lib=_library)
-
-
-# ------------------------------------------------------------------------------------------------------------ helpers
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    """Once per process and reason."""
-    warnings.warn(
-        f"srelu24 trains with its reference in plain PyTorch, slower than dense: {reason}.",
-        FallbackWarning,
-        stacklevel=2,
-    )
