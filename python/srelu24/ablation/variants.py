@@ -55,7 +55,7 @@ def attach(variant: Variant, model: Transformer, *, warmup_steps: int, refresh: 
         for ffn in model.ffns:
             ffn.step = _dense
         return Trained(None)
-    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh, "kernels": True} | _CHANGES.get(variant, {})))
+    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh} | _CHANGES.get(variant, {})))
     trained = Trained(recipe)
     for index, ffn in enumerate(model.ffns):
         layer = recipe.layer(f"blocks.{index}", ffn.w1)
