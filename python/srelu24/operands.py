@@ -47,6 +47,11 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether it is spread over processes; asked by name, since importing torch.distributed.tensor takes a second."""
+    return type(value).__name__ == "DTensor"
+
+
 def check_tensor(name: str, value: object) -> None:
     """Raise Unsupported unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):

@@ -17,6 +17,7 @@ from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
 from srelu24.fallback import FallbackWarning as FallbackWarning
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8 import plain as fp8_plain
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.launch import DTYPES, Operands
@@ -30,6 +31,7 @@ from srelu24.operands import (
     check_tensor,
     check_vector,
     differentiated,
+    is_dtensor,
     kernel_reason,
 )
 from srelu24.sparse24 import FragmentOrder, Sparse24, metadata_shape, row_stride
@@ -79,10 +81,11 @@ def ffn(
         deterministic: "run": the same inputs give the same bits in every run. "batch": a token's bits do not depend on
             the other tokens or their number either; the sparse kernels run, some per cent slower where stream-K is
             given up, and nothing falls back to dense.
-        recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md), whatever
-            the mode. w1 and w2 then come from :func:`srelu24.quantize_weight`, and D and F are multiples of 16. Or
-            train sparsely: the layer's state, of :meth:`srelu24.Recipe.layer` (docs/training.md), which decides alone
-            what is dense and when; any float type.
+        recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md). w1 and w2
+            then come from :func:`srelu24.quantize_weight`; plain ones are quantised at the first call, kept, and
+            quantised again once they have changed. D and F are multiples of 16. Or train sparsely: the layer's state,
+            of :meth:`srelu24.Recipe.layer` (docs/training.md); any float type. A recipe decides alone what is dense
+            and when: mode and deterministic are left out.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -94,20 +97,8 @@ def ffn(
     """
     check_tensor("x", x)
     mode = check_mode(mode, deterministic)
-    if isinstance(recipe, LayerState):
-        if mode != "auto" or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
-            raise Unsupported(
-                "a training recipe decides what is dense; leave mode and deterministic out, and w1 and w2 plain."
-            )
-        return training_ops.ffn(x, w1, w2, b1, b2, recipe)
-    if isinstance(recipe, Recipe):
-        raise Unsupported(
-            "recipe is a whole srelu24.Recipe; give the state of this layer, from recipe.layer(name, w1)."
-        )
     if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
-        if mode == BATCH:
-            raise Unsupported("8-bit recipes are not batch-invariant; leave deterministic at run.")
-        return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
+        return _ffn_by_recipe(x, w1, w2, b1, b2, mode, recipe)
     if autocasting(x):
         x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
@@ -117,6 +108,32 @@ def ffn(
         return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
     y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
     return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def _ffn_by_recipe(
+    x: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    mode: str,
+    recipe: ScaleRecipe | str | LayerState | None,
+) -> Tensor:
+    if isinstance(recipe, Recipe):
+        raise Unsupported(
+            "recipe is a whole srelu24.Recipe; give the state of this layer, from recipe.layer(name, w1)."
+        )
+    if mode != "auto":
+        raise Unsupported("a recipe decides what runs; leave mode and deterministic out.")
+    if any(is_dtensor(t) for t in (x, w1, w2)):
+        raise Unsupported("a recipe does not run on DTensors, as of tensor parallelism; leave the recipe out.")
+    if isinstance(w1, Tensor) and isinstance(w2, Tensor) and recipe is not None:
+        if isinstance(recipe, LayerState):
+            return training_ops.ffn(x, w1, w2, b1, b2, recipe)
+        return fp8_plain.ffn(x, w1, w2, b1, b2, recipe)
+    if isinstance(recipe, LayerState):
+        raise Unsupported("a training recipe needs plain weights, and one of these is quantised.")
+    return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:

@@ -348,7 +348,9 @@ def test_a_module_trains_by_a_recipe() -> None:
     module = srelu24.SquaredReLUFFN(D, F, bias=True)
     for mine, theirs in zip(module.parameters(), (plain.w1, plain.b1, plain.w2, plain.b2), strict=True):
         mine.data.copy_(theirs.data)
-    state = module.train_with(recipe, "ffn")
+    module.set_recipe(recipe, "ffn")
+    state = recipe.layers["ffn"]
+    assert module.recipe is state
     module(plain.x).backward(plain.g)
     expected = plain.gradients()
     for mine, wanted in zip(module.parameters(), (expected[i] for i in (1, 3, 2, 4)), strict=True):
@@ -356,14 +358,14 @@ def test_a_module_trains_by_a_recipe() -> None:
         assert torch.equal(mine.grad, wanted)
     assert state.rows == M
     with pytest.raises(Unsupported, match="layer 'ffn' already"):
-        module.train_with(recipe, "ffn")
+        module.set_recipe(recipe, "ffn")
     module.up.register_forward_hook(lambda *_: None)
     with pytest.raises(Unsupported, match="more than a plain"):
-        module.train_with(recipe, "other")
+        module.set_recipe(recipe, "other")
 
 
 @pytest.mark.parametrize("option", [{"mode": "dense"}, {"mode": "sparse"}, {"deterministic": "batch"}])
 def test_a_training_recipe_decides_alone(option: dict[str, Any]) -> None:
     o = Layer()
-    with pytest.raises(Unsupported, match="a training recipe decides what is dense"):
+    with pytest.raises(Unsupported, match="a recipe decides what runs"):
         srelu24.ffn(o.x, *o.weights, recipe=o.state, **option)

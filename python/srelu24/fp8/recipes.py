@@ -128,6 +128,20 @@ def resolve(recipe: ScaleRecipe | str) -> ScaleRecipe:
     return _NAMED[recipe]
 
 
+def for_layer(recipe: ScaleRecipe | str) -> ScaleRecipe:
+    """What a module holds: of a name a recipe of its own, which counts for it alone; instances pass.
+
+    Raises:
+        Unsupported: an unknown name, or no recipe.
+    """
+    if isinstance(recipe, ScaleRecipe):
+        return recipe
+    kinds: dict[object, type[ScaleRecipe]] = {kind.name: kind for kind in (Rowwise, Predicted, Static)}
+    if not isinstance(recipe, str) or recipe not in kinds:
+        raise Unsupported(f"recipe is {recipe!r}; a srelu24.Recipe or one of {', '.join(map(str, kinds))} is needed")
+    return kinds[recipe]()
+
+
 def calibrate(run: Callable[[Any], object], data: Iterable[Any]) -> list[Static]:
     """Find the scales of every :class:`Static` recipe that ``run`` uses.
 
