@@ -148,6 +148,7 @@ class SquaredReLUFFN(nn.Module):
         if up.in_features % 16 or up.out_features % 16:
             raise Unsupported(f"D = {up.in_features}, F = {up.out_features}; 8 bits need multiples of 16.")
         self._check_not_sharded()
+        made.prepare(up.weight.device)
         return made
 
     def _check_not_sharded(self) -> None:
@@ -184,8 +185,11 @@ class SquaredReLUFFN(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(self.up.parameters()).device
         if isinstance(self.recipe, LayerState):
-            self.recipe.to(next(self.up.parameters()).device)
+            self.recipe.to(device)
+        elif self.recipe is not None:
+            self.recipe.prepare(device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
