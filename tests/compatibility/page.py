@@ -20,7 +20,7 @@ HEAD = """# Compatibility
 What srelu24 works under, each with the test that shows it. This page is written from the tests: `make docs-page`.
 All run without a GPU, where the CPU reference answers for the kernels, except those of `tests/gpu`.
 
-Training is dense PyTorch, with one warning, unless the model was converted with a training recipe ([training.md](training.md)).
+Training is dense PyTorch, with one warning, unless a recipe of [training](training.md) is given.
 """
 
 
