@@ -14,6 +14,7 @@ MODULES = (
     *(f"tests/compatibility/test_{name}.py" for name in ("convert", "huggingface", "state", "compile", "autograd")),
     *(f"tests/compatibility/test_{name}.py" for name in ("training_recipe", "fp8_recipe", "distributed", "serving")),
     "tests/gpu/test_modules.py",
+    "tests/gpu/test_recipes.py",
 )
 HEAD = """# Compatibility
 
