@@ -27,6 +27,7 @@ from srelu24.operands import (
     check_vector,
     differentiated,
     is_dtensor,
+    transformed,
 )
 from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.training import ops as training_ops
@@ -112,6 +113,8 @@ def _ffn_by_recipe(
         raise Unsupported("a recipe decides what runs; leave mode and deterministic out.")
     if any(is_dtensor(t) for t in (x, w1, w2)):
         raise Unsupported("a recipe does not run on DTensors, as of tensor parallelism; leave the recipe out.")
+    if transformed():
+        raise Unsupported("a recipe does not run under torch.func; use torch.autograd, or leave the recipe out.")
     if isinstance(w1, Tensor) and isinstance(w2, Tensor) and recipe is not None:
         if isinstance(recipe, LayerState):
             return training_ops.ffn(x, w1, w2, b1, b2, recipe)

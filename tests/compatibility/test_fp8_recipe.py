@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import srelu24
@@ -163,6 +164,19 @@ def test_gradients_are_dense(net: nn.Module, x: Tensor) -> None:
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
     with torch.no_grad():
         assert not torch.equal(net(x), twin(x))
+
+
+def test_func(net: nn.Module, x: Tensor, distance: Distance) -> None:
+    """torch.func transforms are refused in one sentence; a forward-mode derivative is dense, never silently zero."""
+    dense = copy.deepcopy(net)
+    srelu24.convert(net, recipe="rowwise")
+    for transformed in (lambda: torch.func.vmap(net)(x), lambda: torch.func.jvp(net, (x,), (x,))):
+        with pytest.raises(Unsupported, match=r"a recipe does not run under torch\.func"):
+            transformed()
+    with forward_ad.dual_level(), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", srelu24.FallbackWarning)
+        ours, theirs = (forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent for model in (net, dense))
+    assert distance(ours, theirs) == 0
 
 
 def test_deepcopy_pickle_and_state(net: nn.Module, x: Tensor, quantizations: list[Tensor]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.nn.functional import relu
 from torch.utils.checkpoint import checkpoint
 
@@ -273,6 +274,29 @@ def test_activation_checkpointing(wide: nn.Module, batch: Tensor) -> None:
     wide.zero_grad()
     (checkpoint(wide, batch, use_reentrant=False).square().mean() * 100).backward()
     assert close([p.grad for p in wide.parameters()], expected)
+
+
+def test_func(wide: nn.Module, batch: Tensor) -> None:
+    """torch.func transforms and forward-mode derivatives are refused in one sentence; functional_call works."""
+    srelu24.convert(wide, recipe=srelu24.Recipe(warmup_steps=0))
+    parameters = {name: p.detach() for name, p in wide.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(wide, parameters, (x,)).square().mean()
+
+    with torch.no_grad():
+        assert torch.equal(loss(parameters, batch), wide(batch).square().mean())
+    for transformed in (
+        lambda: torch.func.grad(loss)(parameters, batch),
+        lambda: torch.func.vjp(wide, batch),
+        lambda: torch.func.jvp(wide, (batch,), (batch,)),
+        lambda: torch.func.vmap(wide)(batch),
+    ):
+        with pytest.raises(Unsupported, match=r"a recipe does not run under torch\.func"):
+            transformed()
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, forward_ad.dual_level(), pytest.raises(Unsupported, match="no forward-mode derivative"):
+            wide(forward_ad.make_dual(batch, batch))
 
 
 @pytest.fixture

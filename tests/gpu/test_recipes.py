@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import srelu24
+import srelu24.ops  # registers all ops
 from srelu24.fp8 import kernels
 from srelu24.fp8.quantize import E4M3
 from srelu24_gen.errors import Unsupported
@@ -245,14 +246,11 @@ def test_opcheck_training(on_kernels: bool, device: torch.device) -> None:
     x, w1 = tokens(m, device)[0], torch.randn(F, D, device=device).bfloat16()
     w2, g = (torch.randn(D, F, device=device) / 30).bfloat16(), torch.randn(m, D, device=device).bfloat16()
     flag, features = torch.tensor(True), torch.arange(64, device=device)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        ops.ffn_train.default, (x, w1, w2, None, None, flag, features, None, on_kernels, None, None), test_utils=checks
-    )
-    torch.library.opcheck(ops.ffn_recipe.default, (x, w1, w2, None, None, flag), test_utils=checks)
+    torch.library.opcheck(ops.ffn_train.default, (x, w1, w2, None, None, flag, features, None, on_kernels, None, None))
+    torch.library.opcheck(ops.ffn_recipe.default, (x, w1, w2, None, None, flag))
     _, hidden, _ = ops.ffn_train(x, w1, w2, None, None, flag, features, None, on_kernels, None, None)
     saved = (g, x, w1, w2, hidden, flag, features, None, on_kernels)
-    torch.library.opcheck(ops.ffn_train_backward.default, (*saved, [True] * 5), test_utils=checks)
+    torch.library.opcheck(ops.ffn_train_backward.default, (*saved, [True] * 5))
     buffers = torch.zeros(F, D, device=device), torch.zeros(D, F, device=device)
-    torch.library.opcheck(ops.ffn_train_into.default, (*saved, [True] * 5, *buffers), test_utils=checks)
-    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None, on_kernels), test_utils=checks)
+    torch.library.opcheck(ops.ffn_train_into.default, (*saved, [True] * 5, *buffers))
+    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None, on_kernels))

@@ -292,20 +292,16 @@ def test_operators_pass_torch_s_own_check() -> None:
     flag, features = o.state.recipe.sparse_flag, o.state.dense_features
     x = o.x.clone().requires_grad_()
     o_ = torch.ops.srelu24
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        o_.ffn_train.default, (x, *o.weights, flag, features, None, False, None, None), test_utils=checks
-    )
+    torch.library.opcheck(o_.ffn_train.default, (x, *o.weights, flag, features, None, False, None, None))
     hidden = reference.forward(o.x, o.w1.detach(), o.w2.detach(), pruning=Pruning(features)).hidden
     saved = (o.g, o.x, o.w1.detach(), o.w2.detach(), hidden, flag, features, 1, False)
     for needed in ([True] * 5, [False, True, False, True, False]):
-        torch.library.opcheck(o_.ffn_train_backward.default, (*saved, needed), test_utils=checks)
+        torch.library.opcheck(o_.ffn_train_backward.default, (*saved, needed))
         buffers = torch.zeros(F, D), torch.zeros(D, F)
-        torch.library.opcheck(
-            o_.ffn_train_into.default, (*saved, needed, *buffers), test_utils=("test_schema", "test_faketensor")
-        )
-    torch.library.opcheck(o_.ffn_recipe.default, (o.x, *o.weights, flag), test_utils=checks[::2])
-    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1, False), test_utils=checks[::2])
+        torch.library.opcheck(o_.ffn_train_into.default, (*saved, needed, *buffers))
+    plain = [w if w is None else w.detach() for w in o.weights]
+    torch.library.opcheck(o_.ffn_recipe.default, (o.x, *plain, flag))
+    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1, False))
 
 
 @pytest.mark.parametrize("buffers", [False, True])
