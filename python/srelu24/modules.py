@@ -185,11 +185,11 @@ class SquaredReLUFFN(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = next(self.up.parameters()).device
-        if isinstance(self.recipe, LayerState):
-            self.recipe.to(device)
-        elif self.recipe is not None:
-            self.recipe.prepare(device)
+        first = next(self.up.parameters(), None)  # an adapter put there since may have none
+        if isinstance(self.recipe, LayerState) and first is not None:
+            self.recipe.to(first.device)
+        elif isinstance(self.recipe, ScaleRecipe) and first is not None:
+            self.recipe.prepare(first.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -204,7 +204,11 @@ class SquaredReLUFFN(nn.Module):
 
     def extra_repr(self) -> str:
         """The kind of network, for ``print``."""
-        return "squared ReLU, hidden activations pruned to 2:4"
+        kind = "squared ReLU, hidden activations pruned to 2:4"
+        if self.recipe is None:
+            return kind
+        by = "trained as layer" if isinstance(self.recipe, LayerState) else "8-bit,"
+        return f"{kind}, {by} {self.recipe.name}"
 
 
 def are_free(names: tuple[str, str]) -> bool:

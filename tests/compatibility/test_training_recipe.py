@@ -100,6 +100,7 @@ def test_metrics_by_module_name(wide: nn.Module, batch: Tensor) -> None:
     srelu24.convert(wide, recipe=recipe)
     assert list(recipe.layers) == ["mlps.0", "mlps.1"]
     assert wide.mlps[1].recipe is recipe.layers["mlps.1"]
+    assert "trained as layer mlps.1" in repr(wide.mlps[1])
     with recipe.watch() as metrics:
         wide(batch)
     layer = metrics["mlps.1"]
@@ -123,6 +124,9 @@ def test_inference_follows_the_phase(wide: nn.Module, batch: Tensor, masked: Cal
         assert torch.allclose(wide(batch), dense, **EXACT)
         recipe.step()
         assert torch.allclose(wide(batch), pruned, **EXACT)
+        assert str(srelu24.warmup(wide, tokens=4)[0].explanation) == (
+            "runs: reference (by a training recipe, in plain PyTorch)"
+        )
     assert recipe.layers["mlps.0"].rows == 0
 
 
