@@ -1,7 +1,7 @@
 """Trains a small byte-level GPT with squared-ReLU FFNs twice, side by side: dense, and by the sparse recipe.
 
     python examples/train_gpt.py                       # on a GPU: blocks as large as nanochat's d20; else tiny
-    python examples/train_gpt.py --layers 12 --width 768 --steps 2000 --kernels
+    python examples/train_gpt.py --layers 12 --width 768 --steps 2000
 
 Both begin with the same weights and see the same text: source code and documentation found on this machine. The recipe
 is dense during its warm-up, and sparse from then on. Losses and densities are drawn while it trains and kept in an SVG.
@@ -51,7 +51,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400 if gpu else 24)
     parser.add_argument("--warmup", type=int, default=100 if gpu else 12, help="dense steps of the recipe")
     parser.add_argument("--every", type=int, default=10 if gpu else 4, help="steps between two readings")
-    parser.add_argument("--kernels", action="store_true", help="the experimental training kernels (docs/training.md)")
     parser.add_argument("--plot", type=Path, default=Path("train_gpt.svg"))
     args = parser.parse_args()
     device = torch.device("cuda" if gpu else "cpu")
@@ -62,7 +61,7 @@ def main() -> None:
     torch.manual_seed(0)
     dense = Transformer(**sizes, hidden=4 * args.width).to(device)
     sparse = copy.deepcopy(dense)
-    recipe = srelu24.Recipe(warmup_steps=args.warmup, refresh=max(1, args.warmup // 4), kernels=args.kernels)
+    recipe = srelu24.Recipe(warmup_steps=args.warmup, refresh=max(1, args.warmup // 4))
     print(srelu24.convert(sparse, recipe=recipe))
     models = {"dense": dense, "sparse": sparse}
     curves = {name: Curve() for name in models}
@@ -107,8 +106,8 @@ def main() -> None:
         for name, model in models.items():
             ms = 1e3 * curves[name].seconds / args.steps
             print(f"{name}: {loss_of(model, held_out).item():.4f} nats per byte on other text, {ms:.1f} ms per step")
-    if not args.kernels:
-        print("the recipe ran on its reference in plain PyTorch, which is there to be right, not fast")
+    if not gpu:
+        print("without a GPU the recipe runs on its reference, which is there to be right, not fast")
     plot(args.plot, curves, args.warmup)
     print(f"plot: {args.plot}")
 

@@ -43,7 +43,7 @@ def attach(variant: Variant, model: Transformer, *, warmup_steps: int, refresh: 
     """Have the plain FFNs of ``model`` compute as the variant does, by the recipe that is returned if it has one."""
     if variant is Variant.DENSE:
         return None
-    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh, "kernels": True} | _CHANGES.get(variant, {})))
+    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh} | _CHANGES.get(variant, {})))
     if variant not in (Variant.REFERENCE, Variant.NO_MASK_REUSE):
         convert(model, recipe=recipe)
         return recipe

@@ -43,8 +43,8 @@ class Recipe:
         token_stride: tokens between the rows of a group along tokens. None spreads each over the whole batch, 1 takes
             the kernels' own groups of 16 neighbours, 0 groups neighbours and is only there to compare with.
         refresh: steps from one ranking of the features by density to the next.
-        kernels: run the steps on the sparse training kernels. **Experimental**: they compile, and no GPU has run them
-            yet. Without them a step on a GPU is the reference in plain PyTorch: the same numbers, slower than dense.
+        kernels: run the steps on the sparse training kernels, where they take them. Without them a step on a GPU is
+            the reference in plain PyTorch: the same numbers, slower than dense.
 
     Raises:
         Unsupported: a value is out of range.
@@ -56,7 +56,7 @@ class Recipe:
         dense_features: float = 0.05,
         token_stride: int | None = None,
         refresh: int = 100,
-        kernels: bool = False,
+        kernels: bool = True,
     ) -> None:
         if not _is_count(warmup_steps) or warmup_steps < 0:
             raise Unsupported(f"warmup_steps is {warmup_steps!r}; a number of steps from 0 is needed.")
