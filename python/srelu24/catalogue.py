@@ -130,7 +130,7 @@ def _built_row(spec: KernelSpec, result: compiler.Outcome) -> dict[str, Any]:
     meta = result.meta
     dynamic = 0
     if spec.family.op.multiplies:
-        dynamic = footprint(spec.family.op, spec.family.dtype, spec.config).shared_bytes
+        dynamic = footprint(spec.family, spec.config).shared_bytes
     return row | {
         "registers": meta.registers,
         "stack_bytes": meta.stack_bytes,
