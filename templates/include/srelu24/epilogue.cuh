@@ -75,13 +75,13 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Par
   }
 }
 
-/// The scales of a thread's rows g and g + 8.
-template <class Params>
-__device__ __forceinline__ void load_row_scales(float (&scale)[2], Params const& p, BlockPosition const& at) {
+/// What an array [m], or [1] with a step of 0, has for a thread's rows g and g + 8.
+__device__ __forceinline__ void load_of_rows(float (&x)[2], float const* of_rows, int step, int m,
+                                             BlockPosition const& at) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     int64_t const row = at.row + 8 * h;
-    scale[h] = row < p.m ? __ldg(p.scale.a + row * p.scale.a_step) : 0.f;
+    x[h] = row < m ? __ldg(of_rows + row * step) : 0.f;
   }
 }
 
@@ -101,7 +101,7 @@ struct Scaling {
     if constexpr (Config::kScaled) {
       column_scale = p.scale.b + at.column;
       bias = static_cast<float const*>(p.bias) + at.column;
-      load_row_scales(row_scale, p, at);
+      load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
     }
   }
   /// Scales that a kernel has brought nearer: a load from L2 for every few accumulators takes longer than all the rest

@@ -22,26 +22,22 @@ __device__ __forceinline__ uint32_t largest_of(uint4 const& r) {
 /// Eight nibbles of E: four zeros keep the first two.
 inline constexpr uint32_t kZeroGroups = 0x44444444u;
 
+/// Whether S is stored, not r.
+template <class Config>
+inline constexpr bool kStoresE4m3 = sizeof(typename Config::Output) == 1;
+
 /// prune24(relu(accumulators)) packed, LoadOrder::kOwn16, with E in the 8-bit order. To bf16: r as it is, and the
 /// largest r of each row. To e4m3: r * r, scaled; and how many values saturated.
 template <class Config>
 __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN / 2], GemmParams const& p,
-                                                    BlockPosition const& at,
-                                                    Scaling<Config, GemmParams> const& scaling) {
+                                                    BlockPosition const& at, Scaling<Config, GemmParams> const& scaling,
+                                                    float const (&s_inverse)[2]) {
   using P = Packed<cutlass::bfloat16_t>;
-  constexpr bool kToE4m3 = sizeof(typename Config::Output) == 1;
+  constexpr bool kToE4m3 = kStoresE4m3<Config>;
   bool const odd = at.thread % 2 != 0;
-  float inverse[2] = {};
-  if constexpr (kToE4m3) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (at.row + 8 * h < p.m) inverse[h] = __ldg(p.scale.s_inverse + (at.row + 8 * h) * p.scale.s_inverse_step);
-    }
-  }
   // Beyond the matrix there may be anything, and it becomes zero groups: where it is decided on, not value by value.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
-  uint32_t largest[2] = {};  // r of each row, in either half
-  uint32_t words[Config::kTileN / 64];
+  uint32_t largest = 0, words[Config::kTileN / 64];
   int saturated = 0;
 #pragma unroll
   for (int q = 0; q < Config::kTileN / 64; ++q) {
@@ -74,15 +70,15 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
         float2 const c = scaled_squares(r.z, scale), d = scaled_squares(r.w, scale);
         return inside ? uint2{round_e4m3(a.x, a.y, b.x, b.y), round_e4m3(c.x, c.y, d.x, d.y)} : uint2{};
       };
-      uint2 const mine_low = to_e4m3(low, inverse[0]), mine_high = to_e4m3(high, inverse[1]);
+      uint2 const mine_low = to_e4m3(low, s_inverse[0]), mine_high = to_e4m3(high, s_inverse[1]);
       uint32_t const x = trade(mine_low.x, mine_high.x, odd), y = trade(mine_low.y, mine_high.y, odd);
       uint4 const kept = odd ? uint4{x, y, mine_high.x, mine_high.y} : uint4{mine_low.x, mine_low.y, x, y};
       int const column = at.column + 64 * q + at.thread % 4 / 2 * 32;
       int64_t const row = at.row + 8 * odd;
       store16(static_cast<uint8_t*>(p.out) + row * p.out_stride + column / 2, kept, column < p.n && row < p.m);
     } else {
-      largest[0] = __vmaxu2(largest[0], inside ? largest_of(low) : 0u);
-      largest[1] = __vmaxu2(largest[1], inside ? largest_of(high) : 0u);
+      uint32_t const x = largest_of(low), y = largest_of(high);
+      largest = __vmaxu2(largest, inside ? __vmaxu2(low_halves(x, y), high_halves(x, y)) : 0u);
       auto* out = static_cast<cutlass::bfloat16_t*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + own / 2;
       store16(out, low, inside && at.row < p.m);
       store16(out + 8 * p.out_stride, high, inside && at.row + 8 < p.m);
@@ -103,13 +99,11 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     if (saturated != 0 && at.thread % 32 == 0) atomicAdd(p.scale.saturated, static_cast<unsigned long long>(saturated));
   } else {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t most = max(largest[h] & 0xffffu, largest[h] >> 16);
-#pragma unroll
-      for (int lanes = 1; lanes < 4; lanes *= 2) most = max(most, __shfl_xor_sync(~0u, most, lanes));
-      int const row = at.row + 8 * h;
+    for (int lanes = 1; lanes < 4; lanes *= 2) largest = __vmaxu2(largest, __shfl_xor_sync(~0u, largest, lanes));
+    if (at.thread % 4 == 0) {
       // Floats that are not negative order as their bits do.
-      if (at.thread % 4 == 0 && row < p.m) atomicMax(p.scale.r_largest + row, most << 16);
+      if (at.row < p.m) atomicMax(p.scale.r_largest + at.row, largest << 16);
+      if (at.row + 8 < p.m) atomicMax(p.scale.r_largest + at.row + 8, largest & 0xffff0000u);
     }
   }
 }

@@ -42,7 +42,12 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
 
   pieces.advance(-1, piece(0));
   uint32_t e[4] = {};
-  float row_scale[2];
+  float row_scale[2], s_inverse[2];
+  auto load_rows = [&] {
+    BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
+    load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
+    if constexpr (kStoresE4m3<Config>) load_of_rows(s_inverse, p.scale.s_inverse, p.scale.s_inverse_step, p.m, at);
+  };
   // Whether there are registers for what may be loaded before it is needed.
   constexpr bool kEarly = !(Config::kScaled && Config::kConsumers == 3 && (Config::kSparse || Config::kStreamK));
   if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata(pieces.next));
@@ -57,9 +62,7 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
       }
       initialize<Config>(accumulators, p, block_position(now.row, now.column), now.k_begin == 0);
       auto at_end = [&] {
-        if constexpr (Config::kScaled && kEarly) {
-          load_row_scales(row_scale, p, block_position(pieces.now.row, pieces.now.column));
-        }
+        if constexpr (Config::kScaled && kEarly) load_rows();
       };
       if constexpr (Config::kSparse) {
         mainloop.sparse(accumulators, now.k_end - now.k_begin, metadata(now), e, producer, at_end);
@@ -82,12 +85,12 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
       } else if constexpr (Config::kAlongTokens) {
         store_weight_gradient<Config>(accumulators, p, at);
       } else if constexpr (Config::kScaled) {
-        if constexpr (!kEarly) load_row_scales(row_scale, p, at);
+        if constexpr (!kEarly) load_rows();
         int const turn = pieces.number % 2;
         Scaling<Config, GemmParams> const scaling(p, at, row_scale, shared.columns.scale[turn],
                                                   shared.columns.bias[turn]);
         if constexpr (Config::kPrune) {
-          store_pruned_scaled<Config>(accumulators, p, at, scaling);
+          store_pruned_scaled<Config>(accumulators, p, at, scaling, s_inverse);
         } else {
           store_dense<Config>(accumulators, p, at, scaling);
         }
