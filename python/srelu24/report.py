@@ -158,6 +158,8 @@ def _ffn_table(results: list[Result]) -> str:
 
 def _gemm_table(results: list[Result]) -> str:
     peers = {"gemm": "our dense GEMM", "cublas": "cuBLAS", "cusparselt": "cuSPARSELt"}
+    if any("promoted" in r.row.candidates for r in results):
+        peers["promoted"] = "promoted sums"
     head = ["kernel", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "J", "MHz", "of the tensor cores"]
     head += [f"over {name}" for name in peers.values()]
 

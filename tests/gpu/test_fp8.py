@@ -66,6 +66,16 @@ def default(family: Family) -> KernelConfig:
 
 GEMMS = [KernelSpec(family, c) for family in (TO_E4M3, TO_BF16, SPGEMM, DENSE) for c in configs(family)]
 GEMMS += [KernelSpec(family, default(family)) for family in OPTIONS]
+# For more tiles than multiprocessors, each with a short K: what is brought for one tile must not meet that of another.
+MANY = [
+    KernelSpec(family, dataclasses.replace(c, stages=space.max_stages(family, c, TARGET)))
+    for family in (dataclasses.replace(TO_E4M3, bias=True), TO_BF16, dataclasses.replace(SPGEMM, bias=True))
+    for stream_k in (False, True)
+    for c in (
+        KernelConfig(128, 256, 128, stream_k=stream_k),
+        KernelConfig(192, 256, 128, producer=Producer.THREAD, stream_k=stream_k),
+    )
+]
 QUANTIZE = {dtype: KernelSpec(Family(Op.QUANTIZE_ROWS, dtype, out=DType.E4M3), KernelConfig()) for dtype in WIDE}
 SQUARE = KernelSpec(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), KernelConfig())
 # Without stream-K, which would promote between its pieces.
@@ -76,7 +86,7 @@ SUMS = {
     for family in (DENSE, SPGEMM)
     for promote in (False, True)
 }
-SPECS = [*GEMMS, *SUMS.values(), *QUANTIZE.values(), SQUARE]
+SPECS = [*GEMMS, *MANY, *SUMS.values(), *QUANTIZE.values(), SQUARE]
 
 M, D, F = 300, 512, 1296
 PROBLEMS = [
@@ -197,6 +207,7 @@ EXACT = [(spec, m, n, k) for spec, m, n, k in zip(
     GEMMS * 4, itertools.cycle(ROWS), itertools.cycle(WIDTHS[::-1]), itertools.cycle((16, 512, 144, 2704, 128)),
     strict=False,
 )]  # fmt: skip
+EXACT += [(spec, 8201, 4112, k) for spec in MANY for k in (16, 400)]
 
 
 def shape_for(spec: KernelSpec, n: int) -> int:

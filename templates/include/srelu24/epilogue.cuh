@@ -94,6 +94,7 @@ struct Scaling {
   BlockPosition const& at;
   float const* column_scale;  // of the columns from at.column on, and their bias
   float const* bias;
+  int columns;  // that may be read there
   float row_scale[2];
 
   /// Scales in global memory.
@@ -101,16 +102,22 @@ struct Scaling {
     if constexpr (Config::kScaled) {
       column_scale = p.scale.b + at.column;
       bias = static_cast<float const*>(p.bias) + at.column;
+      columns = p.n - at.column;
       load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
     }
   }
-  /// Scales that a kernel has brought nearer: a load from L2 for every few accumulators takes longer than all the rest
-  /// of the epilogue.
+  /// Scales that a kernel has brought nearer, with room for a whole tile's: a load from L2 for every few accumulators
+  /// takes longer than all the rest of the epilogue. Columns beyond the matrix get what lies there.
   __device__ __forceinline__ Scaling(Params const& params, BlockPosition const& position, float const (&of_rows)[2],
                                      float const* of_columns, float const* biases)
-      : p(params), at(position), column_scale(of_columns), bias(biases), row_scale{of_rows[0], of_rows[1]} {}
+      : p(params),
+        at(position),
+        column_scale(of_columns),
+        bias(biases),
+        columns(Config::kTileN),
+        row_scale{of_rows[0], of_rows[1]} {}
 
-  /// To accumulators [16i, 16i + 16). Nothing that means anything comes out where columns lie beyond the matrix.
+  /// To accumulators [16i, 16i + 16).
   __device__ __forceinline__ void apply(float (&acc)[Config::kTileN / 2], int i) const {
     if constexpr (Config::kScaled) apply_scales(acc, i);
   }
@@ -120,8 +127,11 @@ struct Scaling {
     int const column = column_of<Config>(at, i), place = column - at.column;
 #pragma unroll
     for (int c = 0; c < 8; c += 4) {
-      float4 const s = *reinterpret_cast<float4 const*>(column_scale + place + c);
-      float4 const b = Config::kBias ? *reinterpret_cast<float4 const*>(bias + place + c) : float4{};
+      auto four = [&](float const* of_columns) {
+        return place < columns ? *reinterpret_cast<float4 const*>(of_columns + place + c) : float4{};
+      };
+      float4 const s = four(column_scale);
+      float4 const b = Config::kBias ? four(bias) : float4{};
       float const scales[4] = {s.x, s.y, s.z, s.w}, biases[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
