@@ -16,7 +16,7 @@ from srelu24_gen.bindings import (
     max_stages,
 )
 from srelu24_gen.families import Verdict
-from srelu24_gen.spec import Family, KernelConfig, Problem, Producer
+from srelu24_gen.spec import DType, Family, KernelConfig, Problem, Producer
 from srelu24_gen.target import GpuTarget
 
 _TILES_M = (64, 128, 192)
@@ -79,8 +79,10 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     if c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         if family.residual:
             return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
-        if c.stream_k and (family.transposed or family.accumulate):
-            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and such a store")
+        if c.stream_k and family.accumulate and family.out is not DType.FP32:
+            return Verdict(
+                False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and 16-bit sums to add to"
+            )
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:
         return Verdict(False, f"stages = {c.stages}; a {c.producer.value} producer needs at least {least}")

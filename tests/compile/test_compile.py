@@ -412,6 +412,7 @@ SPECS = [
     ),
     KernelSpec(Family(Op.QUANTIZE_ROWS, DType.FP16, out=DType.E4M3), KernelConfig()),
     KernelSpec(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), KernelConfig()),
+    *(KernelSpec(Family(op, DType.BF16), KernelConfig()) for op in (Op.TRANSPOSE, Op.DENSE_COLUMNS)),
 ]
 
 
