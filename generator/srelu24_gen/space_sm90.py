@@ -79,9 +79,10 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     if c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         if family.residual:
             return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
-        if c.stream_k and family.accumulate and family.out is not DType.FP32:
+        adds = family.accumulate and family.out is not DType.FP32
+        if c.stream_k and op is Op.SPGEMM_TOKENS and (adds or c.cluster_m == 1):
             return Verdict(
-                False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and 16-bit sums to add to"
+                False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and the store of {op.value}"
             )
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:

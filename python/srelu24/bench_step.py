@@ -76,7 +76,7 @@ class StepCase:
             Unsupported: the kernels do not take it; the message is the reason.
         """
         data = make_ffn(*shape, dtype, density, device)
-        recipe = Recipe(warmup_steps=0, kernels=True)
+        recipe = Recipe(warmup_steps=0)
         reason = reason_against(data.x, shape[2], recipe.token_stride, recipe.kernels)
         if reason is not None:
             raise Unsupported(f"the training kernels do not take {'x'.join(map(str, shape))}: {reason}.")

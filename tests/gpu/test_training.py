@@ -292,8 +292,8 @@ def test_training_on_the_device(dtype: torch.dtype, device: torch.device) -> Non
     host = [torch.randn(s, generator=random).mul(s[-1] ** -0.5) for s in ((m, d), (f, d), (d, f), (m, d))]
     x, w1, w2, g = (t.to(dtype) for t in host)
     recipes = {
-        "cuda": srelu24.Recipe(warmup_steps=1, kernels=True),
-        "cpu": srelu24.Recipe(warmup_steps=1, kernels=True),
+        "cuda": srelu24.Recipe(warmup_steps=1),
+        "cpu": srelu24.Recipe(warmup_steps=1),
     }
     results: dict[str, list[Tensor]] = {"cuda": [], "cpu": []}
     for kind, recipe in recipes.items():
@@ -320,7 +320,7 @@ class Training:
 
         self.leaves = [t.requires_grad_() for t in (normal(256, 128), normal(512, 128), normal(128, 512))]
         self.g = normal(256, 128)
-        self.recipe = srelu24.Recipe(warmup_steps=warmup_steps, kernels=True)
+        self.recipe = srelu24.Recipe(warmup_steps=warmup_steps)
         self.state = self.recipe.layer("ffn", self.leaves[1])
 
     def forward(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) ->
     if not x.is_cuda:
         return "the tensors are not on a GPU"
     if not wanted:
-        return "Recipe(kernels=True) was not asked for"
+        return "the recipe says kernels=False"
     if x.dtype not in DTYPES:
         return f"the type is {x.dtype}, and the kernels take bfloat16 and float16"
     m, d = x.shape
