@@ -16,7 +16,7 @@ from srelu24_gen.bindings import (
     max_stages,
 )
 from srelu24_gen.families import Verdict
-from srelu24_gen.spec import DType, Family, KernelConfig, Problem, Producer
+from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
 
 _TILES_M = (64, 128, 192)
