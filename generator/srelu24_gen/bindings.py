@@ -182,11 +182,17 @@ def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[
 
 
 def _mma_sync_names(family: Family, config: KernelConfig, size: Footprint) -> dict[str, str | int]:
-    element = _MMA_TYPE[family.dtype]
+    weight = family.weight or family.dtype
+    k = 32 // family.dtype.bytes  # of a dense MMA, which takes 32 bytes of it
+    first = 89 if family.scaled else 80
     return {
         "warp_m": warp_rows(config),
         "warp_n": WARP_COLUMNS,
-        "mma": f"SM80_16x8x16_F32{element}{element}F32_TN",
+        "weight": _ELEMENT[weight],
+        "output": _ELEMENT[family.out or family.dtype],
+        "scaled": _cpp(family.scaled),
+        "mma": f"SM{first}_16x8x{k}_F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[weight]}F32_TN",
+        "mma_k": 2 * k,
     }
 
 

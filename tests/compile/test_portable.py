@@ -24,10 +24,6 @@ BY_ARCH = {target.portable.arch: target.portable for target in TARGETS.values()}
 """A GPU of every architecture; Hopper's as sm_90."""
 
 
-FEW_BYTES = 64
-"""ptxas takes the last register of these kernels, and on some architectures parks a few values."""
-
-
 def default_spec(family: Family, target: GpuTarget) -> KernelSpec:
     problem = Problem(family, 4096, 4096, 4096 if family.op.multiplies else 0)
     return KernelSpec(family, space.default(problem, target), target.arch)
@@ -35,14 +31,14 @@ def default_spec(family: Family, target: GpuTarget) -> KernelSpec:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 @pytest.mark.parametrize("arch", sorted(BY_ARCH))
-def test_every_default_compiles_with_hardly_a_spill(
+def test_every_default_compiles_without_a_spill(
     arch: str, family: Family, store: BuildStore, record_property: Callable[[str, object], None]
 ) -> None:
     meta = build(default_spec(family, BY_ARCH[arch]), store=store).meta
     record_property("registers", meta.registers)
     print(f"{meta.name}: {meta.registers} registers, {meta.spill_bytes} bytes spilled")
     assert (meta.arch, meta.warnings) == (arch, [])
-    assert meta.spill_bytes <= FEW_BYTES
+    assert (meta.spill_bytes, meta.stack_bytes) == (0, 0)
 
 
 def test_the_parameter_block_is_as_long_as_its_struct(

@@ -23,26 +23,32 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
   using View = OfWarp<Config>;
   constexpr int kWarpsN = Config::kTileN / Config::kWarpN;
 
-  Tile const tile = raster(p.raster, blockIdx.x);
-  int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Mainloop<Config> const mainloop{p,
-                                  ring,
-                                  tile.m * Config::kTileM,
-                                  tile.n * Config::kTileN,
-                                  warp / kWarpsN * Config::kWarpM,
-                                  warp % kWarpsN * Config::kWarpN};
-  auto position = [&](int strip) -> BlockPosition {
-    int const row = mainloop.row + mainloop.warp_row + 16 * strip;
-    return {row + lane / 4, mainloop.column + mainloop.warp_column, row / 64, row % 64 / 16 * 32 + lane};
+  // Which part is this warp's is asked twice, so that the answer takes no registers in between.
+  auto part = [&]() -> Part {
+    Tile const tile = raster(p.raster, unknown(blockIdx.x));
+    int const warp = unknown(threadIdx.x) / 32;
+    return {tile.m * Config::kTileM, tile.n * Config::kTileN, warp / kWarpsN * Config::kWarpM,
+            warp % kWarpsN * Config::kWarpN};
+  };
+  auto position = [](Part const& at, int strip) -> BlockPosition {
+    int const lane = threadIdx.x % 32, row = at.row + at.warp_row + 16 * strip;
+    return {row + lane / 4, at.column + at.warp_column, row / 64, row % 64 / 16 * 32 + lane};
   };
 
   typename Mainloop<Config>::Accumulators accumulators;
+  {
+    Part const at = part();
+    Mainloop<Config> mainloop(p, at, cute::cast_smem_ptr_to_uint(ring));
 #pragma unroll
-  for (int s = 0; s < Mainloop<Config>::kStrips; ++s) initialize<View>(accumulators[s], p, position(s), true);
-  mainloop.run(accumulators);
+    for (int s = 0; s < Mainloop<Config>::kStrips; ++s) {
+      initialize<View>(accumulators[s], p, position(at, s), true);
+    }
+    mainloop.run(accumulators);
+  }
+  Part const mine = part();
 #pragma unroll
   for (int s = 0; s < Mainloop<Config>::kStrips; ++s) {
-    BlockPosition const at = position(s);
+    BlockPosition const at = position(mine, s);
     if (64 * at.block >= p.m) continue;  // no row of this block of E is there
     if constexpr (Config::kPrune) {
       store_pruned<View>(accumulators[s], p, at);
