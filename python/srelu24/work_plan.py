@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from srelu24_gen.bindings import E_VECTOR_COLUMNS
 from srelu24_gen.spec import KernelConfig
 
 _CACHED_PLANS = 4096
+_MANY_PIECES = 3
+"""Left-over tiles that would be cut into so many or more are split together with the last whole wave: a tile's owner
+adds the other pieces one after the other, so many thin pieces cost more time than they save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +44,25 @@ class WorkPlan:
 
 @functools.lru_cache(maxsize=_CACHED_PLANS)
 def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:
-    """Share [m, n] over the multiprocessors. Whole waves of tiles stay whole; with ``stream_k`` the rest is split."""
+    """Share [m, n] over the multiprocessors. Whole waves of tiles stay whole; with ``stream_k`` the rest is split,
+    and the last whole wave with it where the rest is few tiles."""
     tiles_m, tiles_n = -(-m // (config.tile_m * config.cluster_m)), -(-n // config.tile_n)
     tiles, most = tiles_m * tiles_n, sm_count // config.cluster_m
     k_blocks = -(-k // config.tile_k)
     tile_units = -(-k // E_VECTOR_COLUMNS)
-    rest = tiles % most if config.stream_k else 0
-    units, extra = divmod(rest * tile_units, most)
-    if rest == tiles:  # nothing but split tiles: a cluster without a unit has no work
-        most = min(most, rest * tile_units)
-        units, extra = divmod(rest * tile_units, most)
+    split = tiles % most if config.stream_k else 0
+    if 0 < split == tiles:  # no whole wave: a tile is not cut finer than pays, and every cluster has a unit
+        most = min(most, tiles * max(1, math.isqrt(tile_units)))
+    elif 0 < split * _MANY_PIECES <= most:
+        split += most
+    units, extra = divmod(split * tile_units, most)
     return WorkPlan(
         tiles_m=tiles_m,
         tiles_n=tiles_n,
         group=min(config.raster_group, tiles_m),
-        clusters=most if rest else min(most, tiles),
+        clusters=most if split else min(most, tiles),
         k_blocks=k_blocks,
-        first_tile=tiles - rest,
+        first_tile=tiles - split,
         tile_units=tile_units,
         units=units,
         extra=extra,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -108,12 +109,21 @@ def test_every_tile_is_done_exactly_once(
         assert pieces, "a cluster without work would hang its ring"
         split = [p for p in pieces if (p.k_begin, p.k_end) != (0, plan.k_blocks)]
         assert len(split) <= 2
+        assert sum(p.k_end < plan.k_blocks for p in split) <= 1, "a cluster has one slot for partial sums"
         assert stream_k or not split
         for p in pieces:
             assert p.k_begin < p.k_end
             done.update((p.m, p.n, k) for k in range(p.k_begin, p.k_end))
     assert set(done) == {(*tile, k) for tile in tiles for k in range(k_blocks)}
     assert set(done.values()) == {1}
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 200), st.sampled_from([2, 7, 66, 132]))
+def test_no_tile_is_cut_into_many_pieces(m: int, n8: int, k8: int, sm_count: int) -> None:
+    plan = plan_work(KernelConfig(tile_m=64, tile_n=128, cluster_m=1, stream_k=True), 8 * m, 8 * n8, 8 * k8, sm_count)
+    pieces = Counter((p.m, p.n) for cluster in range(plan.clusters) for p in work_of(plan, cluster))
+    most = 4 if plan.tiles >= sm_count else math.isqrt(plan.tile_units) + 2  # the first and the last piece may be short
+    assert max(pieces.values()) <= most
 
 
 def test_a_band_stays_on_one_group_of_rows_and_turns_round_at_its_end() -> None:

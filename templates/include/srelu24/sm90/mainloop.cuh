@@ -40,10 +40,14 @@ struct MatrixDescriptor {
 /// The same of an MN-major operand: one of K is a row of 128 bytes, and 64 of M or N are `LeadingBytes` apart.
 template <int LeadingBytes>
 struct MnMajorDescriptor {
+  // A descriptor's address has no room for the rank in the cluster, which the shared address carries in its high bits:
+  // there it would change the leading offset. A K-major operand has no use for that.
+  static constexpr uint32_t kAddressBits = (1 << 18) - 1;
+
   uint32_t low;
 
   __device__ __forceinline__ explicit MnMajorDescriptor(void const* smem)
-      : low(cute::cast_smem_ptr_to_uint(smem) >> 4 | LeadingBytes >> 4 << 16) {}
+      : low((cute::cast_smem_ptr_to_uint(smem) & kAddressBits) >> 4 | LeadingBytes >> 4 << 16) {}
 
   /// The descriptor as much further along K as `bytes` of a K-major row: 2 bytes are one of K.
   __device__ __forceinline__ uint64_t at(int bytes) const {

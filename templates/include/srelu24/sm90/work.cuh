@@ -23,8 +23,8 @@ template <class Config>
 inline constexpr int kVectorBlocks = 256 / Config::kTileK;
 
 /// The work at `index`. A cluster walks cluster, cluster + clusters, ...: first whole tiles; then, with
-/// stream-K, its even share of the remaining tiles' K: no more than a tile, so it lies in one or in two. The
-/// piece in the later tile comes first (stream_k.cuh says why).
+/// stream-K, its even share of the remaining tiles' K: less than two tiles, so it lies in up to three. The
+/// piece in the latest tile comes first (stream_k.cuh says why).
 template <class Config>
 __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   if (!Config::kStreamK || index < p.split.first_tile) {
@@ -33,17 +33,14 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   constexpr int kUnit = kVectorBlocks<Config>;
   int const clusters = gridDim.x / Config::kClusterM, cluster = blockIdx.x / Config::kClusterM;
   int const begin = first_unit(p.split, cluster), end = first_unit(p.split, cluster + 1);
-  int tile, unit_end;  // the last unit's tile, and the unit in it
-  p.split.tile_units(tile, unit_end, end - 1);
-  int const tile_begin = end - 1 - unit_end;
-  if (index - p.split.first_tile < clusters) {
-    int const k_begin = (max(begin, tile_begin) - tile_begin) * kUnit;
-    int const k_end = min((end - tile_begin) * kUnit, p.k_blocks);
-    return {raster(p.raster, p.split.first_tile + tile), k_begin, begin < end ? k_end : 0};
-  }
-  bool const second = index - p.split.first_tile < 2 * clusters && begin < tile_begin;
-  int const k_begin = (begin - tile_begin + p.split.tile_units.divisor) * kUnit;  // in the tile before
-  return {raster(p.raster, p.split.first_tile + tile - 1), k_begin, second ? p.k_blocks : 0};
+  int tile, unit;  // the last unit's tile, and the unit in it
+  p.split.tile_units(tile, unit, end - 1);
+  int const number = index - p.split.first_tile;  // 0 for the piece in that tile, one more for every tile before it
+  int const back = (number >= clusters) + (number >= 2 * clusters) + (number >= 3 * clusters);
+  int const tile_begin = end - 1 - unit - back * p.split.tile_units.divisor;
+  int const k_begin = (max(begin, tile_begin) - tile_begin) * kUnit;
+  int const k_end = min((end - tile_begin) * kUnit, p.k_blocks);
+  return {raster(p.raster, p.split.first_tile + tile - back), k_begin, begin < end ? k_end : 0};
 }
 
 /// What one consumer warpgroup does of a work.
