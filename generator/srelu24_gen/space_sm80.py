@@ -5,27 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from srelu24_gen.bindings import footprint, max_stages
+from srelu24_gen.bindings import K_BLOCK_BYTES, footprint, max_stages
 from srelu24_gen.families import Verdict, trains
-from srelu24_gen.spec import WIDE_TYPES, Family, KernelConfig, Problem, Producer
+from srelu24_gen.spec import DType, Family, KernelConfig, Problem, Producer
 from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget
 
 _TILES = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
 """Rows and columns, the largest first: a warp has 64x64 of them, in the smallest 32x64."""
-_TILE_K = 64
-"""128 bytes of a row: one swizzle, and one word of E."""
+_FIRST_FP8 = 89
 _LEAST_STAGES = 2
 _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (4, _DEFAULT_GROUP, 16)
 
 
-def supports_family(family: Family) -> Verdict:
-    """16-bit types: mma.sp of 8-bit floats, which came with sm_89, has no kernel here."""
+def supports_family(family: Family, target: GpuTarget) -> Verdict:
+    """No training, no promoted sums, and 8-bit floats where the architecture has instructions for them."""
     if trains(family):
         return Verdict(False, "the kernels of a training step are wgmma kernels; mma.sync has none")
-    if family.dtype not in WIDE_TYPES or family.out is not None:
-        result = f" to {family.out.value}" if family.out else ""
-        return Verdict(False, f"the mma.sync kernels take bf16 and fp16, not {family.dtype.value}{result}")
+    if family.promote:
+        return Verdict(False, "the mma.sync kernels have no registers for promoted sums")
+    if DType.E4M3 in (family.dtype, family.out) and int(target.arch.removeprefix("sm_")) < _FIRST_FP8:
+        return Verdict(False, f"{target.arch} has no instructions for 8-bit floats, which came with sm_{_FIRST_FP8}")
     return Verdict(True)
 
 
@@ -42,8 +42,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     if (c.tile_m, c.tile_n) not in _TILES:
         tiles = ", ".join(f"{m}x{n}" for m, n in _TILES)
         return Verdict(False, f"a tile of {c.tile_m}x{c.tile_n} is not one of {tiles}")
-    if c.tile_k != _TILE_K:
-        return Verdict(False, f"tile_k = {c.tile_k} is not {_TILE_K}, one word of E")
+    if c.tile_k != _tile_k(family):
+        return Verdict(False, f"tile_k = {c.tile_k} is not {_tile_k(family)}, {K_BLOCK_BYTES} bytes of a row")
     if c.cluster_m != 1:
         return Verdict(False, f"cluster_m = {c.cluster_m}; the mma.sync kernels have no clusters, it must be 1")
     if c.stream_k:
@@ -90,5 +90,11 @@ def batch_invariant(config: KernelConfig) -> KernelConfig:
 
 def _config(family: Family, tile_m: int, tile_n: int, shared_bytes: int) -> KernelConfig:
     """That tile with a ring as deep as fits."""
-    config = KernelConfig(tile_m, tile_n, _TILE_K, cluster_m=1, producer=Producer.ALL, raster_group=_DEFAULT_GROUP)
+    config = KernelConfig(
+        tile_m, tile_n, _tile_k(family), cluster_m=1, producer=Producer.ALL, raster_group=_DEFAULT_GROUP
+    )
     return dataclasses.replace(config, stages=max_stages(family, config, shared_bytes))
+
+
+def _tile_k(family: Family) -> int:
+    return K_BLOCK_BYTES // family.dtype.bytes

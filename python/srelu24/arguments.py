@@ -59,4 +59,5 @@ def encode_mma_sync(spec: KernelSpec, x: Arguments) -> tuple[ArgumentBlock, int]
     pointers = (x.a, x.b, x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)
     strides = (x.a_stride, x.b_stride, x.out_stride, x.residual_stride)
     content = struct.pack("<8Q4q4i", *pointers, *strides, x.m, x.n, x.k, plan.k_blocks) + raster_params(plan)
+    content += struct.pack("<4x5Q2i", *(x.scales or (0,) * 7))
     return ArgumentBlock(content), plan.tiles

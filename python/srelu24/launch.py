@@ -186,7 +186,7 @@ class GemmLauncher:
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
-            () if o.scales is None else _scale_pointers(o.scales),
+            () if o.scales is None else scale_pointers(o.scales),
         )
         block, grid = self._encoded(key)
         self.kernel.launch(grid, block.address, stream(self.kernel.device))
@@ -380,7 +380,7 @@ def row_stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // step) * step
 
 
-def _scale_pointers(s: Scales) -> tuple[int, ...]:
+def scale_pointers(s: Scales) -> tuple[int, ...]:
     """The fields of ScaleParams: five pointers, then the steps from row to row."""
     pointers = tuple(0 if t is None else t.data_ptr() for t in (s.a, s.b, s.s_inverse, s.r_largest, s.saturated))
     return (*pointers, *(int(t is not None and t.numel() > 1) for t in (s.a, s.s_inverse)))

@@ -4,7 +4,7 @@
 // load and all multiply; each owns kWarpM x kWarpN of the tile in its registers. They run on every GPU from Ampere on.
 #pragma once
 
-#include <srelu24/epilogue.cuh>
+#include <srelu24/epilogue_scaled.cuh>
 #include <srelu24/sm80/mainloop.cuh>
 
 namespace srelu24 {
@@ -50,7 +50,9 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
   for (int s = 0; s < Mainloop<Config>::kStrips; ++s) {
     BlockPosition const at = position(mine, s);
     if (64 * at.block >= p.m) continue;  // no row of this block of E is there
-    if constexpr (Config::kPrune) {
+    if constexpr (Config::kPrune && Config::kScaled) {
+      store_pruned_scaled<View>(accumulators[s], p, at);
+    } else if constexpr (Config::kPrune) {
       store_pruned<View>(accumulators[s], p, at);
     } else {
       store_dense<View>(accumulators[s], p, at);

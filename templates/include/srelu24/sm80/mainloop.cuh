@@ -86,9 +86,9 @@ struct Mainloop {
 #pragma unroll
       for (int q = 0; q < E::kBlocks; ++q) {
         uint32_t const next = stage == ring + kLast ? ring : stage + kStageBytes;
-        e.take(q);
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
+          e.take(q, step);
 #pragma unroll
           for (int item = 0; item < kItems; ++item) {
             bool const last_of_step = item == kItems - 1, last = last_of_step && step == kSteps - 1;

@@ -12,15 +12,15 @@ namespace srelu24 {
 
 /// The words of E that a thread feeds to its MMAs, in vectors of 16 bytes a strip that serve 256 of K: kBlocks
 /// k-blocks, with kWords words each. A 16-bit MMA takes the word of the k-block from lanes t = 0, 1 for the first 32 of
-/// its 64 columns and from 2, 3 for the others, as the MMA's selector says; an 8-bit one a word of its own from all.
+/// its 64 columns and from 2, 3 for the others, as the MMA's selector says; an 8-bit one the word of its step from all.
 template <class Config, int Strips>
 struct Metadata {
   static constexpr int kBlocks = Config::kSparse ? 256 / Config::kTileK : 1, kWords = 4 / kBlocks;
 
   uint4 const* source;
   uint4 vector[Strips];
-  uint32_t words[Strips][kWords];  // of the k-block at hand
-  int left;                        // vectors to come
+  uint32_t word[Strips];  // at hand
+  int left;               // vectors to come
 
   /// From row `first`, of a block of 64 in which all strips lie.
   __device__ __forceinline__ Metadata(GemmParams const& p, int first) {
@@ -33,16 +33,17 @@ struct Metadata {
     }
   }
 
-  /// On to k-block `q` of the vector. With its last words the next vector is asked for: it has a k-block's time.
-  __device__ __forceinline__ void take(int q) {
+  /// On to `step` of k-block `q` of the vector. With a vector's last word the next vector is asked for.
+  __device__ __forceinline__ void take(int q, int step) {
     if constexpr (Config::kSparse) {
+      if (step >= kWords) return;
+      int const w = q * kWords + step;
 #pragma unroll
       for (int s = 0; s < Strips; ++s) {
         uint32_t const all[4] = {vector[s].x, vector[s].y, vector[s].z, vector[s].w};
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) words[s][w] = all[q * kWords + w];
+        word[s] = all[w];
       }
-      if (q == kBlocks - 1) {
+      if (w == 3) {
         source += left > 0 ? 128 : 0;  // the last one once more, for nobody
         --left;
         load();
@@ -50,7 +51,6 @@ struct Metadata {
     }
   }
 
-  __device__ __forceinline__ uint32_t word(int strip, int step) const { return words[strip][kWords == 1 ? 0 : step]; }
   __device__ __forceinline__ static constexpr int selector(int step) { return kWords == 1 ? step : 0; }
 
  private:
@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply(float (&acc)[Strips][Columns], uint32_t
     if constexpr (Config::kSparse) {
       auto& sums = *reinterpret_cast<typename Mma::FragmentC*>(&acc[s][4 * item]);
       Mma{}(sums, reinterpret_cast<typename Mma::FragmentA const&>(a[s]),
-            reinterpret_cast<typename Mma::FragmentB const&>(b), sums, e.word(s, step), e.selector(step));
+            reinterpret_cast<typename Mma::FragmentB const&>(b), sums, e.word[s], e.selector(step));
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
