@@ -12,7 +12,9 @@ from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget
 
 _TILES = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
 """Rows and columns, the largest first: a warp has 64x64 of them, in the smallest 32x64."""
-_FIRST_FP8 = 89
+_FP8_ARCHS = ("sm_89", "sm_90", "sm_120", "sm_121")
+"""What the MMAs of 8-bit floats are for. ptxas makes 16-bit ones of them for other later architectures, data-centre
+Blackwell's among them, which is slower than 16 bits; Hopper's too, where the kernels are there to be tested."""
 _LEAST_STAGES = 2
 _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (4, _DEFAULT_GROUP, 16)
@@ -24,8 +26,8 @@ def supports_family(family: Family, target: GpuTarget) -> Verdict:
         return Verdict(False, "the kernels of a training step are wgmma kernels; mma.sync has none")
     if family.promote:
         return Verdict(False, "the mma.sync kernels have no registers for promoted sums")
-    if DType.E4M3 in (family.dtype, family.out) and int(target.arch.removeprefix("sm_")) < _FIRST_FP8:
-        return Verdict(False, f"{target.arch} has no instructions for 8-bit floats, which came with sm_{_FIRST_FP8}")
+    if DType.E4M3 in (family.dtype, family.out) and target.arch not in _FP8_ARCHS:
+        return Verdict(False, f"{target.arch} has no mma.sync of 8-bit floats; {', '.join(_FP8_ARCHS)} do")
     return Verdict(True)
 
 

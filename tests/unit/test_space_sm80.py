@@ -61,8 +61,8 @@ def test_a_configuration_of_the_other_family_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        (FP8, "sm_80 has no instructions for 8-bit floats, which came with sm_89"),
-        (Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), "sm_80 has no instructions for 8-bit floats"),
+        (FP8, "sm_80 has no mma.sync of 8-bit floats; sm_89, sm_90, sm_120, sm_121 do"),
+        (Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), "sm_80 has no mma.sync of 8-bit floats"),
         (dataclasses.replace(FP8, promote=True), "no registers for promoted sums"),
         (Family(Op.SPGEMM_TOKENS, DType.BF16), "training step are wgmma kernels"),
     ],
