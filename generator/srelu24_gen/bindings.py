@@ -145,6 +145,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "tile_n": config.tile_n,
         "tile_k": config.tile_k,
         "stages": config.stages,
+        "stream_k": _cpp(config.stream_k),
         "threads": size.threads,
         "shared_bytes": size.shared_bytes,
         "sparse": _cpp(family.op in SPARSE_OPS),
@@ -161,7 +162,6 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
 def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[str, str | int]:
     return {
         "cluster_m": config.cluster_m,
-        "stream_k": _cpp(config.stream_k),
         "consumers": size.consumers,
         "producer_warpgroup": _cpp(config.producer is Producer.WARPGROUP),
         "producer_lag": PRODUCER_LAG,

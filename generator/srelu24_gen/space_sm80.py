@@ -27,7 +27,7 @@ def supports_family(family: Family, target: GpuTarget) -> Verdict:
     if family.promote:
         return Verdict(False, "the mma.sync kernels have no registers for promoted sums")
     if DType.E4M3 in (family.dtype, family.out) and target.arch not in _FP8_ARCHS:
-        return Verdict(False, f"{target.arch} has no mma.sync of 8-bit floats; {', '.join(_FP8_ARCHS)} do")
+        return Verdict(False, f"{target.arch} has no mma.sync of 8-bit floats; {', '.join(_FP8_ARCHS)} have")
     return Verdict(True)
 
 
@@ -48,8 +48,6 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(False, f"tile_k = {c.tile_k} is not {_tile_k(family)}, {K_BLOCK_BYTES} bytes of a row")
     if c.cluster_m != 1:
         return Verdict(False, f"cluster_m = {c.cluster_m}; the mma.sync kernels have no clusters, it must be 1")
-    if c.stream_k:
-        return Verdict(False, "the mma.sync kernels do not split tiles along K; stream_k must be off")
     if c.raster_group < 1:
         return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
     if c.stages < _LEAST_STAGES:
@@ -72,6 +70,8 @@ def configs(problem: Problem, target: GpuTarget) -> Iterator[KernelConfig]:
         for stages in dict.fromkeys((base.stages, half)):
             for group in (_DEFAULT_GROUP,) if few_tiles else _RASTER_GROUPS:
                 yield dataclasses.replace(base, stages=stages, raster_group=group)
+        if few_tiles:
+            yield dataclasses.replace(base, stream_k=True)
 
 
 def default(problem: Problem, target: GpuTarget) -> KernelConfig:
@@ -86,8 +86,8 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
 
 
 def batch_invariant(config: KernelConfig) -> KernelConfig:
-    """Every configuration is: none splits K, and all use one MMA."""
-    return config
+    """Every configuration is that does not split K: all use one MMA."""
+    return dataclasses.replace(config, stream_k=False)
 
 
 def _config(family: Family, tile_m: int, tile_n: int, shared_bytes: int) -> KernelConfig:

@@ -126,8 +126,8 @@ def choose_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget
     """Whether the FFN runs sparse or dense, by the times that the tuner stored for D and F on this GPU.
 
     At an M that was measured, those times decide. Between two, the gain is interpolated in log M; above the largest it
-    stays, below the smallest it shrinks as the cost model says. Without a time for D and F the cost model decides, where
-    it is fitted to the kernels; else it is dense, so that nobody is slower for not having tuned.
+    stays, below the smallest it shrinks as the cost model says. Without a time for D and F the cost model decides,
+    where it is fitted to the kernels; else it is dense, so that nobody is slower for not having tuned.
 
     Raises:
         Unsupported: no kernel computes the sparse pair on ``target``; the message is the reason.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from srelu24.arguments import Arguments as Arguments
-from srelu24.arguments import encode_mma_sync, raster_params
+from srelu24.arguments import encode_mma_sync, plan_mma_sync, raster_params
 from srelu24.kept_memory import allocate_kept
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import FragmentOrder, Sparse24
@@ -281,8 +281,15 @@ class GemmLauncher:
 class MmaSyncLauncher(GemmLauncher):
     """The same for the mma.sync kernels, which read their operands by plain addresses."""
 
+    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
+        """Room for the sums of every slice but the last of each tile; None where no tile is split."""
+        c, (plan, slices) = self.spec.config, plan_mma_sync(self.spec, m, n, k, self.sm_count)
+        if slices == 1:
+            return None
+        return workspace(plan.tiles, plan.tiles * (slices - 1) * c.tile_m * c.tile_n, device)
+
     def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
-        return encode_mma_sync(self.spec, x)
+        return encode_mma_sync(self.spec, x, self.sm_count)
 
 
 class SparsifyLauncher:

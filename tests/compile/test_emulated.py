@@ -7,6 +7,7 @@ are waited for, and an ldmatrix with bank conflicts stops the test. Races are no
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from srelu24 import reference, verify, workload
-from srelu24.arguments import Arguments, encode_mma_sync
+from srelu24.arguments import Arguments, encode_mma_sync, plan_mma_sync
 from srelu24.launch import Operands, row_stride, scale_pointers
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.paths import templates_dir
@@ -41,9 +42,14 @@ SIZES = ((70, 136, 328), (1, 24, 8), (131, 8, 136))
 FP8_SIZES = ((70, 144, 336), (1, 48, 16))
 
 
-def spec_of(family: Family, tile_m: int, tile_n: int, stages: int) -> KernelSpec:
+SM_COUNT = 24
+"""Of the emulated GPU: more than the tiles of every problem here, so that K decides how often it is cut."""
+
+
+def spec_of(family: Family, tile_m: int, tile_n: int, stages: int, stream_k: bool = False) -> KernelSpec:
     tile_k = 128 // family.dtype.bytes
     config = KernelConfig(tile_m, tile_n, tile_k, cluster_m=1, stages=stages, producer=Producer.ALL, raster_group=2)
+    config = dataclasses.replace(config, stream_k=stream_k)
     return KernelSpec(family, config, "sm_89")
 
 
@@ -73,11 +79,31 @@ def test_an_8_bit_kernel_computes_its_contract(spec: KernelSpec, tmp_path: Path)
         launch_and_check(run, spec, problem, workload.operands_for(problem, 0.5, "cpu"))
 
 
+@pytest.mark.skipif(COMPILER is None, reason="there is no g++")
+@pytest.mark.parametrize(
+    "spec",
+    [spec_of(family, 64, 128, 2, stream_k=True) for family in (*FAMILIES, FP8_FAMILIES[3])],
+    ids=lambda spec: spec.name,
+)
+def test_a_kernel_that_splits_k_computes_the_same(spec: KernelSpec, tmp_path: Path) -> None:
+    run = compiled(spec, tmp_path)
+    for m, n, k in ((70, 16, 2320), (1, 16, 1040), (1, 16, 336)):
+        problem = Problem(spec.family, m, n, k)
+        operands = workload.operands_for(problem, 0.5, "cpu") if spec.family.scaled else operands_of(problem)
+        launch_and_check(run, spec, problem, operands)
+
+
 def launch_and_check(run: ctypes._NamedFuncPointer, spec: KernelSpec, problem: Problem, operands: Operands) -> None:
-    block, grid = encode_mma_sync(spec, arguments_of(problem, operands))
+    plan, slices = plan_mma_sync(spec, problem.m, problem.n, problem.k, SM_COUNT)
+    assert (slices > 1) == (spec.config.stream_k and problem.k > 1024)
+    partials = torch.full((plan.tiles * (slices - 1) * spec.config.tile_m * spec.config.tile_n,), float("nan"))
+    flags = torch.zeros(plan.tiles, dtype=torch.int32)
+    arguments = arguments_of(problem, operands)._replace(partials=partials.data_ptr(), flags=flags.data_ptr())
+    block, grid = encode_mma_sync(spec, arguments, SM_COUNT)
     run(ctypes.cast(block.address, ctypes.POINTER(ctypes.c_void_p))[0], grid)
     found = verify.check(problem, operands)
     assert found.ok, f"{problem}: {found.detail}"
+    assert not flags.any(), "the next launch finds the flags as this one did"
 
 
 def compiled(spec: KernelSpec, folder: Path) -> ctypes._NamedFuncPointer:

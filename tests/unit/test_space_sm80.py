@@ -39,7 +39,6 @@ BASE = KernelConfig(128, 128, 64, cluster_m=1, stages=3, producer=Producer.ALL)
         ({"tile_m": 192}, "a tile of 192x128 is not one of 128x256, 256x128"),
         ({"tile_k": 32}, "tile_k = 32 is not 64, 128 bytes of a row"),
         ({"cluster_m": 2}, "have no clusters, it must be 1"),
-        ({"stream_k": True}, "do not split tiles along K"),
         ({"raster_group": 0}, "raster_group = 0 must be at least 1"),
         ({"stages": 1}, "stages = 1; loads are ahead"),
         ({"stages": 4}, "4 stages need 131072 bytes of shared memory; 101376 there"),
@@ -61,7 +60,7 @@ def test_a_configuration_of_the_other_family_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        (FP8, "sm_80 has no mma.sync of 8-bit floats; sm_89, sm_90, sm_120, sm_121 do"),
+        (FP8, "sm_80 has no mma.sync of 8-bit floats; sm_89, sm_90, sm_120, sm_121 have"),
         (Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), "sm_80 has no mma.sync of 8-bit floats"),
         (dataclasses.replace(FP8, promote=True), "no registers for promoted sums"),
         (Family(Op.SPGEMM_TOKENS, DType.BF16), "training step are wgmma kernels"),
@@ -104,8 +103,8 @@ def test_candidates_fit_every_gpu_and_take_every_width(
         assert size.shared_bytes <= target.smem_per_block
         assert size.threads in (128, 256)
         assert size.threads * size.consumer_registers <= target.registers_per_sm
-        assert config.batch_invariant
-        assert space.batch_invariant(problem, config, target) == config
+        assert config.batch_invariant == (not config.stream_k)
+        assert space.batch_invariant(problem, config, target) == dataclasses.replace(config, stream_k=False)
 
 
 def test_defaults_follow_the_shared_memory_and_the_rows() -> None:

@@ -6,6 +6,7 @@
 
 #include <srelu24/epilogue_scaled.cuh>
 #include <srelu24/sm80/mainloop.cuh>
+#include <srelu24/sm80/split.cuh>
 
 namespace srelu24 {
 
@@ -24,11 +25,28 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
   constexpr int kWarpsN = Config::kTileN / Config::kWarpN;
 
   // Which part is this warp's is asked twice, so that the answer takes no registers in between.
+  auto number = [&](int& slice) {  // of the tile
+    int tile = unknown(blockIdx.x);
+    if constexpr (Config::kStreamK) {
+      p.split.slices(tile, slice, tile);
+    }
+    return tile;
+  };
   auto part = [&]() -> Part {
-    Tile const tile = raster(p.raster, unknown(blockIdx.x));
+    int slice = 0, k_begin = 0, k_end = p.k_blocks;
+    Tile const tile = raster(p.raster, number(slice));
+    if constexpr (Config::kStreamK) {
+      constexpr int kUnit = 256 / Config::kTileK;
+      k_begin = first_unit(p.split, slice) * kUnit;
+      k_end = min(first_unit(p.split, slice + 1) * kUnit, p.k_blocks);
+    }
     int const warp = unknown(threadIdx.x) / 32;
-    return {tile.m * Config::kTileM, tile.n * Config::kTileN, warp / kWarpsN * Config::kWarpM,
-            warp % kWarpsN * Config::kWarpN};
+    return {tile.m * Config::kTileM,
+            tile.n * Config::kTileN,
+            warp / kWarpsN * Config::kWarpM,
+            warp % kWarpsN * Config::kWarpN,
+            k_begin,
+            k_end};
   };
   auto position = [](Part const& at, int strip) -> BlockPosition {
     int const lane = threadIdx.x % 32, row = at.row + at.warp_row + 16 * strip;
@@ -41,9 +59,13 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
     Mainloop<Config> mainloop(p, at, cute::cast_smem_ptr_to_uint(ring));
 #pragma unroll
     for (int s = 0; s < Mainloop<Config>::kStrips; ++s) {
-      initialize<View>(accumulators[s], p, position(at, s), true);
+      initialize<View>(accumulators[s], p, position(at, s), at.k_begin == 0);
     }
     mainloop.run(accumulators);
+  }
+  if constexpr (Config::kStreamK) {
+    int slice, tile = number(slice);
+    if (!reduce<Config::kThreads>(accumulators, p.split, tile, slice)) return;
   }
   Part const mine = part();
 #pragma unroll

@@ -11,15 +11,17 @@
 
 namespace srelu24 {
 
-/// A warp's part of a CTA's tile: the first row and column of either.
+/// What a warp computes: the first row and column of the CTA's tile, those of its own part in it, and k-blocks.
 struct Part {
   int row, column, warp_row, warp_column;
+  int k_begin, k_end;
 };
 
 template <class Config>
 struct Mainloop {
   static constexpr int kStrips = Config::kWarpM / 16;
   static constexpr int kRowBytesA = Config::kSparse ? 64 : 128, kRowBytesB = 128;
+  static constexpr int kPacking = Config::kSparse ? 2 : 1;
   static constexpr int kMmaBytesA = 32, kMmaBytesB = Config::kSparse ? 64 : 32;  // of K
   static constexpr int kSteps = kRowBytesB / kMmaBytesB;                         // of a k-block
   static constexpr int kItemColumns = Config::kSparse ? 8 : 16;
@@ -45,8 +47,9 @@ struct Mainloop {
       : p(params),
         at(part),
         ring(shared),
-        from_a(p.a, p.a_stride * sizeof(Element), p.m, sizeof(Element) * p.k / (Config::kSparse ? 2 : 1), at.row),
-        from_b(p.b, p.b_stride * sizeof(Element), p.n, sizeof(Element) * p.k, at.column) {
+        from_a(p.a, p.a_stride * sizeof(Element), p.m, at.row, bytes(at.k_begin) / kPacking,
+               bytes(at.k_end) / kPacking),
+        from_b(p.b, p.b_stride * sizeof(Element), p.n, at.column, bytes(at.k_begin), bytes(at.k_end)) {
 #pragma unroll 1
     for (int s = 0; s < Config::kStages - 1; ++s) {
       copy(ring + s * kStageBytes, 0, kCopies);
@@ -77,12 +80,12 @@ struct Mainloop {
     };
 
     uint32_t a[2][kStrips][4], b[2][4];
-    E e(p, at.row + at.warp_row);
+    E e(p, at.row + at.warp_row, at.k_begin, at.k_end);
     uint32_t stage = ring, free_stage = ring + kLast;
     arrive();
     load_a(a[0], stage, 0);
     load_b(b[0], stage, 0, 0);
-    for (int block = 0; block < p.k_blocks;) {
+    for (int block = at.k_begin; block < at.k_end;) {
 #pragma unroll
       for (int q = 0; q < E::kBlocks; ++q) {
         uint32_t const next = stage == ring + kLast ? ring : stage + kStageBytes;
@@ -106,13 +109,18 @@ struct Mainloop {
         }
         free_stage = stage;
         stage = next;
-        if (++block == p.k_blocks) break;
+        if (++block == at.k_end) break;
       }
     }
     cute::cp_async_wait<0>();  // of the groups that hold nothing
   }
 
  private:
+  /// Of a row of B before k-block `block`.
+  __device__ __forceinline__ int64_t bytes(int block) const {
+    return min(static_cast<int64_t>(block) * Config::kTileK, static_cast<int64_t>(p.k)) * sizeof(Element);
+  }
+
   /// Of the next k-block to be asked for, the copies `first` to `first + count`.
   __device__ __forceinline__ void copy(uint32_t stage, int first, int count) const {
     from_a.copy(stage, first, count);

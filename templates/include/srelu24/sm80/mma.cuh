@@ -22,13 +22,13 @@ struct Metadata {
   uint32_t word[Strips];  // at hand
   int left;               // vectors to come
 
-  /// From row `first`, of a block of 64 in which all strips lie.
-  __device__ __forceinline__ Metadata(GemmParams const& p, int first) {
+  /// From row `first`, of a block of 64 in which all strips lie; k-blocks from `begin` to `end`.
+  __device__ __forceinline__ Metadata(GemmParams const& p, int first, int begin, int end) {
     if constexpr (Config::kSparse) {
       int const vectors = (p.k + 255) / 256;
       int64_t const block = min(first, p.m - 1) / 64;  // beyond M: of other rows, for results that are dropped
-      source = p.metadata + block * vectors * 128 + first % 64 * 2 + threadIdx.x % 32;
-      left = vectors - 1;
+      source = p.metadata + (block * vectors + begin / kBlocks) * 128 + first % 64 * 2 + threadIdx.x % 32;
+      left = (end - begin - 1) / kBlocks;
       load();
     }
   }

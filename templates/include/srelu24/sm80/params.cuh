@@ -6,6 +6,14 @@
 
 namespace srelu24 {
 
+/// How the CTAs of a tile share its K (split.cuh), in units of 256, a vector of E.
+struct SplitKParams {
+  cutlass::FastDivmod slices;  // CTAs of a tile
+  int32_t units, extra;        // every slice takes `units`, the first `extra` of them one more
+  float4* partials;            // what all slices but the last leave, kTileM * kTileN floats each
+  int32_t* flags;              // one a tile, zero at launch and again after it
+};
+
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
 struct GemmParams {
   void const* a;          // [m, k], or the packed values [m, k / 2]
@@ -24,6 +32,7 @@ struct GemmParams {
   int32_t k_blocks;
   RasterParams raster;
   ScaleParams scale;
+  SplitKParams split;
 };
 
 }  // namespace srelu24

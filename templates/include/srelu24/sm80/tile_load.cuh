@@ -40,16 +40,16 @@ struct TileLoader {
   static_assert(Rows % kStep == 0 && kStep % 16 == 0);
 
   uint8_t const* source;       // its chunk of the first of its rows, in the next k-block
-  int left;                    // bytes from there to the end of the row
+  int left;                    // from there to the end of what is loaded of a row, in 8 bytes
   int const rows;              // from its first row to the end of the matrix
   uint32_t const stride;       // 16 bytes between rows
   uint32_t const destination;  // of that chunk, from the tile's start
 
-  /// Of `matrix` [matrix_rows, row_bytes] the tiles from `first_row` on.
-  __device__ __forceinline__ TileLoader(void const* matrix, int64_t stride_bytes, int matrix_rows, int64_t row_bytes,
-                                        int first_row)
-      : source(static_cast<uint8_t const*>(matrix) + (first_row + row()) * stride_bytes + 16 * chunk()),
-        left(row_bytes - 16 * chunk()),
+  /// Of `matrix`, which has so many rows, the tiles from `first_row` on, and of its rows the bytes [begin, end).
+  __device__ __forceinline__ TileLoader(void const* matrix, int64_t stride_bytes, int matrix_rows, int first_row,
+                                        int64_t begin, int64_t end)
+      : source(static_cast<uint8_t const*>(matrix) + (first_row + row()) * stride_bytes + begin + 16 * chunk()),
+        left(static_cast<int>((end - begin) / 8) - 2 * chunk()),
         rows(matrix_rows - first_row - row()),
         stride(static_cast<uint32_t>(stride_bytes / 16)),
         destination(chunk_offset<RowBytes>(threadIdx.x / kChunks, chunk())) {}
@@ -57,14 +57,14 @@ struct TileLoader {
   /// Copies `first` to `first + count`, of kCopies, of the next k-block to the tile at `tile`. Beyond the last k-block
   /// they are none.
   __device__ __forceinline__ void copy(uint32_t tile, int first, int count) const {
-    int const limit = left > -16 * chunk() ? rows : 0;
+    int const limit = left > -2 * chunk() ? rows : 0;
 #pragma unroll
     for (int i = first; i < min(first + count, kCopies); ++i) {
       int const further = RowOrder::place(i * kStep);
       uint32_t const to = tile + destination + i * kStep * RowBytes;
       void const* const from = address(source, stride, 16 * further);
       if constexpr (RowBytes == 64) {  // packed values may end after half a chunk
-        copy_first(to, from, min(max(left, 0), 16), further < limit);
+        copy_first(to, from, 8 * min(max(left, 0), 2), further < limit);
       } else {
         copy16(to, from, left <= 0, further < limit);
       }
@@ -74,7 +74,7 @@ struct TileLoader {
   /// On to the next k-block.
   __device__ __forceinline__ void advance() {
     source += RowBytes;
-    left -= RowBytes;
+    left -= RowBytes / 8;
   }
 
  private:

@@ -37,6 +37,9 @@ struct Index {
 inline uint2 make_uint2(uint32_t x, uint32_t y) {
   return {x, y};
 }
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
@@ -87,6 +90,14 @@ inline void __syncthreads() {
 template <class T>
 T __ldg(T const* p) {
   return *p;
+}
+template <class T>
+T __ldcg(T const* p) {
+  return *p;
+}
+template <class T>
+void __stcg(T* p, T const& x) {
+  *p = x;
 }
 
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
