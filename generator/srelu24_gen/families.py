@@ -18,11 +18,14 @@ class Verdict:
 
 def trains(family: Family) -> bool:
     """Whether it is a kernel of a training step."""
-    return family.op in (Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS) or family.tokens or family.permuted
+    ops = (Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS, Op.TRANSPOSE, Op.DENSE_COLUMNS)
+    return family.op in ops or family.tokens or family.permuted
 
 
 def supports_training_sizes(problem: Problem) -> Verdict:
     """Groups along tokens are whole blocks of 16, and what lies along a swizzled row is whole rows of 64."""
+    if problem.family.op is Op.TRANSPOSE:
+        return Verdict(True) if problem.m % 8 == 0 else Verdict(False, f"M = {problem.m} is not a multiple of 8")
     weights = problem.family.op is Op.SPGEMM_TOKENS
     tokens, widths = (problem.k, (problem.m, problem.n)) if weights else (problem.m, (problem.n, problem.k))
     if tokens % 16:
@@ -77,6 +80,8 @@ _RESULTS: dict[tuple[Op, DType], tuple[DType | None, ...]] = {
     (Op.SQUARE_ROWS, DType.BF16): (DType.E4M3,),
     **{(Op.GEMM_DRELU2_24, dtype): (None,) for dtype in WIDE_TYPES},
     **{(Op.SPGEMM_TOKENS, dtype): (None, DType.FP32) for dtype in WIDE_TYPES},
+    (Op.TRANSPOSE, DType.BF16): (None,),  # they move 16 bits, whatever these mean
+    (Op.DENSE_COLUMNS, DType.BF16): (None,),
 }
 """Types of the result for a type of A; None is that type."""
 
@@ -96,6 +101,6 @@ def _supports_types(family: Family) -> Verdict:
         return Verdict(False, f"a weight beside {dtype.value} is {dtype.value} or e5m2, not {family.weight}")
     if family.scaled and family.count_nonzeros:
         return Verdict(False, "the 8-bit gemm_relu2_24 does not count non-zeros")
-    if op in (Op.QUANTIZE_ROWS, Op.SQUARE_ROWS) and family.activation is not Activation.NONE:
+    if not op.multiplies and op is not Op.SPARSIFY24 and family.activation is not Activation.NONE:
         return Verdict(False, f"{op.value} has no activation")
     return Verdict(True)

@@ -16,7 +16,7 @@ from srelu24_gen.bindings import (
     max_stages,
 )
 from srelu24_gen.families import Verdict
-from srelu24_gen.spec import Family, KernelConfig, Op, Problem, Producer
+from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
 
 _TILES_M = (64, 128, 192)
@@ -79,8 +79,11 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     if c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
         if family.residual:
             return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
-        if c.stream_k and (family.transposed or family.accumulate):
-            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and such a store")
+        adds = family.accumulate and family.out is not DType.FP32
+        if c.stream_k and op is Op.SPGEMM_TOKENS and (adds or c.cluster_m == 1):
+            return Verdict(
+                False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and the store of {op.value}"
+            )
         if family.scaled and op is Op.SPGEMM and (family.bias or c.stream_k):
             return Verdict(
                 False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for scales and a bias or stream_k"

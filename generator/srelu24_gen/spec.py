@@ -37,11 +37,15 @@ class Op(StrEnum):
     """A^T B over tokens: A [K, M] packed 2:4 along K, B [K, N], output [M, N]. K tokens, M = F, N = D."""
     SQUARE_ROWS = "square_rows"
     """The kept bf16 values of a packed [M, N], squared, to e4m3 with a scale for each row (K is 0)."""
+    TRANSPOSE = "transpose"
+    """Dense [M, N] to [N, M] (K is 0)."""
+    DENSE_COLUMNS = "dense_columns"
+    """Some columns of a packed [M, N] to dense, and to zeros in its form along tokens (K is 0)."""
 
     @property
     def multiplies(self) -> bool:
         """Whether it is a GEMM; the others only move bytes, and have one configuration."""
-        return self not in (Op.SPARSIFY24, Op.QUANTIZE_ROWS, Op.SQUARE_ROWS)
+        return self in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS)
 
 
 class DType(StrEnum):

@@ -23,10 +23,9 @@ from srelu24.measure import Call
 from srelu24.peers import plain_ffn
 from srelu24.results import BenchFile, Row, check_writable
 from srelu24.sparse24 import Sparse24
-from srelu24.training import kernels
+from srelu24.training import kernels, movers
 from srelu24.training import ops as training_ops
-from srelu24.training.order import row_order
-from srelu24.training.packed import TokenSparse24, columns
+from srelu24.training.packed import TokenSparse24
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24.training.step import reason_against
 from srelu24.workload import FFNData, make_ffn
@@ -77,7 +76,7 @@ class StepCase:
             Unsupported: the kernels do not take it; the message is the reason.
         """
         data = make_ffn(*shape, dtype, density, device)
-        recipe = Recipe(warmup_steps=0, kernels=True)
+        recipe = Recipe(warmup_steps=0)
         reason = reason_against(data.x, shape[2], recipe.token_stride, recipe.kernels)
         if reason is not None:
             raise Unsupported(f"the training kernels do not take {'x'.join(map(str, shape))}: {reason}.")
@@ -142,13 +141,7 @@ def parts(case: StepCase) -> dict[str, tuple[int, dict[str, Call]]]:
     x, w1, w2, g, stride = case.data.x, case.data.w1, case.data.w2, case.g, case.stride
     dense_s, dense_dy1, features = case.s.to_dense(), case.dy1.to_dense(), case.layer.dense_features
     flops = 2 * x.numel() * w1.shape[0]
-    rows = row_order(len(x), stride, x.device)
-
-    def split_off() -> Tensor:
-        found = columns(case.s, features)
-        return torch.empty_like(found).index_copy_(0, rows, found)
-
-    chosen = split_off()
+    chosen = movers.dense_columns(case.s, features, stride)
     gradient, part = torch.zeros_like(w1), torch.ones_like(w1[features])
     products = {
         "step_hidden": (lambda: kernels.pruned_hidden(x, w1, None, stride), lambda: x @ w1.T),
@@ -165,8 +158,9 @@ def parts(case: StepCase) -> dict[str, tuple[int, dict[str, Call]]]:
         ),
     }
     overheads: dict[str, Call] = {
-        "step_transpose": lambda: (w1.T.contiguous(), w2.T.contiguous()),
-        "step_split_columns": split_off,
+        "step_transpose": lambda: (movers.transposed(w1), movers.transposed(w2)),
+        "step_split_columns": lambda: movers.dense_columns(case.s, features, stride),
+        "step_split_clear": lambda: movers.clear_columns(case.s_tokens, features),
         "step_split_product": lambda: chosen.T @ x,
         "step_split_add": lambda: gradient.index_add_(0, features, part),
     }

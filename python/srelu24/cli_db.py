@@ -16,6 +16,7 @@ from srelu24.db import Database
 from srelu24.record_health import Stale
 from srelu24.records import TuningRecord, read_records
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.target import TARGETS
 
 app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")
 
@@ -26,7 +27,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 @app.command("list")
 def list_records(gpu: OnlyGpu = None, json: Json = False) -> None:
     """All records, shipped and your own."""
-    records = [r for r in Database.open().records() if gpu in (None, r.gpu)]
+    records = _of_gpu(Database.open().records(), gpu)
     if json:
         views.show_json(records)
     else:
@@ -39,7 +40,7 @@ def show(
 ) -> None:
     """Whole records as JSON, with their evidence."""
     everything = Database.open().records()
-    records = [r for r in everything if r.family.name.startswith(kernel) and gpu in (None, r.gpu)]
+    records = [r for r in _of_gpu(everything, gpu) if r.family.name.startswith(kernel)]
     if not records:
         known = ", ".join(sorted({r.family.name for r in everything})) or "none"
         raise Unsupported(f"there is no record for {kernel!r}; recorded kernels are: {known}")
@@ -120,7 +121,7 @@ def stale(gpu: OnlyGpu = None, json: Json = False) -> None:
     rows = [
         (source, each)
         for source, records in (("yours", database.user_records()), ("shipped", database.shipped_records()))
-        for each in record_health.stale([r for r in records if gpu in (None, r.gpu)])
+        for each in record_health.stale(_of_gpu(records, gpu, database.records()))
     ]
     if json:
         views.show_json([{"source": source, "reason": each.reason, "record": each.row} for source, each in rows])
@@ -178,6 +179,18 @@ def verify(json: Json = False) -> None:
     )
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+def _of_gpu(
+    records: list[TuningRecord], gpu: str | None, known: Iterable[TuningRecord] | None = None
+) -> list[TuningRecord]:
+    """Those of that GPU, which must be a target or be found in some record, by default in one of these."""
+    if gpu is None:
+        return records
+    keys = {*TARGETS, *(r.gpu for r in known or records)}
+    if gpu not in keys:
+        raise Unsupported(f"there is no GPU {gpu!r}; known are {', '.join(sorted(keys))}")
+    return [r for r in records if r.gpu == gpu]
 
 
 def _show_stale(rows: Iterable[tuple[str, Stale[TuningRecord]]]) -> None:

@@ -1,4 +1,7 @@
-"""Swaps the squared-ReLU FFNs of a model (:mod:`srelu24.sites` finds them) for pruned ones, in place, and back."""
+"""Swaps the squared-ReLU FFNs of a model (:mod:`srelu24.sites` finds them) for pruned ones, in place, and back.
+
+With a recipe of training or of the 8-bit forward each of them is a layer of it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from srelu24 import sites
+from srelu24.fp8.recipes import ScaleRecipe, Static, for_layer
 from srelu24.modules import SquaredReLUFFN
 from srelu24.operands import check_mode
 from srelu24.pruned_linear import Linear24
 from srelu24.sites import Site
+from srelu24.training.recipe import Recipe
+from srelu24_gen.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Converted:
         path: qualified name; of the FFN, or of the second linear layer where only that was changed.
         layer: "ffn" or "linear24".
         d_model, d_ff: D and F.
-        note: why only the second layer, else empty.
+        note: why only the second layer, or which recipe; else empty.
     """
 
     path: str
@@ -65,7 +71,11 @@ class Conversion:
 
 
 def convert(
-    model: nn.Module, *, filter: Callable[[str, nn.Module], bool] | None = None, mode: str = "auto"
+    model: nn.Module,
+    *,
+    recipe: Recipe | ScaleRecipe | str | None = None,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    mode: str = "auto",
 ) -> Conversion:
     """Makes every squared-ReLU FFN of a model prune its hidden activations to 2:4, in place.
 
@@ -75,6 +85,9 @@ def convert(
 
     Args:
         model: on any device, "meta" included; what is wrapped by torch.compile, DDP or FSDP is converted before.
+        recipe: train by a :class:`srelu24.Recipe`, in which every FFN becomes a layer of its qualified name, or compute
+            in 8 bits: "rowwise", "predicted" or "static" (a scale for each FFN, from :func:`srelu24.calibrate`). A
+            :class:`SquaredReLUFFN` that has none gets it too. What is not an FFN as a whole is then left.
         filter: called with the qualified name and the module of every FFN found; False leaves it.
         mode: of the converted layers, as for :func:`srelu24.ffn`: "auto" runs dense where pruning does not pay.
 
@@ -82,26 +95,63 @@ def convert(
         What changed, what was left and why, and :meth:`Conversion.revert`.
 
     Raises:
-        Unsupported: there is no such mode, or the model is no module.
+        Unsupported: there is no such mode or recipe, both are given, or the model is no module.
     """
     check_mode(mode, "run")
+    if recipe is not None:
+        _check_recipe(recipe, mode)
     report = Conversion()
+    chosen = filter or (lambda path, module: True)
     for site in sites.find(model):
+        kind = type(site.module).__name__
         if site.kind == "other":
-            report.left.append(Left(site.path, type(site.module).__name__, site.why))
-        elif filter is not None and not filter(site.path, site.module):
-            report.left.append(Left(site.path, type(site.module).__name__, "left by the filter"))
+            report.left.append(Left(site.path, kind, site.why))
+        elif not chosen(site.path, site.module):
+            report.left.append(Left(site.path, kind, "left by the filter"))
         elif site.kind == "ffn" and site.path:
-            _replace(model, site, mode, report)
+            _replace(model, site, recipe, mode, report)
+        elif recipe is not None:
+            report.left.append(Left(site.path, kind, f"a recipe runs whole FFNs; {site.why or _NOT_IN_PLACE}"))
         else:
             _prune_second(site, mode, report)
+    if recipe is not None:
+        replaced = {done.path for done in report.converted}
+        for path, module in model.named_modules():
+            if isinstance(module, SquaredReLUFFN) and path not in replaced and chosen(path, module):
+                _give_recipe(path, module, recipe, report)
     return report
 
 
-def _replace(model: nn.Module, site: Site, mode: str, report: Conversion) -> None:
+_NOT_IN_PLACE = "the model itself cannot be replaced in place"
+
+
+def _check_recipe(recipe: Recipe | ScaleRecipe | str, mode: str) -> None:
+    if mode != "auto":
+        raise Unsupported(f"mode is {mode!r} and there is a recipe, which decides what runs; leave mode out.")
+    if isinstance(recipe, Static):
+        raise Unsupported("a Static recipe is for one layer; give recipe='static', which makes one for each FFN.")
+    if not isinstance(recipe, Recipe):
+        for_layer(recipe)
+
+
+def _named(recipe: Recipe | ScaleRecipe | str | None) -> str:
+    """For the report."""
+    if recipe is None:
+        return ""
+    return "trains by the recipe" if isinstance(recipe, Recipe) else f"8-bit, {for_layer(recipe).name}"
+
+
+def _replace(
+    model: nn.Module, site: Site, recipe: Recipe | ScaleRecipe | str | None, mode: str, report: Conversion
+) -> None:
     """Puts a SquaredReLUFFN wherever the model holds the module; some models share one between layers."""
     original = site.module
-    ffn = SquaredReLUFFN.of(site.up, site.down, site.names, mode).train(original.training)
+    ffn = SquaredReLUFFN.of(site.up, site.down, site.names, mode, site.input_name).train(original.training)
+    try:
+        ffn.set_recipe(recipe, site.path)
+    except Unsupported as error:
+        report.left.append(Left(site.path, type(original).__name__, str(error)))
+        return
     slots = [
         (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is original
     ]
@@ -109,6 +159,7 @@ def _replace(model: nn.Module, site: Site, mode: str, report: Conversion) -> Non
         parent._modules[name] = ffn
 
     def undo() -> None:
+        ffn.set_recipe(None)
         for name, layer in zip(site.names, (ffn.up, ffn.down), strict=True):
             original._modules[name] = layer
         original.train(ffn.training)
@@ -116,7 +167,22 @@ def _replace(model: nn.Module, site: Site, mode: str, report: Conversion) -> Non
             parent._modules[name] = original
 
     report._undo.append(undo)
-    report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=""))
+    report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=_named(recipe)))
+
+
+def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | str, report: Conversion) -> None:
+    """To an FFN that is ours already."""
+    if ffn.recipe is not None:
+        report.left.append(Left(path, type(ffn).__name__, "it has a recipe already"))
+        return
+    try:
+        ffn.set_recipe(recipe, path)
+    except Unsupported as error:
+        report.left.append(Left(path, type(ffn).__name__, str(error)))
+        return
+    report._undo.append(lambda: ffn.set_recipe(None))
+    sizes = int(ffn.up.in_features), int(ffn.up.out_features)  # type: ignore[arg-type]
+    report.converted.append(Converted(path, "ffn", *sizes, note=_named(recipe)))
 
 
 def _prune_second(site: Site, mode: str, report: Conversion) -> None:
@@ -135,7 +201,7 @@ def _prune_second(site: Site, mode: str, report: Conversion) -> None:
 
     report._undo.append(undo)
     path = f"{site.path}.{site.names[1]}" if site.path else site.names[1]
-    note = site.why or "the model itself cannot be replaced in place"
+    note = site.why or _NOT_IN_PLACE
     report.converted.append(Converted(path, "linear24", *_sizes(site), note=note))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from srelu24.dispatch import launcher
+from srelu24.dispatch import family_of, launcher_of
 from srelu24.kept_memory import allocate_kept
 from srelu24.launch import Operands, stream
 from srelu24_gen.spec import Activation, Op
@@ -42,8 +42,8 @@ def library_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activati
 def _own(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     m, (n, k) = x.shape[0], w.shape
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    options = (bias is not None, False, False)
-    launcher(Op.GEMM, x.dtype, activation, *options, m, n, k, x.device)(Operands(a=x, b=w, bias=bias, out=out))
+    family = family_of(Op.GEMM, x.dtype, activation, bias is not None)
+    launcher_of(family, m, n, k, x.device)(Operands(a=x, b=w, bias=bias, out=out))
     return out
 
 

@@ -185,32 +185,22 @@ def ffn_way(mode: str, dtype: torch.dtype, b1: bool, b2: bool, m: int, d: int, f
     return choice.way if mode == "auto" else choice.dense_way
 
 
-@functools.lru_cache(maxsize=_CACHED_CHOICES)
-def launcher(
+@functools.cache
+def family_of(
     op: Op,
     dtype: torch.dtype,
-    activation: Activation,
-    bias: bool,
-    residual: bool,
-    count_nonzeros: bool,
-    m: int,
-    n: int,
-    k: int,
-    device: torch.device,
-    batch: bool = False,
-) -> Launcher:
-    """The loaded kernel that answers a call: one dictionary look-up once it is known.
-
-    Raises:
-        Unsupported: no kernel computes the problem.
-        CompileError, LaunchError: the kernel could not be built or loaded.
-    """
-    return launcher_of(Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros), m, n, k, device, batch)
+    activation: Activation = Activation.NONE,
+    bias: bool = False,
+    residual: bool = False,
+    count_nonzeros: bool = False,
+) -> Family:
+    """The family of a call on 16-bit operands."""
+    return Family(op, DTYPES[dtype], activation, bias, residual, count_nonzeros)
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, batch: bool = False) -> Launcher:
-    """The same for any family.
+    """The loaded kernel that answers a call: one dictionary look-up once it is known.
 
     Raises:
         Unsupported: no kernel computes the problem.
@@ -223,7 +213,6 @@ def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, ba
 
 def clear_cache() -> None:
     """Forget every choice, so that new tuning records count. Kernels already loaded stay loaded."""
-    launcher.cache_clear()
     launcher_of.cache_clear()
     choose.cache_clear()
     ffn_way.cache_clear()

@@ -10,6 +10,7 @@ from srelu24.dense import WAYS
 from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
 from srelu24.fp8 import kernels
 from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8 import plain as fp8_plain
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.launch import DTYPES
@@ -79,6 +80,14 @@ def explain(
     if isinstance(recipe, LayerState | Recipe):
         raise Unsupported("explain knows inference only; what a training recipe does, recipe.watch() measures.")
     if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
+        if mode != "auto":
+            raise Unsupported("a recipe decides what runs; leave mode and deterministic out.")
+        if recipe is not None and isinstance(w1, Tensor) and isinstance(w2, Tensor):
+            reason = fp8_plain.dense_reason(x, w1, w2, b1, b2)
+            if reason is not None:
+                return Explanation("dense", reason)
+            x, b1, b2 = autocast(x, b1, b2)  # type: ignore[assignment]
+            w1, w2 = fp8_plain.quantized(w1), fp8_plain.quantized(w2)
         q1, q2, known = fp8_ops.check(x, w1, w2, b1, b2, recipe)
         reason = fp8_ops.dense_reason(x, q1, q2, b1, b2)
         if reason is not None:

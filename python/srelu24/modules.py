@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from srelu24.operands import check_mode
+from srelu24.fp8.recipes import ScaleRecipe, for_layer
+from srelu24.operands import check_mode, is_dtensor
 from srelu24.ops import ffn
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
@@ -29,7 +31,7 @@ class SquaredReLUFFN(nn.Module):
     The two layers are children, ``nn.Linear`` under ``names``, so the state dict is that of the module it stands for,
     and :meth:`load_state_dict` (strict too) takes any of :data:`NAMES`. A layer that is more than a plain
     ``nn.Linear`` (an adapter around it, hooks, a quantised weight) is called as it is, and the module is then dense.
-    Training is dense PyTorch, unless :meth:`train_with` gives it a recipe.
+    Training is dense PyTorch, unless a training recipe says otherwise.
 
     Args:
         d_model: width D of input and output.
@@ -37,13 +39,17 @@ class SquaredReLUFFN(nn.Module):
         bias: both layers have one.
         names: of the children: first layer, second layer.
         mode: as for :func:`srelu24.ffn`: "auto", "sparse" or "dense"; may be set later.
+        recipe: as for :meth:`set_recipe`.
         device: of the parameters, as for ``nn.Linear``; "meta" works.
         dtype: of the parameters.
 
     Raises:
         Unsupported: a width is not positive, or the two names are equal, empty or dotted, or
-            there is no such mode.
+            there is no such mode; or as :meth:`set_recipe`.
     """
+
+    recipe: LayerState | ScaleRecipe | None
+    """What :meth:`set_recipe` set: in training the layer's own state, in 8 bits the recipe."""
 
     def __init__(
         self,
@@ -53,6 +59,7 @@ class SquaredReLUFFN(nn.Module):
         *,
         names: tuple[str, str] = NAMES[0],
         mode: str = "auto",
+        recipe: Recipe | ScaleRecipe | str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -60,10 +67,22 @@ class SquaredReLUFFN(nn.Module):
             raise Unsupported(f"d_model is {d_model} and d_ff {d_ff}; both must be positive.")
         up = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
         self._adopt(up, nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype), names, mode)
+        if recipe is not None:
+            self.set_recipe(recipe)
 
     @classmethod
-    def of(cls, up: nn.Module, down: nn.Module, names: tuple[str, str] = NAMES[0], mode: str = "auto") -> Self:
+    def of(
+        cls,
+        up: nn.Module,
+        down: nn.Module,
+        names: tuple[str, str] = NAMES[0],
+        mode: str = "auto",
+        input_name: str = "x",
+    ) -> Self:
         """The FFN of two existing layers, which it shares: nothing is copied.
+
+        Args:
+            input_name: the keyword that callers may give the input by.
 
         Raises:
             Unsupported: the second layer does not take the first one's output, or the names or the mode do not serve.
@@ -71,13 +90,14 @@ class SquaredReLUFFN(nn.Module):
         if getattr(up, "out_features", None) != getattr(down, "in_features", None):
             raise Unsupported(f"{up} and {down} do not follow each other; F out of one must be F into the other.")
         module = cls.__new__(cls)
-        module._adopt(up, down, names, mode)
+        module._adopt(up, down, names, mode, input_name)
         return module
 
-    def _adopt(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str) -> None:
+    def _adopt(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str, input_name: str = "x") -> None:
         super().__init__()
         self.mode = check_mode(mode, "run")
-        self.training_state: LayerState | None = None
+        self.input_name = input_name
+        self.recipe = None
         if len(names) != 2 or names[0] == names[1] or any(not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
         if not are_free(names):
@@ -96,27 +116,81 @@ class SquaredReLUFFN(nn.Module):
         """The second layer, F -> D."""
         return self._modules[self.names[1]]  # type: ignore[return-value]
 
-    def train_with(self, recipe: Recipe, name: str) -> LayerState:
-        """Train by a recipe from here on (docs/training.md), as its layer ``name``, on the device that it is on now.
+    def set_recipe(self, recipe: Recipe | ScaleRecipe | str | None, name: str = "") -> None:
+        """Compute by a recipe from here on, or by none: then dense in training and by ``mode`` in inference.
+
+        Args:
+            recipe: of training (docs/training.md): the module becomes a layer of it, whose state goes where the weights
+                go. Or of the 8-bit forward (docs/fp8.md): "rowwise", "predicted", "static" (to be calibrated) or an
+                instance; the weights stay as they are and are quantised beside, again whenever they have changed.
+            name: of the layer in a training recipe and in its metrics; a number by default.
 
         Raises:
-            Unsupported: a layer is more than a plain ``nn.Linear``, F is not a multiple of 8, or the name is taken.
+            Unsupported: a layer is more than a plain ``nn.Linear``, ``mode`` is not "auto", FSDP manages the weights of
+                an 8-bit module, the widths do not serve, the name is taken, or there is no such recipe.
         """
-        if not (is_plain(self.up) and is_plain(self.down)):
-            raise Unsupported(f"{name} has a layer that is more than a plain nn.Linear; train it dense.")
-        self.training_state = recipe.layer(name, self.up.weight)  # type: ignore[arg-type]
-        return self.training_state
+        made = None if recipe is None else self._made(recipe, name)
+        if isinstance(self.recipe, LayerState):
+            self.recipe.leave()
+        self.recipe = made
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+    def _made(self, recipe: Recipe | ScaleRecipe | str, name: str) -> LayerState | ScaleRecipe:
+        up, down = self.up, self.down
+        if not isinstance(up, nn.Linear) or not (is_plain(up) and is_plain(down)):
+            raise Unsupported(
+                f"{name or 'the FFN'} has a layer that is more than a plain nn.Linear; no recipe runs it."
+            )
+        if self.mode != "auto":
+            raise Unsupported(f"mode is {self.mode!r}; a recipe decides what runs, so leave it at auto.")
+        if isinstance(recipe, Recipe):
+            return recipe.layer(name or recipe.free_name(), up.weight)
+        made = for_layer(recipe)
+        if up.in_features % 16 or up.out_features % 16:
+            raise Unsupported(f"D = {up.in_features}, F = {up.out_features}; 8 bits need multiples of 16.")
+        self._check_not_sharded()
+        made.prepare(up.weight.device)
+        return made
+
+    def _check_not_sharded(self) -> None:
+        # FSDP gathers weights into the same tensors under the same versions, so nothing tells that they have changed.
+        if getattr(self, "_is_fsdp_managed_module", False):
+            raise Unsupported("FSDP manages the weights of an FFN with an 8-bit recipe; shard the model without one.")
+
+    def forward(self, x: Tensor | None = None, /, **named: Tensor) -> Tensor:
+        """[..., D] -> [..., D]. The input may be given by ``input_name``."""
+        if x is None or named:
+            x = self.input_of(() if x is None else (x,), named)
         children = self._modules
         up, down = children[self.names[0]], children[self.names[1]]
         if is_plain(up) and is_plain(down):
             weights = (up.weight, down.weight, up.bias, down.bias)  # type: ignore[union-attr]
-            if self.training_state is not None:
-                return ffn(x, *weights, recipe=self.training_state)  # type: ignore[arg-type]
-            return ffn(x, *weights, mode=self.mode)  # type: ignore[arg-type]
+            if isinstance(self.recipe, ScaleRecipe):
+                self._check_not_sharded()
+            return ffn(x, *weights, mode=self.mode, recipe=self.recipe)  # type: ignore[arg-type]
         return down(up(x).relu().square())  # type: ignore[misc, no-any-return]
+
+    def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The input among the arguments of a call.
+
+        Raises:
+            Unsupported: there is not exactly one.
+        """
+        given = (*args, *(value for name, value in kwargs.items() if name == self.input_name))
+        if len(given) != 1 or len(args) + len(kwargs) != 1:
+            raise Unsupported(
+                f"the FFN was called with {len(args)} positional arguments and the keywords {sorted(kwargs)}; "
+                f"it takes its input alone, which may be called {self.input_name!r}."
+            )
+        return given[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        first = next(self.up.parameters(), None)  # an adapter put there since may have none
+        if isinstance(self.recipe, LayerState) and first is not None:
+            self.recipe.to(first.device)
+        elif isinstance(self.recipe, ScaleRecipe) and first is not None:
+            self.recipe.prepare(first.device)
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Runs before the children load: keys of other names become keys of this module's.
@@ -130,12 +204,16 @@ class SquaredReLUFFN(nn.Module):
 
     def extra_repr(self) -> str:
         """The kind of network, for ``print``."""
-        return "squared ReLU, hidden activations pruned to 2:4"
+        kind = "squared ReLU, hidden activations pruned to 2:4"
+        if self.recipe is None:
+            return kind
+        by = "trained as layer" if isinstance(self.recipe, LayerState) else "8-bit,"
+        return f"{kind}, {by} {self.recipe.name}"
 
 
 def are_free(names: tuple[str, str]) -> bool:
     """Whether a SquaredReLUFFN can have children of these names: it has attributes of its own."""
-    own = ("mode", "names", "training", "training_state")
+    own = ("mode", "names", "input_name", "recipe", "training")
     return names == ("up", "down") or not any(name in own or hasattr(SquaredReLUFFN, name) for name in names)
 
 
@@ -155,7 +233,7 @@ def _is_plain_weight(weight: Tensor) -> bool:
     subclass: bool = is_traceable_wrapper_subclass(weight)
     if not subclass:
         return True
-    if type(weight).__name__ != "DTensor":
+    if not is_dtensor(weight):
         return False
     if not torch.compiler.is_compiling():
         import srelu24.sharding  # noqa: F401 (the rules; whoever has such a weight has loaded what this imports)

@@ -26,10 +26,20 @@ def differentiated(*tensors: Tensor | None) -> bool:
     """Whether autograd, in reverse or forward mode, records what is done with one of these operands."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
+    return has_tangent(*tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of these operands carries a forward-mode derivative."""
     # Private, and the one way to ask without a cost per operand: -1 outside of every dual level.
     return getattr(forward_ad, "_current_level", -1) >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms what runs (grad, vjp, jvp, vmap and what is made of them)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def autocasting(x: Tensor) -> bool:
@@ -45,6 +55,11 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is spread over processes; asked by name, since importing torch.distributed.tensor takes a second."""
+    return type(value).__name__ == "DTensor"
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""The public operations, as torch.library ops with fake kernels.
+"""The public operations: they check what they are given and call the ops of :mod:`srelu24.library`.
 
 CUDA tensors run the kernels, CPU tensors the reference (:mod:`srelu24.reference`). What the kernels cannot do
 runs as dense PyTorch with one warning per reason; :func:`srelu24.explain` says which and why. Wrong input
@@ -7,21 +7,17 @@ runs as dense PyTorch with one warning per reason; :func:`srelu24.explain` says 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from srelu24 import dense, reference
-from srelu24.dispatch import BATCH, SPARSE, ffn_way, launcher
 from srelu24.fallback import FallbackWarning as FallbackWarning
 from srelu24.fallback import warn_dense
 from srelu24.fp8 import ops as fp8_ops
+from srelu24.fp8 import plain as fp8_plain
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import ScaleRecipe
-from srelu24.launch import DTYPES, Operands
+from srelu24.library import dense_linear, fallback_ffn
 from srelu24.operands import (
-    ALIGNMENT,
     autocast,
     autocasting,
     check_ffn,
@@ -30,22 +26,14 @@ from srelu24.operands import (
     check_tensor,
     check_vector,
     differentiated,
-    kernel_reason,
+    is_dtensor,
+    transformed,
 )
-from srelu24.sparse24 import FragmentOrder, Sparse24, metadata_shape, row_stride
+from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.training import ops as training_ops
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, Op
-
-_library = torch.library.Library("srelu24", "DEF")
-_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, str mode='auto') -> Tensor")
-_library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
-_library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor)")
-_library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
-_library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
-_library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
-
+from srelu24_gen.spec import Activation
 
 NO_BACKWARD = "gradients are recorded, and only ffn with a recipe trains sparsely; wrap inference in torch.no_grad()"
 
@@ -79,10 +67,11 @@ def ffn(
         deterministic: "run": the same inputs give the same bits in every run. "batch": a token's bits do not depend on
             the other tokens or their number either; the sparse kernels run, some per cent slower where stream-K is
             given up, and nothing falls back to dense.
-        recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md), whatever
-            the mode. w1 and w2 then come from :func:`srelu24.quantize_weight`, and D and F are multiples of 16. Or
-            train sparsely: the layer's state, of :meth:`srelu24.Recipe.layer` (docs/training.md), which decides alone
-            what is dense and when; any float type.
+        recipe: compute in 8-bit floats: "rowwise", "predicted" or a :class:`srelu24.Static` (docs/fp8.md). w1 and w2
+            then come from :func:`srelu24.quantize_weight`; plain ones are quantised at the first call, kept, and
+            quantised again once they have changed. D and F are multiples of 16. Or train sparsely: the layer's state,
+            of :meth:`srelu24.Recipe.layer` (docs/training.md); any float type. A recipe decides alone what is dense
+            and when: mode and deterministic are left out.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -94,29 +83,45 @@ def ffn(
     """
     check_tensor("x", x)
     mode = check_mode(mode, deterministic)
-    if isinstance(recipe, LayerState):
-        if mode != "auto" or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
-            raise Unsupported(
-                "a training recipe decides what is dense; leave mode and deterministic out, and w1 and w2 plain."
-            )
-        return training_ops.ffn(x, w1, w2, b1, b2, recipe)
-    if isinstance(recipe, Recipe):
-        raise Unsupported(
-            "recipe is a whole srelu24.Recipe; give the state of this layer, from recipe.layer(name, w1)."
-        )
     if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
-        if mode == BATCH:
-            raise Unsupported("8-bit recipes are not batch-invariant; leave deterministic at run.")
-        return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
+        return _ffn_by_recipe(x, w1, w2, b1, b2, mode, recipe)
     if autocasting(x):
         x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     if differentiated(x, w1, w2, b1, b2):
-        return _fallback_ffn(NO_BACKWARD, mode, x, w1, w2, b1, b2)
+        return fallback_ffn(NO_BACKWARD, mode, x, w1, w2, b1, b2)
     if x.dim() == 2:
         return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
     y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
     return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def _ffn_by_recipe(
+    x: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    mode: str,
+    recipe: ScaleRecipe | str | LayerState | None,
+) -> Tensor:
+    if isinstance(recipe, Recipe):
+        raise Unsupported(
+            "recipe is a whole srelu24.Recipe; give the state of this layer, from recipe.layer(name, w1)."
+        )
+    if mode != "auto":
+        raise Unsupported("a recipe decides what runs; leave mode and deterministic out.")
+    if any(is_dtensor(t) for t in (x, w1, w2)):
+        raise Unsupported("a recipe does not run on DTensors, as of tensor parallelism; leave the recipe out.")
+    if transformed():
+        raise Unsupported("a recipe does not run under torch.func; use torch.autograd, or leave the recipe out.")
+    if isinstance(w1, Tensor) and isinstance(w2, Tensor) and recipe is not None:
+        if isinstance(recipe, LayerState):
+            return training_ops.ffn(x, w1, w2, b1, b2, recipe)
+        return fp8_plain.ffn(x, w1, w2, b1, b2, recipe)
+    if isinstance(recipe, LayerState):
+        raise Unsupported("a training recipe needs plain weights, and one of these is quantised.")
+    return fp8_ops.ffn(x, w1, w2, b1, b2, recipe)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
@@ -135,7 +140,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     check_vector("bias", bias, w.shape[0], x)
     if differentiated(x, w, bias):
         warn_dense(NO_BACKWARD)
-        return _dense_linear(x, w, bias, activation)
+        return dense_linear(x, w, bias, activation)
     y: Tensor = torch.ops.srelu24.linear(x.reshape(-1, x.shape[-1]), w, bias, activation)
     return y.view(*x.shape[:-1], w.shape[0])
 
@@ -195,190 +200,6 @@ def matmul(s: Sparse24, w2: Tensor, bias: Tensor | None = None, residual: Tensor
     return torch.ops.srelu24.matmul(s.values, s.metadata, w2, bias, residual)  # type: ignore[no-any-return]
 
 
-# --------------------------------------------------------------------------------------------------- CUDA kernels
-
-
-def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
-    reason = kernel_reason(x, w1, w2, b1, b2)
-    if reason is not None:
-        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
-    batch = mode == BATCH
-    m, (f, d) = x.shape[0], w1.shape
-    if mode != SPARSE and not batch and m:
-        way = ffn_way(mode, x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
-        if way != SPARSE:
-            return dense.ffn(way, x, w1, w2, b1, b2)
-    s = Sparse24.empty(m, f, x.dtype, x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2, batch)
-    out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
-    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out), batch=batch)
-    return out
-
-
-def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    reason = kernel_reason(x, w, bias)
-    if reason is not None:
-        warn_dense(reason)
-        return _dense_linear(x, w, bias, activation)
-    out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
-    _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
-    return out
-
-
-def _gemm_relu2_24_cuda(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
-    _require_kernel(x, w1, b1)
-    s = Sparse24.empty(x.shape[0], w1.shape[0], x.dtype, x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
-    return s.values, s.metadata
-
-
-def _gemm_relu2_24_count_cuda(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _require_kernel(x, w1, b1)
-    s = Sparse24.empty(x.shape[0], w1.shape[0], x.dtype, x.device)
-    counts = torch.zeros(w1.shape[0], dtype=torch.int32, device=x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s, counts=counts), Activation.RELU2)
-    return s.values, s.metadata, counts
-
-
-def _sparsify24_cuda(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    _require_kernel(h)
-    s = Sparse24.empty(h.shape[0], h.shape[1], h.dtype, h.device)
-    _run(Op.SPARSIFY24, Operands(a=h, out=s), Activation(activation))
-    return s.values, s.metadata
-
-
-def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    s = _packed(values, metadata, w2.shape[1])
-    reason = kernel_reason(w2, bias, residual)
-    if reason is not None:
-        warn_dense(reason)
-        return _matmul_dense(s, w2, bias, residual)
-    out = torch.empty((s.shape[0], w2.shape[0]), dtype=s.dtype, device=s.device)
-    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
-    return out
-
-
-def _run(op: Op, o: Operands, activation: Activation = Activation.NONE, batch: bool = False) -> None:
-    """Choose and launch the kernel of ``op`` for operands that :func:`kernel_reason` accepts."""
-    m, width = o.a.shape
-    if m == 0:
-        return
-    n, k = (width, 0) if o.b is None else o.b.shape
-    options = (o.bias is not None, o.residual is not None, o.counts is not None)
-    launcher(op, o.out.dtype, activation, *options, m, n, k, o.out.device, batch)(o)
-
-
-# ------------------------------------------------------------------------------------- CPU reference and fake kernels
-
-
-def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
-    reason = kernel_reason(x, w1, w2, b1, b2)
-    if reason is not None:
-        return _fallback_ffn(reason, mode, x, w1, w2, b1, b2)
-    return _dense_ffn(x, w1, w2, b1, b2) if mode == "dense" else reference.ffn(x, w1, w2, b1, b2)
-
-
-def _linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    if x.dtype not in DTYPES:
-        return _dense_linear(x, w, bias, activation)
-    return reference.gemm(x, w, bias, activation=Activation(activation))
-
-
-def _gemm_relu2_24_cpu(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
-    s = reference.gemm_relu2_24(x, w1, b1)
-    return s.values, s.metadata
-
-
-def _gemm_relu2_24_count_cpu(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_gemm_relu2_24_cpu(x, w1, b1), reference.count_nonzeros(x, w1, b1))
-
-
-def _sparsify24_cpu(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    s = reference.sparsify24(h, Activation(activation))
-    return s.values, s.metadata
-
-
-def _matmul_cpu(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return reference.spgemm(_packed(values, metadata, w2.shape[1]), w2, bias, residual)
-
-
-def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
-    return x.new_empty((x.shape[0], w2.shape[0]))
-
-
-def _linear_fake(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return x.new_empty((x.shape[0], w.shape[0]))
-
-
-def _packed_fake(x: Tensor, f: int) -> tuple[Tensor, Tensor]:
-    values = x.new_empty((x.shape[0], row_stride(f)))[:, : f // 2]
-    return values, x.new_empty(metadata_shape(x.shape[0], f), dtype=torch.int32)
-
-
-def _gemm_relu2_24_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _packed_fake(x, w1.shape[0])
-
-
-def _gemm_relu2_24_count_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_packed_fake(x, w1.shape[0]), x.new_empty((w1.shape[0],), dtype=torch.int32))
-
-
-def _sparsify24_fake(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    return _packed_fake(h, h.shape[1])
-
-
-def _matmul_fake(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return values.new_empty((values.shape[0], w2.shape[0]))
-
-
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[..., object]]] = {
-    "ffn": (_ffn_cuda, _ffn_cpu, _ffn_fake),
-    "linear": (_linear_cuda, _linear_cpu, _linear_fake),
-    "gemm_relu2_24": (_gemm_relu2_24_cuda, _gemm_relu2_24_cpu, _gemm_relu2_24_fake),
-    "gemm_relu2_24_count": (_gemm_relu2_24_count_cuda, _gemm_relu2_24_count_cpu, _gemm_relu2_24_count_fake),
-    "sparsify24": (_sparsify24_cuda, _sparsify24_cpu, _sparsify24_fake),
-    "matmul": (_matmul_cuda, _matmul_cpu, _matmul_fake),
-}
-for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
-    _library.impl(_name, _cuda, "CUDA")
-    _library.impl(_name, _cpu, "CPU")
-    torch.library.register_fake(f"srelu24::{_name}", _fake)
-
-
-# ------------------------------------------------------------------------------------------------ dense and helpers
-
-
-def _fallback_ffn(
-    reason: str, mode: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None
-) -> Tensor:
-    if mode == BATCH:
-        raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
-    warn_dense(reason)
-    return _dense_ffn(x, w1, w2, b1, b2)
-
-
-def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu().square(), w2, b2)
-
-
-def _dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    y = torch.nn.functional.linear(x, w, bias)
-    return y.relu().square() if activation == Activation.RELU2 else y
-
-
-def _packed(values: Tensor, metadata: Tensor, f: int) -> Sparse24:
-    """The packed operand. Its values are laid out anew where a compiler has copied them without their row padding."""
-    m, stride = values.shape[0], row_stride(f)
-    if values.stride(1) != 1 or (m > 1 and values.stride(0) != stride) or values.data_ptr() % ALIGNMENT:
-        values = torch.nn.functional.pad(values, (0, stride - f // 2))[:, : f // 2]
-    return Sparse24(values, metadata, (m, f))
-
-
-def _matmul_dense(s: Sparse24, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = torch.nn.functional.linear(s.to_dense(), w2, bias)
-    return y if residual is None else y + residual
-
-
 def _check_gemm1(x: Tensor, w1: Tensor, b1: Tensor | None) -> None:
     check_matrix("x", x, (None, None), x)
     check_matrix("w1", w1, (None, x.shape[1]), x)
@@ -394,9 +215,3 @@ def _refuse_gradients(*tensors: Tensor | None) -> None:
 def _activation(activation: str) -> None:
     if activation not in list(Activation):
         raise Unsupported(f"activation is {activation!r}; it must be one of {', '.join(Activation)}.")
-
-
-def _require_kernel(*tensors: Tensor | None) -> None:
-    reason = kernel_reason(*tensors)
-    if reason is not None:
-        raise Unsupported(f"A packed result needs the sparse kernels: {reason}.")

@@ -45,6 +45,8 @@ class SquaredReLUFFNParallel(ParallelStyle):
             raise Unsupported(
                 f"{type(module).__name__} is no SquaredReLUFFN; call srelu24.convert(model) before parallelize_module."
             )
+        if module.recipe is not None:
+            raise Unsupported("the FFN has a recipe, and none runs tensor parallel; set_recipe(None) first.")
         f, ranks = int(module.up.out_features), device_mesh.size()  # type: ignore[arg-type]
         if f % (8 * ranks):
             raise Unsupported(f"d_ff is {f} on {ranks} ranks; each needs a multiple of 8, so that groups stay whole.")
@@ -59,14 +61,16 @@ class SquaredReLUFFNParallel(ParallelStyle):
                     spread = distribute_tensor(parameter, mesh, [placement], src_data_rank=self.src_data_rank)
                     setattr(part, key, nn.Parameter(spread, requires_grad=parameter.requires_grad))
 
-        def spread_input(_: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Tensor:
-            x = inputs[0]
+        def spread_input(ffn: SquaredReLUFFN, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = ffn.input_of(args, kwargs)
             if not isinstance(x, DTensor):
-                x = DTensor.from_local(x, mesh, self.input_layouts, run_check=False)
-            return x.redistribute(placements=(Replicate(),))
+                x = DTensor.from_local(x, device_mesh, self.input_layouts, run_check=False)
+            return (x.redistribute(placements=(Replicate(),)),), {}
 
         def collect_output(_: nn.Module, y: DTensor, mesh: DeviceMesh) -> Tensor:
             y = y.redistribute(placements=self.output_layouts)
             return y.to_local() if self.use_local_output else y
 
-        return distribute_module(module, device_mesh, partition, spread_input, collect_output)  # type: ignore[arg-type]
+        # Not by distribute_module's input_fn, which sees no keyword arguments.
+        module.register_forward_pre_hook(spread_input, with_kwargs=True)
+        return distribute_module(module, device_mesh, partition, output_fn=collect_output)  # type: ignore[arg-type]

@@ -180,10 +180,11 @@ class _Layer:
         """Before the watched module: the input is X where it is the whole FFN, else already activations."""
         up = self._up
 
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.add(args[0] if up is None else functional.relu(up(args[0])).square())
+        def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            (x,) = (*args, *kwargs.values())  # all of these take one input, by whatever name
+            seen.add(x if up is None else functional.relu(up(x)).square())
 
-        return self._watched.register_forward_pre_hook(look)
+        return self._watched.register_forward_pre_hook(look, with_kwargs=True)
 
     def summary(self, path: str, seen: _Seen, most: float, target: GpuTarget | None) -> LayerProfile:
         assert seen.sums is not None

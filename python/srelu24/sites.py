@@ -8,6 +8,7 @@ what the code between them computes.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ class Site:
     def down(self) -> nn.Module:
         """Second layer, F -> D."""
         return self.module.get_submodule(self.names[1])
+
+    @property
+    def input_name(self) -> str:
+        """The keyword by which a whole FFN takes its input."""
+        return _inputs(self.module)[0].name
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -253,8 +259,16 @@ def _twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def _inputs(module: nn.Module) -> list[inspect.Parameter]:
+    """Of the module's forward, without self."""
+    return list(inspect.signature(module.forward).parameters.values())
+
+
 def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[_Run]) -> str:
     """Empty where the module can be replaced as a whole."""
+    inputs = _inputs(module)
+    if len(inputs) != 1 or inputs[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        return "its forward takes more than one input"
     evaluation, training = runs[: len(_SCALES)], runs[len(_SCALES) :]
     if not all(run.is_whole(pair) for run in evaluation):
         return "it does more than the FFN, such as a gate, a shift or a scale"

@@ -115,7 +115,7 @@ def tensor_parallel_collectives(mesh: DeviceMesh, device: str) -> float:
 
     net = parallelize_module(model(device, False)[0].mlp, mesh, srelu24.SquaredReLUFFNParallel())
     with torch.no_grad(), CommDebugMode() as seen:
-        net(tokens(device))
+        net(x=tokens(device))
     counts = {str(op).rsplit(".", 1)[-1]: n for op, n in seen.get_comm_counts().items()}
     assert counts == {"all_reduce": 1} or mesh.size() == 1, counts
     return 0.0
@@ -137,6 +137,59 @@ def styles_of_the_layers(mesh: DeviceMesh, device: str) -> float:
     with torch.no_grad():
         found = net(x)
     return distance(found, model(device)(x.requires_grad_()).detach())  # recorded, so dense
+
+
+def converted_by_recipe(device: str) -> tuple[nn.Module, srelu24.Recipe]:
+    net = model(device).float()
+    for block in net:
+        block.mlp.mode = "auto"
+    recipe = srelu24.Recipe(warmup_steps=0, dense_features=1.0)  # ranks prune along their own tokens, so none do
+    assert len(srelu24.convert(net, recipe=recipe).converted) == 2
+    return net, recipe
+
+
+def recipe_ddp(mesh: DeviceMesh, device: str) -> float:
+    mine = tokens(device).float().chunk(mesh.size())[mesh.get_local_rank()]
+    net, recipe = converted_by_recipe(device)
+    ours = gradients(DistributedDataParallel(net), mine)
+    assert [int(state.rows) for state in recipe.layers.values()] == [len(mine)] * 2
+    alone = gradients(converted_by_recipe(device)[0], tokens(device).float())
+    return max(distance(ours[name], alone[name]) for name in alone)
+
+
+def recipe_fsdp2(mesh: DeviceMesh, device: str) -> float:
+    mine = tokens(device).float().chunk(mesh.size())[mesh.get_local_rank()]
+    net, recipe = converted_by_recipe(device)
+    for block in net:
+        fully_shard(block, mesh=mesh)
+    ours = gradients(fully_shard(net, mesh=mesh), mine)
+    assert [int(state.rows) for state in recipe.layers.values()] == [len(mine)] * 2
+    alone = gradients(converted_by_recipe(device)[0], tokens(device).float())
+    return max(distance(full(ours[name]), alone[name]) for name in alone)
+
+
+def refused_recipes(mesh: DeviceMesh, device: str) -> float:
+    x = tokens(device)
+    for recipe in (srelu24.Recipe(), "rowwise"):
+        ffn = SquaredReLUFFN(D, F, recipe=recipe, dtype=torch.bfloat16, device=device)
+        with pytest.raises(Unsupported, match="none runs tensor parallel"):
+            parallelize_module(ffn, mesh, srelu24.SquaredReLUFFNParallel())
+        parallelize_module(ffn, mesh, {"up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()})
+        ffn.up._forward_pre_hooks.clear()  # the styles' hooks would make it dense
+        ffn.up._forward_hooks.clear()
+        ffn.down._forward_pre_hooks.clear()
+        ffn.down._forward_hooks.clear()
+        with pytest.raises(Unsupported, match="a recipe does not run on DTensors"):
+            ffn(x)
+    ffn = SquaredReLUFFN(D, F, recipe="rowwise", dtype=torch.bfloat16, device=device)
+    fully_shard(ffn, mesh=mesh)
+    with pytest.raises(Unsupported, match="FSDP manages the weights of an FFN with an 8-bit recipe"), torch.no_grad():
+        ffn(x)
+    ffn = SquaredReLUFFN(D, F, dtype=torch.bfloat16, device=device)
+    fully_shard(ffn, mesh=mesh)
+    with pytest.raises(Unsupported, match="FSDP manages the weights of an FFN with an 8-bit recipe"):
+        ffn.set_recipe("static")
+    return 0.0
 
 
 def refused_widths(mesh: DeviceMesh, device: str) -> float:
@@ -193,6 +246,9 @@ CASES = {
         sequence_parallel,
         styles_of_the_layers,
         refused_widths,
+        recipe_ddp,
+        recipe_fsdp2,
+        refused_recipes,
         dtensor_ops,
     )
 }

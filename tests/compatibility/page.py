@@ -12,15 +12,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 MODULES = (
     *(f"tests/compatibility/test_{name}.py" for name in ("convert", "huggingface", "state", "compile", "autograd")),
-    *(f"tests/compatibility/test_{name}.py" for name in ("distributed", "serving")),
+    *(f"tests/compatibility/test_{name}.py" for name in ("training_recipe", "fp8_recipe", "distributed", "serving")),
     "tests/gpu/test_modules.py",
+    "tests/gpu/test_recipes.py",
 )
 HEAD = """# Compatibility
 
 What srelu24 works under, each with the test that shows it. This page is written from the tests: `make docs-page`.
 All run without a GPU, where the CPU reference answers for the kernels, except those of `tests/gpu`.
 
-Training is dense PyTorch, with one warning, unless a module is given a recipe ([training.md](training.md)).
+Training is dense PyTorch, with one warning, unless a recipe of [training](training.md) is given.
 """
 
 

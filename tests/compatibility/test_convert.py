@@ -13,6 +13,7 @@ from torch.nn import functional
 import srelu24
 from srelu24.modules import SquaredReLUFFN
 from srelu24.pruned_linear import Linear24
+from srelu24_gen.errors import Unsupported
 
 Distance = Callable[[Tensor, Tensor], float]
 BF16 = 2e-2
@@ -201,6 +202,56 @@ def test_a_module_used_twice() -> None:
     report.revert()
     assert model["a"] is shared
     assert model["b"] is shared
+
+
+class Named(Nanochat):
+    """Hands its input over by keyword, as many models do."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
+
+class Block(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(hidden_states=x)
+
+
+def test_input_by_keyword(x: Tensor) -> None:
+    """The input may be given by the name that the original's forward had for it; profile and compile take it too."""
+    model = Block(Named()).bfloat16()
+    before = srelu24.profile(model, x).layers
+    assert len(srelu24.convert(model).converted) == 1
+    with torch.no_grad():
+        y = model(x)
+        assert torch.equal(y, x + model.mlp(x))
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), y)
+        for wrong in (lambda: model.mlp(x=x), lambda: model.mlp(), lambda: model.mlp(x, hidden_states=x)):
+            with pytest.raises(Unsupported, match="takes its input alone, which may be called 'hidden_states'"):
+                wrong()
+        assert SquaredReLUFFN(32, 96, dtype=torch.bfloat16)(x=x).shape == x.shape
+    assert srelu24.profile(model, x).layers == before
+
+
+class Residual(Nanochat):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(x)
+        return y if residual is None else y + residual
+
+
+def test_more_inputs_than_one(x: Tensor) -> None:
+    """A module whose forward takes more than its input keeps its code; its second layer is swapped."""
+    model = nn.ModuleList([Residual()]).bfloat16()
+    report = srelu24.convert(model)
+    assert [(done.layer, done.note) for done in report.converted] == [
+        ("linear24", "its forward takes more than one input")
+    ]
+    with torch.no_grad():
+        assert torch.equal(model[0](x, residual=x), model[0](x) + x)
 
 
 def test_filter() -> None:

@@ -85,6 +85,21 @@ def test_refused_widths(results: Path) -> None:
     assert worst(results, "refused_widths") == 0.0
 
 
+def test_recipe_ddp(results: Path) -> None:
+    """Training by a recipe under DDP: gradients of one process; each rank counts its own tokens."""
+    assert worst(results, "recipe_ddp") < 1e-4
+
+
+def test_recipe_fsdp2(results: Path) -> None:
+    """Training by a recipe under FSDP2: gradients of one process."""
+    assert worst(results, "recipe_fsdp2") < 1e-4
+
+
+def test_refused_recipes(results: Path) -> None:
+    """Tensor parallelism by any recipe, and FSDP by an 8-bit one, are refused in one sentence."""
+    assert worst(results, "refused_recipes") == 0.0
+
+
 def test_dtensor_ops(results: Path) -> None:
     """Every op on DTensors, sharded by tokens and along F, against the op on one process."""
     assert worst(results, "dtensor_ops") < 0.02

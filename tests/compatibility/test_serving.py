@@ -60,8 +60,10 @@ def test_warmup(net: nn.Module, mlp: nn.Module) -> None:
     told = srelu24.warmup(nn.ModuleList([net, mlp]), tokens=[1, 64])
     assert [each.shape for each in told] == [Shape(1, 32, 96), Shape(64, 32, 96)] * 2
     assert [each.explanation and each.explanation.runs for each in told] == ["reference", "reference", None, None]
-    with pytest.raises(Unsupported, match="at least one positive number"):
-        srelu24.warmup(net, tokens=[])
+    assert [each.shape.m for each in srelu24.warmup(net, tokens=3)] == [3]
+    for wrong in ([], 0, [4, -1], True, 2.5, [2.5], None, "4"):
+        with pytest.raises(Unsupported, match="at least one positive number"):
+            srelu24.warmup(net, tokens=wrong)  # type: ignore[arg-type]
     with pytest.raises(Unsupported, match=r"Linear has no SquaredReLUFFN or Linear24; convert it"):
         srelu24.warmup(nn.Linear(32, 32), tokens=[1])
     for takes_a_model in (srelu24.convert, lambda model: srelu24.warmup(model, [1]), lambda m: srelu24.profile(m, [])):

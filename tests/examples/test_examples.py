@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAYS = {
     "convert_huggingface.py": ["model.layers.1.mlp: FFN, 64x256", "of the most likely tokens", "one FFN: dense"],
+    "train_gpt.py": ["blocks.1.ffn: FFN, 64x256 (trains", "the recipe is sparse", "│ blocks.1.ffn │", "sparse: "],
     "tune_new_shape.py": ["candidates; ", "registers", "runs: ", "[1000, 1280]"],
     "extend_template.py": ["compiled: ", " 0 spilled"],
 }
@@ -30,9 +31,12 @@ def test_example(name: str, tmp_path: Path) -> None:
         "SRELU24_CACHE_DIR": str(tmp_path / "cache"),
         "SRELU24_DATA_DIR": str(tmp_path / "data"),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # several on a busy machine wait for each other
     }
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     for words in SAYS[name]:
         assert words in done.stdout
+    if name == "train_gpt.py":
+        assert "<svg" in (tmp_path / "train_gpt.svg").read_text(encoding="utf-8")

@@ -95,7 +95,7 @@ def test_compile(net: nn.Module, device: torch.device, mode: str) -> None:
     """torch.compile with inductor, fullgraph, dynamic token count: no recompilation; and with CUDA graphs."""
     compiled = torch.compile(net, fullgraph=True, dynamic=True, mode=mode)
     with torch.no_grad():
-        for m in TOKENS if mode == "default" else TOKENS[:2]:
+        for m in TOKENS:
             x = tokens(m, device)
             expected = net(x)
             for _ in range(3):  # CUDA graphs warm up, record and replay
@@ -240,7 +240,7 @@ def test_profile(net: nn.Module, device: torch.device) -> None:
 
 
 def test_distributed(tmp_path: Path) -> None:
-    """DDP, FSDP2, tensor and sequence parallel and every op on DTensors, with NCCL on the one GPU."""
+    """DDP, FSDP2, tensor and sequence parallel, recipes under them, every op on DTensors: NCCL on the one GPU."""
     worker = Path(__file__).parents[1] / "compatibility" / "distributed_worker.py"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(worker), "0", "1", str(tmp_path), "cuda"]

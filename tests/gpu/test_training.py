@@ -13,7 +13,7 @@ from torch import Tensor
 import srelu24
 from srelu24 import reference as numerics
 from srelu24.sparse24 import Sparse24, unpack_metadata
-from srelu24.training import kernels, reference
+from srelu24.training import kernels, movers, reference
 from srelu24.training.order import padded, token_order
 from srelu24.training.packed import TokenSparse24
 from srelu24.training.reference import Pruning
@@ -142,6 +142,34 @@ def weights(
 CHECKS = {"hidden": hidden, "gradient": gradient, "product": product}
 
 
+@dtypes
+@pytest.mark.parametrize("shape", [(64, 64), (8, 200), (1000, 72), (4096, 1088)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_weights_are_transposed(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    w = torch.randn(shape[0], shape[1] + 8, dtype=dtype, device=device)[:, : shape[1]]
+    assert torch.equal(movers.transposed(w), w.T)
+
+
+@sizes
+@strides
+@pytest.mark.parametrize("count", [1, 64, 200])
+def test_dense_features_are_split_off(
+    size: tuple[int, int, int], stride: int | None, count: int, device: torch.device
+) -> None:
+    m, _, f = size
+    s = numerics.sparsify24(integers(m, f, most=9, dtype=torch.bfloat16, device=device, seed=3), Activation.RELU2)
+    along_tokens = TokenSparse24.of_transposed(
+        numerics.sparsify24(torch.randn(f, m, dtype=torch.bfloat16, device=device), Activation.NONE), m
+    )
+    left = along_tokens.values.clone()
+    chosen = torch.randperm(f, device=device)[:count]
+    found = movers.dense_columns(s, chosen, stride, along_tokens)
+    assert torch.equal(found[rows(m, stride, device)], s.to_dense()[:, chosen])
+    left[:, chosen] = 0
+    assert torch.equal(along_tokens.values, left)
+    movers.clear_columns(along_tokens, torch.arange(f, device=device))
+    assert not along_tokens.values.any()
+
+
 @pytest.fixture
 def configured(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernel of a case serves all its family's problems."""
@@ -264,8 +292,8 @@ def test_training_on_the_device(dtype: torch.dtype, device: torch.device) -> Non
     host = [torch.randn(s, generator=random).mul(s[-1] ** -0.5) for s in ((m, d), (f, d), (d, f), (m, d))]
     x, w1, w2, g = (t.to(dtype) for t in host)
     recipes = {
-        "cuda": srelu24.Recipe(warmup_steps=1, kernels=True),
-        "cpu": srelu24.Recipe(warmup_steps=1, kernels=True),
+        "cuda": srelu24.Recipe(warmup_steps=1),
+        "cpu": srelu24.Recipe(warmup_steps=1),
     }
     results: dict[str, list[Tensor]] = {"cuda": [], "cpu": []}
     for kind, recipe in recipes.items():
@@ -292,7 +320,7 @@ class Training:
 
         self.leaves = [t.requires_grad_() for t in (normal(256, 128), normal(512, 128), normal(128, 512))]
         self.g = normal(256, 128)
-        self.recipe = srelu24.Recipe(warmup_steps=warmup_steps, kernels=True)
+        self.recipe = srelu24.Recipe(warmup_steps=warmup_steps)
         self.state = self.recipe.layer("ffn", self.leaves[1])
 
     def forward(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

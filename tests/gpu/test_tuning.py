@@ -128,7 +128,7 @@ def test_the_choice_follows_the_records(device: torch.device, db: Database, monk
     (tuned,) = tune_shapes([shape], DType.BF16, [GpuRunner(device)], Budget(5.0), db=db)
     assert tuned.report
     monkeypatch.setattr(dispatch, "_database", lambda: db)
-    for cached in (dispatch.choose, dispatch.choose_ffn, dispatch.ffn_way, dispatch.launcher):
+    for cached in (dispatch.choose, dispatch.choose_ffn, dispatch.ffn_way, dispatch.launcher_of):
         cached.cache_clear()
     choice = dispatch.choose_ffn(shape, DType.BF16, False, False, dispatch.gpu_of(device))
     best = tuned.report.records[0].evidence.best_dense
@@ -138,5 +138,5 @@ def test_the_choice_follows_the_records(device: torch.device, db: Database, monk
     o = operands(shape, device, bias=False)
     way = "sparse" if choice.way == SPARSE else "dense"
     assert torch.equal(srelu24.ffn(*o), srelu24.ffn(*o, mode=way))
-    for cached in (dispatch.choose, dispatch.choose_ffn, dispatch.ffn_way, dispatch.launcher):
+    for cached in (dispatch.choose, dispatch.choose_ffn, dispatch.ffn_way, dispatch.launcher_of):
         cached.cache_clear()

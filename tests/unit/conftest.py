@@ -15,7 +15,7 @@ from torch import Tensor
 from srelu24 import bench_step, dispatch
 from srelu24 import reference as numerics
 from srelu24.sparse24 import Sparse24, unpack_metadata
-from srelu24.training import kernels, step
+from srelu24.training import kernels, movers, step
 from srelu24.training.order import row_order, token_order
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.spec import Activation
@@ -93,11 +93,30 @@ def weight_gradient(
     return out.add_(made)
 
 
+def transposed(w: Tensor) -> Tensor:
+    return w.T.contiguous()
+
+
+def dense_columns(
+    s: Sparse24, columns: Tensor, stride: int | None, along_tokens: TokenSparse24 | None = None
+) -> Tensor:
+    if along_tokens is not None:
+        clear_columns(along_tokens, columns)
+    found = s.to_dense()[:, columns]
+    return torch.empty_like(found).index_copy_(0, row_order(s.shape[0], stride, CPU), found)
+
+
+def clear_columns(along_tokens: TokenSparse24, columns: Tensor) -> None:
+    along_tokens.values[:, columns] = 0
+
+
 @pytest.fixture
 def played(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training kernels are there, on the CPU: each function does what its kernel does, with the reference."""
     for function in (dense_hidden, pruned_hidden, product, hidden_gradient, weight_gradient):
         monkeypatch.setattr(kernels, function.__name__, function)
+    for mover in (transposed, dense_columns, clear_columns):
+        monkeypatch.setattr(movers, mover.__name__, mover)
     for user in (step, bench_step):
         monkeypatch.setattr(user, "reason_against", lambda *_: None)
     monkeypatch.setattr(bench_step, "require_gpu", lambda _: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -46,9 +47,11 @@ def finished(text: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return path, runs.ablate(SETUP, list(Variant), [0], path=path, device="cpu", corpus=text)
 
 
-def loss_of(model: Transformer, variant: Variant, tokens: torch.Tensor, warmup_steps: int) -> float:
+def attached(model: Transformer, variant: Variant, warmup_steps: int) -> Transformer:
+    """A copy of the model that computes as the variant does."""
+    model = copy.deepcopy(model)
     attach(variant, model, warmup_steps=warmup_steps, refresh=2)
-    return float(model(tokens).detach())
+    return model
 
 
 def test_corpus_is_whole_files_in_an_order_of_their_names(tmp_path: Path) -> None:
@@ -93,14 +96,14 @@ def test_variants_differ_where_they_should(text: Corpus) -> None:
     model = Transformer(layers=1, width=16, hidden=64, heads=2, context=16)
     torch.nn.init.normal_(model.head)
     tokens = corpora.batch(text.train, 4, 16, torch.Generator().manual_seed(1))
-    dense = loss_of(model, Variant.DENSE, tokens, 0)
+    dense = float(attached(model, Variant.DENSE, 0)(tokens).detach())
     gradients = {}
     for variant in Variant:
-        assert loss_of(model, variant, tokens, 5) == pytest.approx(dense, rel=1e-5) or variant is Variant.NO_WARMUP
-        attach(variant, model, warmup_steps=0, refresh=2)
-        model.zero_grad()
-        model(tokens).backward()
-        grad = model.ffns[0].w1.grad
+        warm = float(attached(model, variant, 5)(tokens).detach())
+        assert warm == pytest.approx(dense, rel=1e-5) or variant is Variant.NO_WARMUP
+        sparse = attached(model, variant, 0)
+        sparse(tokens).backward()
+        grad = sparse.ffns[0].up.weight.grad
         assert grad is not None
         gradients[variant] = grad.clone()
     same = torch.equal(gradients[Variant.RECIPE], gradients[Variant.NO_WARMUP])

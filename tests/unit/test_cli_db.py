@@ -158,6 +158,20 @@ def test_what_is_no_export_is_one_line(tmp_path: Path, name: str) -> None:
         assert result.stdout == ""
 
 
+# --- one GPU ---
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"], ["stale"], ["show", "spgemm"]])
+def test_an_unknown_gpu_is_one_line(db: Database, command: list[str]) -> None:
+    put(db, record(1, gpu="of-my-own"))
+    failed = srelu24(*command, "--gpu", "foo", code=1)
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("error: there is no GPU 'foo'; known are a10")
+    assert "of-my-own" in failed.stderr
+    if command != ["show", "spgemm"]:
+        srelu24(*command, "--gpu", "h100")  # known, and without a record
+
+
 # --- stale ---
 
 

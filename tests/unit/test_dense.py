@@ -19,7 +19,7 @@ from srelu24.records import DenseTime, Evidence, TuningRecord
 from srelu24_gen import cost, paths, space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import Activation, DType, Op
+from srelu24_gen.spec import Activation, DType, Family, Op
 from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
@@ -173,7 +173,7 @@ def test_a_look_up_costs_less_than_5_us_once_the_shape_is_known(monkeypatch: pyt
 
     def both() -> None:
         dispatch.ffn_way("auto", torch.bfloat16, False, False, 700, D, F, device)
-        dispatch.launcher(Op.GEMM_RELU2_24, torch.bfloat16, Activation.RELU2, False, False, False, 700, F, D, device)
+        dispatch.launcher_of(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), 700, F, D, device)
 
     both()
     best = min(_seconds(both, 2000) for _ in range(5)) / 2000

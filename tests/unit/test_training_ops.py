@@ -292,20 +292,16 @@ def test_operators_pass_torch_s_own_check() -> None:
     flag, features = o.state.recipe.sparse_flag, o.state.dense_features
     x = o.x.clone().requires_grad_()
     o_ = torch.ops.srelu24
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        o_.ffn_train.default, (x, *o.weights, flag, features, None, False, None, None), test_utils=checks
-    )
+    torch.library.opcheck(o_.ffn_train.default, (x, *o.weights, flag, features, None, False, None, None))
     hidden = reference.forward(o.x, o.w1.detach(), o.w2.detach(), pruning=Pruning(features)).hidden
     saved = (o.g, o.x, o.w1.detach(), o.w2.detach(), hidden, flag, features, 1, False)
     for needed in ([True] * 5, [False, True, False, True, False]):
-        torch.library.opcheck(o_.ffn_train_backward.default, (*saved, needed), test_utils=checks)
+        torch.library.opcheck(o_.ffn_train_backward.default, (*saved, needed))
         buffers = torch.zeros(F, D), torch.zeros(D, F)
-        torch.library.opcheck(
-            o_.ffn_train_into.default, (*saved, needed, *buffers), test_utils=("test_schema", "test_faketensor")
-        )
-    torch.library.opcheck(o_.ffn_recipe.default, (o.x, *o.weights, flag), test_utils=checks[::2])
-    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1, False), test_utils=checks[::2])
+        torch.library.opcheck(o_.ffn_train_into.default, (*saved, needed, *buffers))
+    plain = [w if w is None else w.detach() for w in o.weights]
+    torch.library.opcheck(o_.ffn_recipe.default, (o.x, *plain, flag))
+    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1, False))
 
 
 @pytest.mark.parametrize("buffers", [False, True])
@@ -348,7 +344,9 @@ def test_a_module_trains_by_a_recipe() -> None:
     module = srelu24.SquaredReLUFFN(D, F, bias=True)
     for mine, theirs in zip(module.parameters(), (plain.w1, plain.b1, plain.w2, plain.b2), strict=True):
         mine.data.copy_(theirs.data)
-    state = module.train_with(recipe, "ffn")
+    module.set_recipe(recipe, "ffn")
+    state = recipe.layers["ffn"]
+    assert module.recipe is state
     module(plain.x).backward(plain.g)
     expected = plain.gradients()
     for mine, wanted in zip(module.parameters(), (expected[i] for i in (1, 3, 2, 4)), strict=True):
@@ -356,14 +354,14 @@ def test_a_module_trains_by_a_recipe() -> None:
         assert torch.equal(mine.grad, wanted)
     assert state.rows == M
     with pytest.raises(Unsupported, match="layer 'ffn' already"):
-        module.train_with(recipe, "ffn")
+        module.set_recipe(recipe, "ffn")
     module.up.register_forward_hook(lambda *_: None)
     with pytest.raises(Unsupported, match="more than a plain"):
-        module.train_with(recipe, "other")
+        module.set_recipe(recipe, "other")
 
 
 @pytest.mark.parametrize("option", [{"mode": "dense"}, {"mode": "sparse"}, {"deterministic": "batch"}])
 def test_a_training_recipe_decides_alone(option: dict[str, Any]) -> None:
     o = Layer()
-    with pytest.raises(Unsupported, match="a training recipe decides what is dense"):
+    with pytest.raises(Unsupported, match="a recipe decides what runs"):
         srelu24.ffn(o.x, *o.weights, recipe=o.state, **option)

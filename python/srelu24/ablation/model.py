@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_product_attention
 
+from srelu24.modules import SquaredReLUFFN
+
 BYTES = 256
 
 FFNStep = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -15,18 +17,21 @@ FFNStep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FFN(nn.Module):
-    """The two weights; what is computed with them is ``step``, set once they are where they train."""
+    """What :func:`srelu24.convert` finds; or another step on its two weights, where one is set."""
 
-    step: FFNStep
+    step: FFNStep | None = None
 
     def __init__(self, width: int, hidden: int, layers: int) -> None:
         super().__init__()
-        self.w1 = nn.Parameter(torch.randn(hidden, width) * width**-0.5)
-        self.w2 = nn.Parameter(torch.randn(width, hidden) * (2 * layers * hidden) ** -0.5)
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        nn.init.normal_(self.up.weight, std=width**-0.5)
+        nn.init.normal_(self.down.weight, std=(2 * layers * hidden) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        y: Tensor = self.step(x, self.w1, self.w2)
+        if self.step is not None:
+            return self.step(x, self.up.weight, self.down.weight)
+        y: Tensor = self.down(self.up(x).relu().square())
         return y
 
 
@@ -65,9 +70,9 @@ class Transformer(nn.Module):
         self.register_buffer("angles", torch.outer(torch.arange(context), frequencies), persistent=False)
 
     @property
-    def ffns(self) -> list[FFN]:
-        """The FFNs, first layer first."""
-        return [module for module in self.modules() if isinstance(module, FFN)]
+    def ffns(self) -> list[FFN | SquaredReLUFFN]:
+        """The FFNs, first layer first, converted or not."""
+        return [block.ffn for block in self.blocks]  # type: ignore[misc]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [B, T + 1] -> the loss in nats per byte, float32 []."""

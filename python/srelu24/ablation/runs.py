@@ -15,7 +15,7 @@ from srelu24.ablation import corpus as corpora
 from srelu24.ablation.corpus import Corpus
 from srelu24.ablation.model import Transformer
 from srelu24.ablation.results import AblationFile, Grouping, Run, Setup
-from srelu24.ablation.variants import Trained, Variant, attach
+from srelu24.ablation.variants import Variant, attach
 from srelu24.machine import environment
 from srelu24.results import check_writable
 from srelu24.training import reference
@@ -86,7 +86,7 @@ def train(
     model = Transformer(
         layers=setup.layers, width=setup.width, hidden=setup.hidden, heads=setup.heads, context=setup.context
     ).to(device)
-    trained = attach(variant, model, warmup_steps=setup.warmup_steps, refresh=setup.refresh)
+    recipe = attach(variant, model, warmup_steps=setup.warmup_steps, refresh=setup.refresh)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=setup.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
     )
@@ -102,8 +102,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if trained.recipe is not None:
-            trained.recipe.step()
+        if recipe is not None:
+            recipe.step()
         total += loss.detach()
         since += 1
         if step % _EVERY == 0 or step == setup.steps:
@@ -117,7 +117,7 @@ def train(
                 break
             total.zero_()
             since, clock = 0, now
-    final, densities, groupings = _validate(setup, model, trained, seed, corpus, device)
+    final, densities, groupings = _validate(setup, model, seed, corpus, device)
     run = Run(
         variant=variant,
         seed=seed,
@@ -132,7 +132,7 @@ def train(
 
 
 def _validate(
-    setup: Setup, model: Transformer, trained: Trained, seed: int, corpus: Corpus, device: torch.device
+    setup: Setup, model: Transformer, seed: int, corpus: Corpus, device: torch.device
 ) -> tuple[float, list[float], list[Grouping]]:
     """Loss, density of every layer, and what groupings drop, on the same text for all."""
     random = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def _validate(
         loss = sum(_loss(model, tokens, device).item() for tokens in batches) / len(batches)
         densities, groupings = [], []
         for layer, (ffn, x) in enumerate(zip(model.ffns, inputs, strict=True)):
-            hidden, dropped = _drops(x.flatten(0, -2), ffn.w1, ffn.w2)
+            hidden, dropped = _drops(x.flatten(0, -2), ffn.up.weight, ffn.down.weight)  # type: ignore[arg-type]
             densities.append((hidden != 0).double().mean().item())
             for stride, (plain, split) in dropped.items():
                 groupings.append(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-import srelu24
 from srelu24.ablation.model import FFNStep, Transformer
+from srelu24.conversion import convert
 from srelu24.training import reference
 from srelu24.training.order import NEIGHBOURS
 from srelu24.training.recipe import LayerState, Recipe
@@ -41,37 +39,22 @@ _CHANGES: dict[Variant, dict[str, Any]] = {
 }
 
 
-@dataclass(eq=False, slots=True)
-class Trained:
-    """A variant's hold on a model: its recipe, or None where it is dense."""
-
-    recipe: Recipe | None
-    layers: list[LayerState] = field(default_factory=list)
-
-
-def attach(variant: Variant, model: Transformer, *, warmup_steps: int, refresh: int) -> Trained:
-    """Have the FFNs of ``model``, which is where it trains, compute as the variant does."""
+def attach(variant: Variant, model: Transformer, *, warmup_steps: int, refresh: int) -> Recipe | None:
+    """Have the plain FFNs of ``model`` compute as the variant does, by the recipe that is returned if it has one."""
     if variant is Variant.DENSE:
-        for ffn in model.ffns:
-            ffn.step = _dense
-        return Trained(None)
-    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh, "kernels": True} | _CHANGES.get(variant, {})))
-    trained = Trained(recipe)
+        return None
+    recipe = Recipe(**({"warmup_steps": warmup_steps, "refresh": refresh} | _CHANGES.get(variant, {})))
+    if variant not in (Variant.REFERENCE, Variant.NO_MASK_REUSE):
+        convert(model, recipe=recipe)
+        return recipe
     for index, ffn in enumerate(model.ffns):
-        layer = recipe.layer(f"blocks.{index}", ffn.w1)
-        ffn.step = _step(variant, layer)
-        trained.layers.append(layer)
-    return trained
+        layer = recipe.layer(f"blocks.{index}.ffn", ffn.up.weight)  # type: ignore[arg-type]
+        ffn.step = _on_the_reference(layer, variant is Variant.REFERENCE)
+    return recipe
 
 
-def _step(variant: Variant, layer: LayerState) -> FFNStep:
-    if variant in (Variant.REFERENCE, Variant.NO_MASK_REUSE):
-        return lambda x, w1, w2: _on_reference(x, w1, w2, layer, variant is Variant.REFERENCE)
-    return lambda x, w1, w2: srelu24.ffn(x, w1, w2, recipe=layer)
-
-
-def _dense(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    return linear(linear(x, w1).relu().square(), w2)
+def _on_the_reference(layer: LayerState, reuse_masks: bool) -> FFNStep:
+    return lambda x, w1, w2: _on_reference(x, w1, w2, layer, reuse_masks)
 
 
 def _on_reference(x: Tensor, w1: Tensor, w2: Tensor, layer: LayerState, reuse_masks: bool) -> Tensor:

@@ -12,7 +12,7 @@ from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
 from srelu24.launch import DTYPES
-from srelu24.operands import ALIGNMENT, DISABLED, check_vector, kernel_reason
+from srelu24.operands import ALIGNMENT, DISABLED, check_vector, differentiated, kernel_reason
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
@@ -64,7 +64,9 @@ def check(
         raise Unsupported("the weights are quantised and there is no recipe; give recipe='rowwise', for example")
     known = recipes.resolve(recipe)
     if not isinstance(w1, QuantizedWeight) or not isinstance(w2, QuantizedWeight):
-        raise Unsupported(f"recipe {known.name!r} needs quantised weights; prepare both with srelu24.quantize_weight")
+        raise Unsupported(
+            f"recipe {known.name!r} needs quantised weights; give both from srelu24.quantize_weight, or both plain"
+        )
     if x.dim() < 1 or not x.dtype.is_floating_point:
         raise Unsupported(f"x is {x.dtype} {list(x.shape)}; floating-point [..., D] is needed.")
     d, f = x.shape[-1], w1.shape[0]
@@ -79,9 +81,9 @@ def check(
 
 
 def dense_reason(
-    x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None
+    x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None
 ) -> str | None:
-    """Why a call that fits together runs dense and in the type of x, or None."""
+    """Why a call that fits together runs dense and in the type of x, or None. Weights may be still to be quantised."""
     if DISABLED:
         return "SRELU24_DISABLE is set"
     if x.dtype not in STORAGE_DTYPES:
@@ -89,11 +91,12 @@ def dense_reason(
     for name, width in (("D", x.shape[-1]), ("F", w1.shape[0])):
         if width == 0 or width % FragmentOrder.BITS8.granule:
             return f"{name} = {width} is not a positive multiple of {FragmentOrder.BITS8.granule}"
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, b1, b2)):
+    if differentiated(x, b1, b2, *(w for w in (w1, w2) if isinstance(w, Tensor))):
         return "gradients are recorded, and the 8-bit forward has no backward; wrap inference in torch.no_grad()"
     if torch.compiler.is_compiling():  # there are no addresses yet; the op looks at them
         return None
-    if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in (w1, w2) for t in (w.values, w.scale)):
+    quantized = [w for w in (w1, w2) if isinstance(w, QuantizedWeight)]
+    if x.is_cuda and any(t.data_ptr() % ALIGNMENT for w in quantized for t in (w.values, w.scale)):
         return f"a quantised weight does not start at a multiple of {ALIGNMENT} bytes"
     reason = kernel_reason(x.reshape(-1, x.shape[-1]), b1, b2)
     if reason is None and x.is_cuda:

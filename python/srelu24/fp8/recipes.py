@@ -33,8 +33,16 @@ class ScaleRecipe:
     def counter(self, device: torch.device) -> Tensor:
         """int64 []: the calls on ``device`` add the number of saturated values of S to it."""
         if device not in self._counters:
-            self._counters[device] = torch.zeros((), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):  # it is added to under every mode
+                made = torch.zeros((), dtype=torch.int64, device=device)
+            if type(made) is not Tensor:  # made up by a tracer
+                return made
+            self._counters[device] = made
         return self._counters[device]
+
+    def prepare(self, device: torch.device) -> None:
+        """Make what calls on ``device`` need, so that compiled code finds it."""
+        self.counter(device)
 
     @property
     def saturated(self) -> int:
@@ -95,9 +103,19 @@ class Static(ScaleRecipe):
         if self._amax is None:
             raise Unsupported("this Static recipe has no scale yet; run srelu24.calibrate on some data first")
         if device not in self._on_device:
-            amax = torch.tensor(self._amax)
-            self._on_device[device] = torch.stack((scale(amax), inverse_scale(amax))).to(device)
+            with torch.inference_mode(False):
+                amax = torch.tensor(self._amax)
+                made = torch.stack((scale(amax), inverse_scale(amax))).to(device)
+            if type(made) is not Tensor:  # made up by a tracer
+                return made
+            self._on_device[device] = made
         return self._on_device[device]
+
+    def prepare(self, device: torch.device) -> None:
+        """Its counter, and its scale where that is known."""
+        super().prepare(device)
+        if self._amax is not None:
+            self.scales_on(device)
 
     def calibrated(self, amax: float) -> None:
         """Set the scale anew."""
@@ -126,6 +144,20 @@ def resolve(recipe: ScaleRecipe | str) -> ScaleRecipe:
     if recipe not in _NAMED:
         raise Unsupported(f"recipe is {recipe!r}; {', '.join(_NAMED)} or a srelu24.Static() is needed")
     return _NAMED[recipe]
+
+
+def for_layer(recipe: ScaleRecipe | str) -> ScaleRecipe:
+    """What a module holds: of a name a recipe of its own, which counts for it alone; instances pass.
+
+    Raises:
+        Unsupported: an unknown name, or no recipe.
+    """
+    if isinstance(recipe, ScaleRecipe):
+        return recipe
+    kinds: dict[object, type[ScaleRecipe]] = {kind.name: kind for kind in (Rowwise, Predicted, Static)}
+    if not isinstance(recipe, str) or recipe not in kinds:
+        raise Unsupported(f"recipe is {recipe!r}; a srelu24.Recipe or one of {', '.join(map(str, kinds))} is needed")
+    return kinds[recipe]()
 
 
 def calibrate(run: Callable[[Any], object], data: Iterable[Any]) -> list[Static]:
@@ -161,6 +193,7 @@ def calibrate(run: Callable[[Any], object], data: Iterable[Any]) -> list[Static]
             raise Unsupported(f"layer {position} had a largest hidden value of {amax}; calibrate on other data")
     for recipe, amax in largest.items():
         recipe.calibrated(amax)
+        recipe.prepare(seen[recipe].device)
     return list(largest)
 
 

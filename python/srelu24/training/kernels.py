@@ -34,9 +34,8 @@ def dense_hidden(x: Tensor, w1: Tensor, b1: Tensor | None, out: Tensor) -> None:
     """
     m, (f, d) = x.shape[0], w1.shape
     if m:
-        options = (b1 is not None, False, False)
-        run = dispatch.launcher(Op.GEMM, x.dtype, Activation.RELU2, *options, m, f, d, x.device)
-        run(Operands(a=x, b=w1, bias=b1, out=out))
+        family = dispatch.family_of(Op.GEMM, x.dtype, Activation.RELU2, b1 is not None)
+        dispatch.launcher_of(family, m, f, d, x.device)(Operands(a=x, b=w1, bias=b1, out=out))
 
 
 def pruned_hidden(

@@ -58,7 +58,17 @@ class Metrics:
     @property
     def layers(self) -> list[LayerMetrics]:
         """One entry per layer, in the order of their first pass."""
-        return [_summary(name, seen) for name, seen in self.observations.items()]
+        return [self[name] for name in self.observations]
+
+    def __getitem__(self, name: str) -> LayerMetrics:
+        """The layer of that name; of a converted model, its qualified name.
+
+        Raises:
+            Unsupported: no layer of that name ran.
+        """
+        if name not in self.observations:
+            raise Unsupported(f"no layer {name!r} was watched; those that ran are {sorted(self.observations)}.")
+        return _summary(name, self.observations[name])
 
     def table(self) -> Table:
         """For ``rich.print``."""

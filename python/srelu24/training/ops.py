@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from srelu24.fallback import warn_reference
-from srelu24.operands import autocast, check_ffn, differentiated
+from srelu24.operands import autocast, check_ffn, differentiated, has_tangent
 from srelu24.training import reference, step
 from srelu24.training.recipe import LayerState
 from srelu24.training.reference import Gradients, Needed, Pruning
@@ -51,6 +51,8 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     """
     x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
+    if has_tangent(x, w1, w2, b1, b2):
+        raise Unsupported("a training recipe has no forward-mode derivative; use backward(), or leave the recipe out.")
     f, flag = w1.shape[0], layer.recipe.sparse_flag
     if f != len(layer.counts) or layer.counts.device != x.device:
         raise Unsupported(

@@ -6,6 +6,7 @@ on-device ranking per layer, and one flag on the host that the operator reads wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +43,8 @@ class Recipe:
         token_stride: tokens between the rows of a group along tokens. None spreads each over the whole batch, 1 takes
             the kernels' own groups of 16 neighbours, 0 groups neighbours and is only there to compare with.
         refresh: steps from one ranking of the features by density to the next.
-        kernels: run the steps on the sparse training kernels. **Experimental**: they compile, and no GPU has run them
-            yet. Without them a step on a GPU is the reference in plain PyTorch: the same numbers, slower than dense.
+        kernels: run the steps on the sparse training kernels, where they take them. Without them a step on a GPU is
+            the reference in plain PyTorch: the same numbers, slower than dense.
 
     Raises:
         Unsupported: a value is out of range.
@@ -55,7 +56,7 @@ class Recipe:
         dense_features: float = 0.05,
         token_stride: int | None = None,
         refresh: int = 100,
-        kernels: bool = False,
+        kernels: bool = True,
     ) -> None:
         if not _is_count(warmup_steps) or warmup_steps < 0:
             raise Unsupported(f"warmup_steps is {warmup_steps!r}; a number of steps from 0 is needed.")
@@ -110,6 +111,10 @@ class Recipe:
         )
         self.layers[name] = state
         return state
+
+    def free_name(self) -> str:
+        """A name that no layer has: the first free number."""
+        return next(str(n) for n in itertools.count() if str(n) not in self.layers)
 
     def step(self) -> bool:
         """Count an optimizer step; rank the features anew when it is time. Does not wait for the GPU.
@@ -182,7 +187,8 @@ _TENSORS = ("counts", "rows", "dense_features")
 
 @dataclass(eq=False, slots=True, repr=False)
 class LayerState:
-    """One layer's part of a recipe; made by :meth:`Recipe.layer`. Its tensors are changed in place, never replaced.
+    """One layer's part of a recipe; made by :meth:`Recipe.layer`. Its tensors are changed in place, and replaced only
+    when the layer moves to another device.
 
     Attributes:
         counts: int64 [F], non-zeros of every feature since the last ranking; activation checkpointing counts a pass
@@ -206,6 +212,31 @@ class LayerState:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts, self.rows, self.dense_features
+
+    def leave(self) -> None:
+        """Take the layer out of its recipe; the name is free again."""
+        del self.recipe.layers[self.name]
+
+    def to(self, device: torch.device) -> None:
+        """Move to where the layer's weights are now. From the "meta" device it begins anew.
+
+        Raises:
+            Unsupported: gradients are accumulated into buffers, which stay where they are.
+        """
+        before = self.counts.device
+        if device == before:
+            return
+        if self.w1_grad is not None:
+            raise Unsupported(
+                f"layer {self.name!r} accumulates into buffers on {before} and its weights went to {device}; "
+                "call accumulate_into(None, None) before moving them."
+            )
+        if before.type == "meta":
+            self.counts = torch.zeros_like(self.counts, device=device)
+            self.rows = torch.zeros_like(self.rows, device=device)
+            self.dense_features = torch.arange(len(self.dense_features), device=device)
+        else:
+            self.counts, self.rows, self.dense_features = (tensor.to(device) for tensor in self.tensors)
 
     def accumulate_into(self, w1_grad: Tensor | None, w2_grad: Tensor | None) -> None:
         """Have backward passes add the weight gradients to these, unrounded, instead of returning them to autograd.

@@ -15,8 +15,8 @@ from torch import Tensor
 from srelu24.dispatch import gpu_of
 from srelu24.launch import DTYPES
 from srelu24.sparse24 import Sparse24, metadata_shape
-from srelu24.training import kernels
-from srelu24.training.order import padded, row_order
+from srelu24.training import kernels, movers
+from srelu24.training.order import padded
 from srelu24.training.packed import TokenSparse24, columns
 from srelu24.training.reference import Forward, Gradients, Needed, Pruning
 from srelu24_gen import space
@@ -31,7 +31,7 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) ->
     if not x.is_cuda:
         return "the tensors are not on a GPU"
     if not wanted:
-        return "Recipe(kernels=True) was not asked for"
+        return "the recipe says kernels=False"
     if x.dtype not in DTYPES:
         return f"the type is {x.dtype}, and the kernels take bfloat16 and float16"
     m, d = x.shape
@@ -87,7 +87,7 @@ def forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | N
     hidden = x.new_empty(hidden_size(m, f))
     s, along_tokens = packed_parts(hidden, m, f)
     _, _, counts = kernels.pruned_hidden(x, w1, b1, pruning.token_stride, (s, along_tokens))
-    along_tokens.values.index_fill_(1, pruning.dense_features, 0.0)
+    movers.clear_columns(along_tokens, pruning.dense_features)
     return Forward(kernels.product(s, w2, b2, pruning.token_stride), hidden, counts)
 
 
@@ -113,16 +113,17 @@ def backward(
     s, s_tokens = packed_parts(hidden, m, f)
     dx = dw1 = dw2 = db1 = None
     if needed.x or needed.w1 or needed.b1:
-        dy1, dy1_tokens = kernels.hidden_gradient(g, w2.T.contiguous(), s, stride)
+        dy1, dy1_tokens = kernels.hidden_gradient(g, _transposed(w2, m), s, stride)
         if needed.x:
-            dx = kernels.product(dy1, w1.T.contiguous(), None, stride)
+            dx = kernels.product(dy1, _transposed(w1, m), None, stride)
         if needed.w1:
-            dy1_tokens.values.index_fill_(1, pruning.dense_features, 0.0)
-            dw1 = _weight_gradient(dy1_tokens, dy1, x, pruning, w1_grad, transposed=False)
+            dense = movers.dense_columns(dy1, pruning.dense_features, stride, dy1_tokens)
+            dw1 = _weight_gradient(dy1_tokens, dense, x, pruning, w1_grad, transposed=False)
         if needed.b1:
             db1 = dy1.to_dense().sum(dim=0, dtype=torch.float32).to(x.dtype)
     if needed.w2:
-        dw2 = _weight_gradient(s_tokens, s, g, pruning, w2_grad, transposed=True)
+        dense = movers.dense_columns(s, pruning.dense_features, stride)  # zero along tokens since the forward pass
+        dw2 = _weight_gradient(s_tokens, dense, g, pruning, w2_grad, transposed=True)
     db2 = g.sum(dim=0, dtype=torch.float32).to(x.dtype) if needed.b2 else None
     return Gradients(dx, dw1, dw2, db1, db2)
 
@@ -136,23 +137,19 @@ def kept(hidden: Tensor, m: int, f: int, pruning: Pruning) -> tuple[Tensor, Tens
 
 def _weight_gradient(
     along_tokens: TokenSparse24,
-    along_features: Sparse24,
+    dense: Tensor,
     b: Tensor,
     pruning: Pruning,
     into: Tensor | None,
     *,
     transposed: bool,
 ) -> Tensor:
-    """``A^T B``, [F, N], or [N, F] transposed: pruned along tokens but for the dense features."""
+    """``A^T B``, [F, N], or [N, F] transposed: A pruned along tokens, but ``dense`` in the dense features' columns."""
     fits = into is None or (into.is_contiguous() and into.data_ptr() % _ALIGNMENT == 0)
     gradient = kernels.weight_gradient(
         along_tokens, b, pruning.token_stride, out=into if fits else None, transposed=transposed
     )
     if len(pruning.dense_features):
-        m = b.shape[0]
-        rows = columns(along_features, pruning.dense_features)
-        dense = torch.empty_like(rows)
-        dense[row_order(m, pruning.token_stride, b.device)] = rows
         part = b.T @ dense if transposed else dense.T @ b
         # The kernel has left zeros for these features, or what was there before.
         gradient.index_add_(1 if transposed else 0, pruning.dense_features, part.to(gradient.dtype))
@@ -160,6 +157,10 @@ def _weight_gradient(
         into += gradient
         return into
     return gradient
+
+
+def _transposed(w: Tensor, m: int) -> Tensor:
+    return movers.transposed(_ready(w)) if m else w.T  # nothing is multiplied without tokens
 
 
 def _ready(x: Tensor) -> Tensor:

@@ -96,27 +96,40 @@ __device__ __forceinline__ void store_hidden_gradient(float (&acc)[Config::kTile
 }
 
 /// A weight gradient: the accumulators [m features, n], or transposed, as fp32 or in the storage type, added to what is
-/// there if asked. Columns are in their own order: a thread holds two neighbours of every eight.
+/// there if asked. Columns are in their own order: a thread holds two neighbours of every eight. Transposed it swaps one
+/// of them with the thread of the next row, and holds two neighbouring rows instead.
 template <class Config, class Params>
 __device__ __forceinline__ void store_weight_gradient(float (&acc)[Config::kTileN / 2], Params const& p,
                                                       BlockPosition const& at) {
   using Out = typename Config::Output;
-  auto const put = [](Out* to, float x) {
-    if constexpr (Config::kAccumulate) x += static_cast<float>(*to);
-    *to = static_cast<Out>(x);
+  struct alignas(2 * sizeof(Out)) Pair {
+    Out x, y;
   };
+  bool const odd = Config::kTransposed && at.thread % 32 / 4 % 2;
   auto* const out = static_cast<Out*>(p.out);
 #pragma unroll
   for (int j = 0; j < Config::kTileN / 8; ++j) {
-    int64_t const column = at.column + 8 * j + at.thread % 4 * 2;
-    if (column >= p.n) continue;  // n is a multiple of 64
+    int64_t const column = at.column + 8 * j + at.thread % 4 * 2 + odd;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int64_t const row = at.row + 8 * h;
-      if (row >= p.m) continue;
-      Out* const to = Config::kTransposed ? out + column * p.out_stride + row : out + row * p.out_stride + column;
-      put(to, acc[4 * j + 2 * h]);
-      put(to + (Config::kTransposed ? p.out_stride : 1), acc[4 * j + 2 * h + 1]);
+      float x = acc[4 * j + 2 * h], y = acc[4 * j + 2 * h + 1];
+      int64_t const row = at.row + 8 * h - odd;
+      if constexpr (Config::kTransposed) {
+        float const other = __shfl_xor_sync(~0u, odd ? x : y, 4);
+        (odd ? x : y) = other;
+      }
+      if (row >= p.m || column >= p.n) continue;  // both are multiples of 64
+      auto* const to = reinterpret_cast<Pair*>(Config::kTransposed ? out + column * p.out_stride + row
+                                                                   : out + row * p.out_stride + column);
+      if constexpr (Config::kAccumulate && sizeof(Out) == 4) {  // nobody else adds to these, and nobody waits
+        asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+        continue;
+      }
+      if constexpr (Config::kAccumulate) {
+        x += static_cast<float>(to->x);
+        y += static_cast<float>(to->y);
+      }
+      *to = {static_cast<Out>(x), static_cast<Out>(y)};
     }
   }
 }

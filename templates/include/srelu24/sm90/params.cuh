@@ -54,4 +54,24 @@ struct GemmParams {
   TokenParams tokens;
 };
 
+/// Arguments of transpose. Input is [m, n] in 16 bits.
+struct TransposeParams {
+  void const* in;
+  void* out;  // [n, m]
+  int64_t in_stride, out_stride;
+  int32_t m, n;
+};
+
+/// Arguments of dense_columns. Input is a packed [m, n] in 16 bits, rows as in TokenParams.
+struct DenseColumnsParams {
+  void const* values;        // [m, n / 2]
+  uint32_t const* metadata;  // E, [ceil(m / 64)][ceil(n / 256)][128][4]
+  int64_t const* columns;    // [count]
+  void* out;                 // [m, count], or null
+  void* token_values;        // kept values along tokens [m / 2, n], zeroed in these columns, or null
+  int64_t stride, token_stride;
+  int32_t m, n, count;
+  int32_t row_step, block_step;
+};
+
 }  // namespace srelu24

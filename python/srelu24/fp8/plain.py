@@ -1,0 +1,134 @@
+"""The 8-bit forward of plain weights, as modules hold them: quantised at the first call, and again once they changed.
+
+What is quantised is kept here, beside the weight and as long as it lives, so that state dicts, copies and pickles hold
+the plain weights alone. One op takes the plain weights and looks, whenever it runs, whether they are still those that
+were quantised; so compiled code sees changes too. A replayed CUDA graph does not look: capture it again then.
+
+A change is seen by the weight's storage and by PyTorch's version counter, which counts every in-place operation but
+writes through ``.data``; follow those by ``torch.autograd.graph.increment_version(w)``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from srelu24.fallback import warn_dense
+from srelu24.fp8 import ops, recipes
+from srelu24.fp8.quantize import QuantizedWeight, quantize_weight
+from srelu24.fp8.recipes import ScaleRecipe, Static
+from srelu24.kept_memory import allocate_kept
+from srelu24.operands import autocast, check_matrix, check_vector
+from srelu24_gen.errors import Unsupported
+
+_library = torch.library.Library("srelu24", "FRAGMENT")
+_library.define(
+    "ffn_fp8_plain(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, str recipe, Tensor? scales, "
+    "Tensor(a!) saturated) -> Tensor"
+)
+
+
+def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, recipe: ScaleRecipe | str) -> Tensor:
+    """:func:`srelu24.ffn` by an 8-bit recipe on plain weights: x [..., D] -> [..., D] in the type of x, or autocast's.
+
+    Raises:
+        Unsupported: operands or recipe do not fit together, or a weight that is not finite.
+    """
+    known = recipes.resolve(recipe)
+    reason = dense_reason(x, w1, w2, b1, b2)
+    if reason is not None:
+        warn_dense(reason)
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu().square(), w2, b2)
+    x, b1, b2 = autocast(x, b1, b2)  # type: ignore[assignment]
+    if isinstance(known, Static) and recipes.calibrating():
+        return ops.ffn(x, quantized(w1), quantized(w2), b1, b2, known)
+    scales = known.scales_on(x.device) if isinstance(known, Static) else None
+    y: Tensor = torch.ops.srelu24.ffn_fp8_plain(
+        x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, known.name, scales, known.counter(x.device)
+    )
+    return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def dense_reason(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> str | None:
+    """Why a call runs dense and in the type of x, or None.
+
+    Raises:
+        Unsupported: the operands do not fit together.
+    """
+    x, b1, b2 = autocast(x, b1, b2)  # type: ignore[assignment]
+    if x.dim() < 1 or not x.dtype.is_floating_point:
+        raise Unsupported(f"x is {x.dtype} {list(x.shape)}; floating-point [..., D] is needed.")
+    d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
+    for name, weight, shape in (("w1", w1, (None, d)), ("w2", w2, (d, f))):
+        check_matrix(name, weight, shape, weight)  # any type: autocast leaves weights as they are
+        if weight.device != x.device:
+            raise Unsupported(f"{name} is on {weight.device} and x on {x.device}; move both to one device.")
+    check_vector("b1", b1, f, x)
+    check_vector("b2", b2, d, x)
+    return ops.dense_reason(x, w1, w2, b1, b2)
+
+
+class _Kept(NamedTuple):
+    """A weight in 8 bits, and what it was made from."""
+
+    storage: StorageWeakRef
+    version: int
+    weight: QuantizedWeight
+
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def quantized(w: Tensor) -> QuantizedWeight:
+    """``w`` [N, K] by :func:`srelu24.quantize_weight` in e4m3: what is kept of it, or anew where it has changed.
+
+    A weight that was made under ``torch.inference_mode`` has no version and is quantised in every call.
+
+    Raises:
+        Unsupported: as :func:`srelu24.quantize_weight`; or a CUDA graph is captured and the weight has changed.
+    """
+    kept: _Kept | None = _kept.get(w)
+    if kept is not None and kept.storage.cdata == w.untyped_storage()._cdata and kept.version == w._version:
+        return kept.weight
+    if w.is_cuda:
+        if torch.cuda.is_current_stream_capturing():
+            raise Unsupported("a weight has to be quantised, and a CUDA graph is captured; run the layer once before.")
+        torch.cuda.current_stream(w.device).synchronize()  # the weight may still be written
+    weight = QuantizedWeight(*allocate_kept(lambda: _quantized(w), w.device))
+    if not w.is_inference():
+        _kept[w] = _Kept(StorageWeakRef(w.untyped_storage()), w._version, weight)
+    return weight
+
+
+def _quantized(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    made = quantize_weight(w)
+    if w.is_cuda:
+        torch.cuda.current_stream(w.device).synchronize()  # threads on other streams will read it
+    return made.values, made.scale, made.row_norm
+
+
+def _ffn(
+    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, recipe: str, scales: Tensor | None,
+    saturated: Tensor,
+) -> Tensor:  # fmt: skip
+    q1, q2 = quantized(w1), quantized(w2)
+    basis = q1.row_norm if scales is None else scales
+    return torch.ops.srelu24.ffn_fp8(  # type: ignore[no-any-return]
+        x, q1.values, q1.scale, q2.values, q2.scale, b1, b2, recipe, basis, saturated
+    )
+
+
+def _ffn_fake(
+    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, recipe: str, scales: Tensor | None,
+    saturated: Tensor,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], w2.shape[0]))
+
+
+_library.impl("ffn_fp8_plain", _ffn, "CUDA")
+_library.impl("ffn_fp8_plain", _ffn, "CPU")
+torch.library.register_fake("srelu24::ffn_fp8_plain", _ffn_fake)
