@@ -321,7 +321,8 @@ FEW = [
     for config in TYPICAL
     if space.supports_config(family, dataclasses.replace(config, stages=3), TARGET).ok
 ] + [spec for spec in SPARSIFY if spec.family.activation is RELU2]
-"""Both producers of every GEMM, with and without stream-K, and sparsify24; of the portable family two tiles, one of them split too."""
+"""Both producers of every GEMM, with and without stream-K, and sparsify24; of the portable family
+two tiles, one of them split too."""
 SPECS += FEW
 
 
@@ -411,7 +412,9 @@ def test_no_rows_are_no_launch(op: Op, device: torch.device) -> None:
 
 def test_no_kernel_spills_or_serialises_its_mmas(built: dict[KernelSpec, BuiltKernel]) -> None:
     emulated = {spec for spec in built if PORTABLE and spec.family.scaled}  # by 16-bit MMAs: for tests only
-    spilling = {k.meta.name: k.meta.spill_bytes for k in built.values() if k.meta.spill_bytes and k.spec not in emulated}
+    spilling = {
+        k.meta.name: k.meta.spill_bytes for k in built.values() if k.meta.spill_bytes and k.spec not in emulated
+    }
     assert not spilling
     warned = {k.meta.name: k.meta.warnings for k in built.values() if any("(C75" in w for w in k.meta.warnings)}
     assert not warned
