@@ -45,16 +45,15 @@ class CutlassSpgemmSm80:
         e = reordered(unpack_metadata(s.metadata, m, f))
         b = torch.nn.functional.pad(b, (0, -f % _TILE)).contiguous()
         y = torch.full((values.shape[0], n), torch.nan, dtype=b.dtype, device=b.device)
-        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, e, b, y)]
 
         def run() -> Tensor:
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (values, e, b, y)]
             stream = ctypes.c_void_p(torch.cuda.current_stream(y.device).cuda_stream)
             status = getattr(self._library, name)(*pointers, *y.shape, b.shape[1], stream)
             if status:
                 raise RuntimeError(f"{name} {m}x{n}x{f}: {self._library.spgemm_status(status).decode()}")
             return y[:m]
 
-        run.operands = values, e, b  # type: ignore[attr-defined]  # they live as long as the call
         return run
 
 
