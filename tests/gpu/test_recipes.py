@@ -247,7 +247,7 @@ def test_opcheck_training(on_kernels: bool, device: torch.device) -> None:
     w2, g = (torch.randn(D, F, device=device) / 30).bfloat16(), torch.randn(m, D, device=device).bfloat16()
     flag, features = torch.tensor(True), torch.arange(64, device=device)
     torch.library.opcheck(ops.ffn_train.default, (x, w1, w2, None, None, flag, features, None, on_kernels, None, None))
-    torch.library.opcheck(ops.ffn_recipe.default, (x, w1, w2, None, None, flag))
+    torch.library.opcheck(ops.ffn_recipe.default, (x, w1, w2, None, None, flag, features, None, on_kernels))
     _, hidden, _ = ops.ffn_train(x, w1, w2, None, None, flag, features, None, on_kernels, None, None)
     saved = (g, x, w1, w2, hidden, flag, features, None, on_kernels)
     torch.library.opcheck(ops.ffn_train_backward.default, (*saved, [True] * 5))

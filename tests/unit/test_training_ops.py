@@ -300,7 +300,7 @@ def test_operators_pass_torch_s_own_check() -> None:
         buffers = torch.zeros(F, D), torch.zeros(D, F)
         torch.library.opcheck(o_.ffn_train_into.default, (*saved, needed, *buffers))
     plain = [w if w is None else w.detach() for w in o.weights]
-    torch.library.opcheck(o_.ffn_recipe.default, (o.x, *plain, flag))
+    torch.library.opcheck(o_.ffn_recipe.default, (o.x, *plain, flag, features, 1, False))
     torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1, False))
 
 

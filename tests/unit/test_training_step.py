@@ -101,6 +101,15 @@ def test_compilers_are_told_the_right_shapes(warmup_steps: int) -> None:
     torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None, True), test_utils=checks)
 
 
+@pytest.mark.usefixtures("played")
+@pytest.mark.parametrize("warmup_steps", [0, 9], ids=["sparse", "dense"])
+def test_without_gradients_the_same_kernels_run(warmup_steps: int) -> None:
+    layer = Layer(None, warmup_steps)
+    y, *_ = layer.run()
+    with torch.no_grad():
+        assert torch.equal(srelu24.ffn(*layer.leaves, recipe=layer.state), y)
+
+
 def test_no_tokens_need_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "reason_against", lambda *_: None)
     layer = Layer(None)

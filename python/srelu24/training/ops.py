@@ -22,7 +22,7 @@ from srelu24.fallback import warn_reference
 from srelu24.operands import autocast, check_ffn, differentiated, has_tangent
 from srelu24.training import reference, step
 from srelu24.training.recipe import LayerState
-from srelu24.training.reference import Gradients, Needed, Pruning
+from srelu24.training.reference import Forward, Gradients, Needed, Pruning
 from srelu24_gen.errors import Unsupported
 
 _library = torch.library.Library("srelu24", "FRAGMENT")
@@ -34,7 +34,7 @@ _library.define(
 )
 _library.define(f"ffn_train_backward({_SAVED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"ffn_train_into({_SAVED}, Tensor(a!) w1_grad, Tensor(b!) w2_grad) -> (Tensor, Tensor, Tensor)")
-_library.define(f"ffn_recipe({_FFN}, Tensor sparse) -> Tensor")
+_library.define(f"ffn_recipe({_FFN}, {_STEP}) -> Tensor")
 _library.define(f"hidden_kept(Tensor hidden, Tensor x, int f, {_STEP}) -> Tensor")
 
 _DOUBLE_BACKWARD = (
@@ -60,8 +60,8 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
             f"F = {f} on {x.device}; make the recipe's layers when the model is where it will train."
         )
     rows = x.reshape(-1, x.shape[-1])
+    pruning = (flag, layer.dense_features, layer.recipe.token_stride, layer.recipe.kernels)
     if differentiated(x, w1, w2, b1, b2):
-        pruning = (flag, layer.dense_features, layer.recipe.token_stride, layer.recipe.kernels)
         y, hidden, counts = torch.ops.srelu24.ffn_train(rows, w1, w2, b1, b2, *pruning, layer.w1_grad, layer.w2_grad)
         layer.count(counts, rows.shape[0])
         if layer.recipe.metrics is not None:
@@ -69,11 +69,34 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
                 counts, torch.ops.srelu24.hidden_kept(hidden.detach(), rows.detach(), f, *pruning), rows.shape[0]
             )
     else:
-        y = torch.ops.srelu24.ffn_recipe(rows, w1, w2, b1, b2, flag)
+        y = torch.ops.srelu24.ffn_recipe(rows, w1, w2, b1, b2, *pruning)
     return y.view(x.shape)  # type: ignore[no-any-return]
 
 
 # ----------------------------------------------------------------------------------------------------------- the steps
+
+
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    sparse: Tensor,
+    dense_features: Tensor,
+    token_stride: int | None,
+    kernels: bool,
+) -> Forward:
+    pruning = _pruning(sparse, dense_features, token_stride)
+    reason = step.reason_against(x, w1.shape[0], token_stride, kernels)
+    if reason is not None and x.is_cuda:
+        warn_reference(reason)
+    with _exact(x):
+        if reason is not None:
+            return reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
+        if pruning is None:
+            return step.dense_forward(x, w1, w2, b1, b2)
+        return step.forward(x, w1, w2, b1, b2, pruning)
 
 
 def _ffn_train(
@@ -89,18 +112,12 @@ def _ffn_train(
     w1_grad: Tensor | None,
     w2_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pruning = _pruning(sparse, dense_features, token_stride)
-    reason = step.reason_against(x, w1.shape[0], token_stride, kernels)
-    if reason is not None and x.is_cuda:
-        warn_reference(reason)
-    with _exact(x):
-        if reason is not None:
-            done = reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
-        elif pruning is None:
-            done = step.dense_forward(x, w1, w2, b1, b2)
-        else:
-            done = step.forward(x, w1, w2, b1, b2, pruning)
+    done = _forward(x, w1, w2, b1, b2, sparse, dense_features, token_stride, kernels)
     return done.y, done.hidden, done.counts
+
+
+def _ffn_recipe(x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> Tensor:
+    return _forward(x, w1, w2, *rest).y
 
 
 def _gradients(
@@ -143,12 +160,6 @@ def _ffn_train_backward(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _ffn_train_into(g: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     d = _gradients(g, x, *rest)
     return _stored(d.x, x), _stored(d.b1, x), _stored(d.b2, x)
-
-
-def _ffn_recipe(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, sparse: Tensor) -> Tensor:
-    with _exact(x):
-        pruning = _pruning(sparse, x.new_empty(0, dtype=torch.int64), None)
-        return reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x)).y
 
 
 def _hidden_kept(
