@@ -93,6 +93,7 @@ def tables(results_dir: Path) -> dict[str, str]:
         "fallback": lambda found: _ratio_table(found, "fallback", "tuned", "nearest record"),
         "sweep": _sweep_table,
         "model": _model_table,
+        "cutlass": _cutlass_table,
     }
     narrow_figure = "![time of the parts of an 8-bit FFN](results/fp8.svg)\n" if of_recipes(results) else ""
     wide, narrow = ([r for r in results if r.row.dtype.startswith("fp8") == fp8] for fp8 in (False, True))
@@ -322,6 +323,23 @@ def of_op(results: Iterable[Result], op: str) -> list[Result]:
 def of_recipes(results: Iterable[Result]) -> list[Result]:
     """The 8-bit FFNs that were timed beside the dense one."""
     return [r for r in of_op(results, "ffn_forward") if r.row.recipe is not None and "torch_compile" in r.row.speedup]
+
+
+def _cutlass_table(results: list[Result]) -> str:
+    found = [r for r in results if "cutlass" in r.row.candidates]
+    head = ["tile and stages", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "over CUTLASS"]
+
+    def cells(result: Result) -> list[str]:
+        row, ours = result.row, result.row.candidates["srelu24"]
+        return [
+            row.op.removeprefix("spgemm_sm80_"),
+            *_case_cells(row),
+            _number(ours.ms, ".3f"),
+            _number(ours.tflops, ".0f"),
+            _number(row.speedup.get("cutlass"), ".3f", "x"),
+        ]
+
+    return _tables(found, head, cells)
 
 
 def _case_cells(row: Row) -> list[str]:

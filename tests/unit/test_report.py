@@ -126,6 +126,16 @@ def test_gemm_memory_and_overhead_tables(tmp_path: Path) -> None:
     assert tables["ffn"] == ""
 
 
+def test_cutlass_table(tmp_path: Path) -> None:
+    timed = {"srelu24": candidate(3.68, tflops=597.4), "cutlass": candidate(3.643)}
+    case = {"dtype": "bf16", "shape": "16384x4096x16384", "density": 0.1}
+    row = Row(op="spgemm_sm80_128x256_s5", candidates=timed, speedup={"cutlass": 0.9879}, **case)
+    write(tmp_path, "h200/cutlass_sm80.json", [row, ffn_row("4096x8192x8192", eager=1.3)])
+    head, *body = cells(report.tables(tmp_path)["cutlass"])
+    assert body == [["128x256_s5", "bf16", "16384x4096x16384", "10%", "3.680", "597", "0.988x"]]
+    assert head[-1] == "over CUTLASS"
+
+
 def test_no_results_give_empty_tables(tmp_path: Path) -> None:
     assert set(report.tables(tmp_path).values()) == {""}
     assert set(report.tables(tmp_path / "nowhere").values()) == {""}
