@@ -209,7 +209,7 @@ class _Bench:
                 device=self._device,
                 seconds=seconds,
                 on_progress=progress,
-                energy_seconds=ENERGY_SECONDS[part],
+                energy_seconds=min(ENERGY_SECONDS[part], seconds / 10),
             )
         except Interrupted as interrupted:
             group.timings, group.interrupted = interrupted.timings, True

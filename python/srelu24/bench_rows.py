@@ -195,4 +195,4 @@ ROWS |= {"fp8_gemm": _fp8_gemm_rows, "fp8_memory": _fp8_memory_rows, "fp8_ffn": 
 
 ENERGY_SECONDS = {"gemm": 0.5, "memory": 0.0, "ffn": 0.5, "sweep": 0.0}
 ENERGY_SECONDS |= {"fp8_gemm": 0.5, "fp8_memory": 0.0, "fp8_ffn": 0.5}
-"""By part: how long each candidate repeats alone for its energy."""
+"""By part: how long each candidate repeats alone for its energy, at most; a tenth of the timing where that is less."""
