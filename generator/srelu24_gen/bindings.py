@@ -23,8 +23,6 @@ K_BLOCK_BYTES = 128
 """Of a row of B in a k-block: the span of the swizzle."""
 _MOST_STAGES = 8
 """Deeper rings hide nothing more: eight k-blocks are several microseconds."""
-PROMOTED_BLOCKS = 4
-"""k-blocks of 8-bit products, 512 of K, between two sums in fp32 (``Family.promote``)."""
 
 _ELEMENT = {
     DType.BF16: "bfloat16_t",
@@ -51,16 +49,18 @@ class Footprint:
     """Registers a thread of a consumer has: what setmaxnreg or the launch bounds give it."""
 
 
-def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
+def footprint(family: Family, config: KernelConfig) -> Footprint:
     """Threads, registers and shared memory of a GEMM kernel."""
     if config.producer is Producer.ALL:
-        return _footprint_of_warps(op, dtype, config)
+        return _footprint_of_warps(family, config)
     consumers = config.tile_m // 64
     producer = config.producer is Producer.WARPGROUP
     threads = WARPGROUP_THREADS * (consumers + producer)
-    k_bytes = config.tile_k * dtype.bytes
-    bytes_a = config.tile_m * k_bytes // (2 if op in SPARSE_OPS else 1)
+    k_bytes = config.tile_k * family.dtype.bytes
+    bytes_a = config.tile_m * k_bytes // (2 if family.op in SPARSE_OPS else 1)
     bytes_b = config.tile_n * k_bytes
+    # Scales and biases of a tile's columns, fp32, for two works.
+    column_bytes = 2 * 4 * config.tile_n * (1 + family.bias) if family.scaled else 0
     # The launch gives every thread an equal share, in steps of 8; setmaxnreg moves the producer's to the consumers.
     share = min(255, 65536 // threads // 8 * 8)
     reallocates = producer and consumers > 1
@@ -71,7 +71,7 @@ def footprint(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
         threads=threads,
         stage_bytes_a=bytes_a,
         stage_bytes_b=bytes_b,
-        shared_bytes=config.stages * (bytes_a + bytes_b) + BOOKKEEPING_BYTES,
+        shared_bytes=config.stages * (bytes_a + bytes_b) + BOOKKEEPING_BYTES + column_bytes,
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
@@ -86,10 +86,10 @@ def warp_rows(config: KernelConfig) -> int:
     return 64 if config.tile_m * config.tile_n >= 4 * 64 * WARP_COLUMNS else 32
 
 
-def _footprint_of_warps(op: Op, dtype: DType, config: KernelConfig) -> Footprint:
+def _footprint_of_warps(family: Family, config: KernelConfig) -> Footprint:
     threads = 32 * (config.tile_m // warp_rows(config)) * (config.tile_n // WARP_COLUMNS)
-    k_bytes = config.tile_k * dtype.bytes
-    bytes_a = config.tile_m * k_bytes // (2 if op is Op.SPGEMM else 1)
+    k_bytes = config.tile_k * family.dtype.bytes
+    bytes_a = config.tile_m * k_bytes // (2 if family.op is Op.SPGEMM else 1)
     bytes_b = config.tile_n * k_bytes
     registers = min(255, 65536 // threads)
     return Footprint(
@@ -105,8 +105,8 @@ def _footprint_of_warps(op: Op, dtype: DType, config: KernelConfig) -> Footprint
 
 def max_stages(family: Family, config: KernelConfig, shared_bytes: int) -> int:
     """The deepest useful ring that fits in so much shared memory; 0 where none does."""
-    one = footprint(family.op, family.dtype, dataclasses.replace(config, stages=1)).shared_bytes
-    two = footprint(family.op, family.dtype, dataclasses.replace(config, stages=2)).shared_bytes
+    one = footprint(family, dataclasses.replace(config, stages=1)).shared_bytes
+    two = footprint(family, dataclasses.replace(config, stages=2)).shared_bytes
     return max(0, min(_MOST_STAGES, 1 + (shared_bytes - one) // (two - one)))
 
 
@@ -139,7 +139,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
     }
     if not family.op.multiplies:
         return names
-    size = footprint(family.op, family.dtype, config)
+    size = footprint(family, config)
     names |= {
         "tile_m": config.tile_m,
         "tile_n": config.tile_n,
@@ -169,7 +169,7 @@ def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[
         "consumer_registers": size.consumer_registers,
         "output": "float" if family.out is DType.FP32 else f"cutlass::{_ELEMENT[family.out or family.dtype]}",
         "scaled": _cpp(family.scaled),
-        "promoted_blocks": PROMOTED_BLOCKS if family.promote else 0,
+        "promote": _cpp(family.promote),
         "mma": _wgmma(family, config.tile_n),
         "stage_bytes_a": size.stage_bytes_a,
         "stage_bytes_b": size.stage_bytes_b,

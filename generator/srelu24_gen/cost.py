@@ -78,7 +78,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
         memory = 1e6 * (bytes_a + bytes_out) / _bandwidth(target)
         return Cost(FIXED_US + memory, 0.0, memory, 0.0, FIXED_US, 1.0)
     c, sparse = config, family.op in SPARSE_OPS
-    size = footprint(family.op, family.dtype, c)
+    size = footprint(family, c)
     tiles_m, tiles_n = -(-problem.m // (c.tile_m * c.cluster_m)), -(-problem.n // c.tile_n)
     k_blocks = -(-problem.k // c.tile_k)
     clusters = target.sm_count // c.cluster_m

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
@@ -57,6 +58,16 @@ class Shape(NamedTuple):
         first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1, out=s)
         second = Family(Op.SPGEMM, dtype, bias=b2, out=y)
         return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
+
+    def recipe_kernels(self) -> tuple[Problem, ...]:
+        """What the 8-bit recipes (docs/fp8.md) launch besides :meth:`gemms`: X quantised, and for ``rowwise`` GEMM1 to
+        bf16 and the squares of that."""
+        first, _ = self.gemms(DType.E4M3)
+        return (
+            Problem(Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), self.m, self.d),
+            dataclasses.replace(first, family=dataclasses.replace(first.family, out=DType.BF16)),
+            Problem(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), self.m, self.f),
+        )
 
     def dense_gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
         """The two GEMMs of the dense FFN, squared ReLU in the first one's epilogue."""

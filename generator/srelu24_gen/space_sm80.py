@@ -52,7 +52,7 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
     if c.stages < _LEAST_STAGES:
         return Verdict(False, f"stages = {c.stages}; loads are ahead of the MMAs with at least {_LEAST_STAGES}")
-    size = footprint(family.op, family.dtype, c)
+    size = footprint(family, c)
     if size.shared_bytes > target.smem_per_block:
         return Verdict(
             False, f"{c.stages} stages need {size.shared_bytes} bytes of shared memory; {target.smem_per_block} there"

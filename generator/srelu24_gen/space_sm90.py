@@ -64,7 +64,7 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(False, f"cluster_m = {c.cluster_m} is not 1 or 2; 4 leaves multiprocessors idle")
     if c.raster_group < 1:
         return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
-    size = footprint(op, family.dtype, c)
+    size = footprint(family, c)
     needed = c.tile_n // 2 + _ACCUMULATOR_OVERHEAD  # promoted sums are no operands of a wgmma
     # A wgmma is checked against the registers every thread is launched with, before setmaxnreg.
     launched = min(255, target.registers_per_sm // size.threads // 8 * 8)
@@ -83,10 +83,6 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         if c.stream_k and op is Op.SPGEMM_TOKENS and (adds or c.cluster_m == 1):
             return Verdict(
                 False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and the store of {op.value}"
-            )
-        if family.scaled and op is Op.SPGEMM and (family.bias or c.stream_k):
-            return Verdict(
-                False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for scales and a bias or stream_k"
             )
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:

@@ -142,7 +142,7 @@ class Family:
     weight: DType | None = None
     """Type of B; None where it is ``dtype``."""
     promote: bool = False
-    """Whether 8-bit products are summed in fp32 registers of their own every few k-blocks (``PROMOTED_BLOCKS``)."""
+    """Whether 8-bit products leave the tensor cores' short sums after every 128, for a sum in fp32."""
     tokens: bool = False
     """The output is packed along tokens as well (docs/training.md)."""
     permuted: bool = False

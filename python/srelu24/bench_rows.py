@@ -147,13 +147,16 @@ def _sweep_rows(case: Case, groups: dict[str, Group]) -> list[Row]:
 
 def _fp8_gemm_rows(case: Case, groups: dict[str, Group]) -> list[Row]:
     """``recipe`` says what GEMM1 writes: bf16 for rowwise, e4m3 for the others."""
-    gemm2 = {"srelu24": "gemm2_sparse", "cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
+    gemm1 = {"srelu24": "gemm1_e4m3", "promoted": "gemm1_promoted", "cublas": "gemm1_cublas"}
+    gemm2 = {"srelu24": "gemm2_sparse", "promoted": "gemm2_promoted"}
+    gemm2 |= {"cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
     by_op = [
         ("gemm_relu2_24", "rowwise", {"srelu24": "gemm1_bf16", "cublas": "gemm1_cublas"}),
-        ("gemm_relu2_24", "predicted", {"srelu24": "gemm1_e4m3", "cublas": "gemm1_cublas"}),
+        ("gemm_relu2_24", "predicted", gemm1),
         ("spgemm", None, gemm2),
     ]
-    return [_fp8(_row(op, case, groups["fp8_gemm"], names, case.gemm_flops), recipe) for op, recipe, names in by_op]
+    group = groups["fp8_gemm"]
+    return [_fp8(_row(op, case, group, names, case.gemm_flops, alone=True), recipe) for op, recipe, names in by_op]
 
 
 def _fp8_memory_rows(case: Case, groups: dict[str, Group]) -> list[Row]:

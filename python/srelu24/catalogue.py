@@ -99,10 +99,15 @@ def _readable_records(target: GpuTarget) -> Iterable[TuningRecord]:
 def specs_for(
     shapes: Iterable[Shape], dtype: DType, target: GpuTarget, every_candidate: bool = False
 ) -> list[KernelSpec]:
-    """The binaries that shapes need, each once: those of the sparse FFN that would run, or all that tuning may time."""
+    """The binaries that shapes need, each once: those of the sparse FFN that would run, or all that tuning may time and
+    then choose from.
+
+    In e4m3 those of every recipe; there is no dense FFN.
+    """
     found: dict[str, KernelSpec] = {}
     for shape in shapes:
-        for problem in (*shape.gemms(dtype), *(shape.dense_gemms(dtype) if every_candidate else ())):
+        others = shape.dense_gemms(dtype) if every_candidate else ()
+        for problem in (*shape.gemms(dtype), *(shape.recipe_kernels() if dtype is DType.E4M3 else others)):
             configs = [choose(problem, target).config]
             if every_candidate and problem.family.op is not Op.GEMM:  # dense GEMMs are timed as they would run
                 configs += [space.default(problem, target), *space.candidates(problem, target)]
@@ -130,7 +135,7 @@ def _built_row(spec: KernelSpec, result: compiler.Outcome) -> dict[str, Any]:
     meta = result.meta
     dynamic = 0
     if spec.family.op.multiplies:
-        dynamic = footprint(spec.family.op, spec.family.dtype, spec.config).shared_bytes
+        dynamic = footprint(spec.family, spec.config).shared_bytes
     return row | {
         "registers": meta.registers,
         "stack_bytes": meta.stack_bytes,

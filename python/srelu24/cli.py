@@ -180,7 +180,7 @@ def build(
     from_module: options.FromModule = None,
     tokens: options.Tokens = None,
     gpu: options.Gpu = None,
-    dtype: options.Dtype = DType.BF16,
+    dtype: options.TunedDtype = DType.BF16,
     every: Annotated[bool, typer.Option("--all", help="All that tuning may time, not only what would run.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
     json: options.Json = False,

@@ -141,8 +141,11 @@ def bench_report(
     for each in page:
         report.update_page(each, results)
     plots.plot_ffn(results, results / "ffn.svg")
-    if any(row.row.op == "sweep" for row in report.load_results(results)):
+    found = report.load_results(results)
+    if any(row.row.op == "sweep" for row in found):
         plots.plot_sweep(results, results / "sweep.svg")
+    if report.of_recipes(found):
+        plots.plot_recipes(results, results / "fp8.svg")
 
 
 @app.command("fp8")
@@ -151,6 +154,7 @@ def bench_fp8(
     model: options.Models = None,
     tokens: options.Tokens = None,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing, per shape and density.")] = 20.0,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
@@ -158,7 +162,7 @@ def bench_fp8(
     from srelu24 import run as main_job
 
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
-    main_job.benchmark("fp8", shapes, DType.BF16, density, options.named_result(json, results, "fp8"))
+    main_job.benchmark("fp8", shapes, DType.BF16, density, options.named_result(json, results, "fp8"), seconds)
 
 
 @app.command("accuracy")

@@ -155,7 +155,7 @@ class GemmLauncher:
 
     def __init__(self, spec: KernelSpec, device: int) -> None:
         self.spec = spec
-        self.size = footprint(spec.family.op, spec.family.dtype, spec.config)
+        self.size = footprint(spec.family, spec.config)
         self.kernel: LoadedKernel = load(
             build(spec), device, threads=self.size.threads, shared_bytes=self.size.shared_bytes
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ _CHUNK_ROWS = 4096
 @dataclass(frozen=True, eq=False)
 class Case:
     """One shape, type and density on a GPU: the inputs, every intermediate, the outputs to expect."""
+
+    speed: ClassVar[int] = 1
+    """Of the tensor cores on the GEMMs' operands, over that on 16 bits."""
 
     m: int
     d: int
@@ -301,7 +305,7 @@ GEMM = (
 """The two GEMMs alone; the dense ones run on the zero-rich activations that a dense FFN has."""
 
 DENSE_GEMMS = frozenset({"gemm1_fused", "gemm1_dense", "gemm1_cublas", "gemm2_dense", "gemm2_cublas"})
-SPARSE_GEMMS = frozenset({"gemm2_sparse", "gemm2_cusparselt"})
+SPARSE_GEMMS = frozenset({"gemm2_sparse", "gemm2_promoted", "gemm2_cusparselt"})
 """What the ceilings of the speed of light are taken from. All do 2 M D F dense-equivalent operations."""
 
 SWEEP = (
@@ -316,7 +320,7 @@ SWEEP = (
 def tensor_rate(case: Case, name: str) -> int:
     """Dense-equivalent operations a clock of the whole GPU's tensor cores, for one of :data:`GEMM`."""
     target = dispatch.gpu_of(case.x.device)
-    return target.sm_count * target.dense_flops_per_clock * (2 if name in SPARSE_GEMMS else 1)
+    return target.sm_count * target.dense_flops_per_clock * case.speed * (2 if name in SPARSE_GEMMS else 1)
 
 
 MEMORY = (

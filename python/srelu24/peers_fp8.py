@@ -31,6 +31,8 @@ _CHUNK_ROWS = 2048
 class Fp8Case(Case):
     """A case with quantised weights, and with every intermediate of the 8-bit forward."""
 
+    speed = 2
+
     @cached_property
     def q1(self) -> QuantizedWeight:
         return quantize.quantize_weight(self.w1)
@@ -176,7 +178,7 @@ def _scaled_gemm(a: QuantizedRows, w: QuantizedWeight) -> Run:
     )  # fmt: skip
 
 
-def _gemm1(to: torch.dtype) -> Callable[[Fp8Case], Run]:
+def _gemm1(to: torch.dtype, promote: bool = False) -> Callable[[Fp8Case], Run]:
     def build(case: Fp8Case) -> Run:
         out = Sparse24.empty(case.m, case.f, to, case.x.device, FragmentOrder.BITS8)
         scales = Scales(a=case.xq.scale, b=case.q1.scale)
@@ -187,7 +189,7 @@ def _gemm1(to: torch.dtype) -> Callable[[Fp8Case], Run]:
             scales.r_largest = torch.zeros(case.m, device=case.x.device)
 
         def run() -> Sparse24:
-            kernels.gemm_relu2_24(case.xq.values, case.q1.values, None, out, scales)
+            kernels.gemm_relu2_24(case.xq.values, case.q1.values, None, out, scales, promote=promote)
             return out
 
         return run
@@ -195,15 +197,18 @@ def _gemm1(to: torch.dtype) -> Callable[[Fp8Case], Run]:
     return build
 
 
-def _gemm2(case: Fp8Case) -> Run:
-    out = torch.empty(case.m, case.d, dtype=torch.bfloat16, device=case.x.device)
-    scales = Scales(a=quantize.scale(case.amax), b=case.q2.scale)
+def _gemm2(promote: bool = False) -> Callable[[Fp8Case], Run]:
+    def build(case: Fp8Case) -> Run:
+        out = torch.empty(case.m, case.d, dtype=torch.bfloat16, device=case.x.device)
+        scales = Scales(a=quantize.scale(case.amax), b=case.q2.scale)
 
-    def run() -> Tensor:
-        kernels.spgemm(case.s8, case.q2.values, None, out, scales)
-        return out
+        def run() -> Tensor:
+            kernels.spgemm(case.s8, case.q2.values, None, out, scales, promote=promote)
+            return out
 
-    return run
+        return run
+
+    return build
 
 
 def _quantize_rows(case: Fp8Case) -> Run:
@@ -239,9 +244,11 @@ FFN = (
 )
 GEMM = (
     Peer("gemm1_e4m3", _of(_gemm1(E4M3)), _expect(lambda case: case.s8.to_dense().float()), TOLERANCE),
+    Peer("gemm1_promoted", _of(_gemm1(E4M3, True)), _expect(lambda case: case.s8.to_dense().float()), TOLERANCE),
     Peer("gemm1_bf16", _of(_gemm1(torch.bfloat16)), _expect(lambda case: case.r.to_dense()), TOLERANCE),
     Peer("gemm1_cublas", _of(lambda case: _scaled_gemm(case.xq, case.q1)), _expect(lambda case: case.h8), TOLERANCE),
-    Peer("gemm2_sparse", _of(_gemm2), _expect(lambda case: case.y_sparse), TOLERANCE),
+    Peer("gemm2_sparse", _of(_gemm2()), _expect(lambda case: case.y_sparse), TOLERANCE),
+    Peer("gemm2_promoted", _of(_gemm2(True)), _expect(lambda case: case.y_sparse), TOLERANCE),
     Peer(
         "gemm2_cublas",
         _of(lambda case: _scaled_gemm(case.act8, case.q2)),

@@ -72,7 +72,8 @@ def load_results(results_dir: Path) -> list[Result]:
 
 def tables(results_dir: Path) -> dict[str, str]:
     """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``;
-    ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory`` of the 8-bit kernels; ``step``, ``step_parts``, ``split`` of training.
+    ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory``, ``fp8_figure`` of the 8-bit kernels; ``step``, ``step_parts``,
+    ``split`` of training.
 
     Empty where nothing was measured.
 
@@ -93,10 +94,13 @@ def tables(results_dir: Path) -> dict[str, str]:
         "sweep": _sweep_table,
         "model": _model_table,
     }
+    narrow_figure = "![time of the parts of an 8-bit FFN](results/fp8.svg)\n" if of_recipes(results) else ""
     wide, narrow = ([r for r in results if r.row.dtype.startswith("fp8") == fp8] for fp8 in (False, True))
-    return {name: make(wide) for name, make in makers.items()} | {
-        f"fp8_{name}": makers[name](narrow) for name in ("ffn", "gemm", "memory")
-    }
+    return (
+        {name: make(wide) for name, make in makers.items()}
+        | {f"fp8_{name}": makers[name](narrow) for name in ("ffn", "gemm", "memory")}
+        | {"fp8_figure": narrow_figure}
+    )
 
 
 def update_page(page: Path, results_dir: Path) -> bool:
@@ -154,6 +158,8 @@ def _ffn_table(results: list[Result]) -> str:
 
 def _gemm_table(results: list[Result]) -> str:
     peers = {"gemm": "our dense GEMM", "cublas": "cuBLAS", "cusparselt": "cuSPARSELt"}
+    if any("promoted" in r.row.candidates for r in results):
+        peers["promoted"] = "promoted sums"
     head = ["kernel", "dtype", "MxDxF", "density", "ms", "TFLOP/s", "J", "MHz", "of the tensor cores"]
     head += [f"over {name}" for name in peers.values()]
 
@@ -311,6 +317,11 @@ def _split_table(results: list[Result]) -> str:
 def of_op(results: Iterable[Result], op: str) -> list[Result]:
     """Those of one op, in their order."""
     return [result for result in results if result.row.op == op]
+
+
+def of_recipes(results: Iterable[Result]) -> list[Result]:
+    """The 8-bit FFNs that were timed beside the dense one."""
+    return [r for r in of_op(results, "ffn_forward") if r.row.recipe is not None and "torch_compile" in r.row.speedup]
 
 
 def _case_cells(row: Row) -> list[str]:

@@ -40,7 +40,9 @@ def test_footprint(
     stage_bytes: tuple[int, int],
     stages: int,
 ) -> None:
-    size = footprint(op, DType.BF16, KernelConfig(tile_m=tile_m, tile_n=tile_n, producer=producer, stages=stages))
+    size = footprint(
+        Family(op, DType.BF16), KernelConfig(tile_m=tile_m, tile_n=tile_n, producer=producer, stages=stages)
+    )
     assert size.consumers == tile_m // 64
     assert size.threads == threads
     assert (size.producer_registers, size.consumer_registers) == registers
@@ -60,7 +62,7 @@ def test_registers_and_shared_memory_are_within_the_multiprocessor() -> None:
         if not space.supports_config(family, config, target).ok:
             continue
         checked += 1
-        size = footprint(op, DType.FP16, config)
+        size = footprint(Family(op, DType.FP16), config)
         producers = size.threads - 128 * size.consumers
         used = 128 * size.consumers * size.consumer_registers + producers * size.producer_registers
         assert used <= target.registers_per_sm

@@ -147,7 +147,7 @@ def test_the_deepest_ring_is_the_deepest(family: Family, tile_m: int, producer: 
     deepest = space.max_stages(family, config, H200)
 
     def shared(stages: int) -> int:
-        return footprint(family.op, family.dtype, dataclasses.replace(config, stages=stages)).shared_bytes
+        return footprint(family, dataclasses.replace(config, stages=stages)).shared_bytes
 
     assert shared(deepest) <= H200.smem_per_block
     assert deepest == 8 or shared(deepest + 1) > H200.smem_per_block
@@ -200,9 +200,9 @@ def test_types_that_do_not_go_together(family: Family, words: str) -> None:
         (SPARSE8, KernelConfig(), "tile_k = 64 is not 128, the 128-byte swizzle span of e4m3 B"),
         (dataclasses.replace(SPARSE8, promote=True), KernelConfig(tile_k=128), "fit with tile_n = 128 only"),
         (
-            dataclasses.replace(SPARSE8, bias=True),
+            dataclasses.replace(SPARSE8, residual=True),
             KernelConfig(tile_m=192, tile_k=128, producer=THREAD),
-            "no registers left for scales and a bias",
+            "no registers left to load a residual",
         ),
     ],
 )

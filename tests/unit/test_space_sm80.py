@@ -87,7 +87,7 @@ def test_candidates_fit_every_gpu_and_take_every_width(
     assert found[0] == space.default(problem, target)
     assert len(set(found)) == len(found) > 5
     for config in found:
-        size = footprint(family.op, family.dtype, config)
+        size = footprint(family, config)
         assert size.shared_bytes <= target.smem_per_block
         assert size.threads in (128, 256)
         assert size.threads * size.consumer_registers <= target.registers_per_sm
@@ -108,7 +108,7 @@ def test_defaults_follow_the_shared_memory_and_the_rows() -> None:
 
 def test_warps_cover_the_tile() -> None:
     for config in space.candidates(Problem(DENSE, 4096, 4096, 4096), A100):
-        size = footprint(Op.GEMM, DType.BF16, config)
+        size = footprint(Family(Op.GEMM, DType.BF16), config)
         assert size.threads // 32 * warp_rows(config) * 64 == config.tile_m * config.tile_n
 
 

@@ -84,9 +84,11 @@ def quantize_rows(x: Tensor, out: Tensor, scales: Scales) -> None:
     launcher_of(family, *x.shape, 0, x.device)(Operands(a=x, out=out, scales=scales))
 
 
-def gemm_relu2_24(x: Tensor, w1: Tensor, bias: Tensor | None, out: Sparse24, scales: Scales) -> None:
-    """x [M, D] e4m3, w1 [F, D], to the kept r in bf16, or to S in e4m3."""
-    family = _family(Op.GEMM_RELU2_24, w1.dtype, out.dtype, bias is not None, False)
+def gemm_relu2_24(
+    x: Tensor, w1: Tensor, bias: Tensor | None, out: Sparse24, scales: Scales, *, promote: bool = False
+) -> None:
+    """x [M, D] e4m3, w1 [F, D], to the kept r in bf16, or to S in e4m3. ``promote``: with promoted sums."""
+    family = _family(Op.GEMM_RELU2_24, w1.dtype, out.dtype, bias is not None, False, promote)
     o = Operands(a=x, b=w1, bias=None if bias is None else bias.float(), out=out, scales=scales)
     launcher_of(family, x.shape[0], *w1.shape, x.device)(o)
 
@@ -98,17 +100,18 @@ def square_rows(r: Sparse24, out: Sparse24, scales: Scales) -> None:
 
 
 def spgemm(
-    s: Sparse24, w2: Tensor, bias: Tensor | None, out: Tensor, scales: Scales, residual: Tensor | None = None
-) -> None:
-    """S [M, F] e4m3, w2 [D, F], to ``out`` [M, D] in 16 bits; the residual has its type."""
-    family = _family(Op.SPGEMM, w2.dtype, out.dtype, bias is not None, residual is not None)
+    s: Sparse24, w2: Tensor, bias: Tensor | None, out: Tensor, scales: Scales, residual: Tensor | None = None,
+    *, promote: bool = False,
+) -> None:  # fmt: skip
+    """S [M, F] e4m3, w2 [D, F], to ``out`` [M, D] in 16 bits; the residual has its type. ``promote`` as above."""
+    family = _family(Op.SPGEMM, w2.dtype, out.dtype, bias is not None, residual is not None, promote)
     bias = None if bias is None else bias.float()
     o = Operands(a=s, b=w2, bias=bias, residual=residual, out=out, scales=scales)
     launcher_of(family, s.shape[0], *w2.shape, out.device)(o)
 
 
 @functools.cache
-def _family(op: Op, weight: torch.dtype, out: torch.dtype, bias: bool, residual: bool) -> Family:
+def _family(op: Op, weight: torch.dtype, out: torch.dtype, bias: bool, residual: bool, promote: bool = False) -> Family:
     return Family(
         op,
         DType.E4M3,
@@ -117,6 +120,7 @@ def _family(op: Op, weight: torch.dtype, out: torch.dtype, bias: bool, residual:
         residual,
         out=DType.E4M3 if out == E4M3 else DTYPES[out],
         weight=DType.E5M2 if weight == E5M2 else None,
+        promote=promote,
     )
 
 

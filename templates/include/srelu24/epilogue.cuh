@@ -75,6 +75,16 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Par
   }
 }
 
+/// What an array [m], or [1] with a step of 0, has for a thread's rows g and g + 8.
+__device__ __forceinline__ void load_of_rows(float (&x)[2], float const* of_rows, int step, int m,
+                                             BlockPosition const& at) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    int64_t const row = at.row + 8 * h;
+    x[h] = row < m ? __ldg(of_rows + row * step) : 0.f;
+  }
+}
+
 /// What 8-bit sums stand for: acc * b_scale * a_scale + bias + residual, each operation rounded by itself. Applied to
 /// a few accumulators at a time, right before they are stored, since registers are short.
 template <class Config, class Params>
@@ -82,16 +92,30 @@ struct Scaling {
   using Output = typename Config::Output;
   Params const& p;
   BlockPosition const& at;
+  float const* column_scale;  // of the columns from at.column on, and their bias
+  float const* bias;
+  int columns;  // that may be read there
   float row_scale[2];
 
+  /// Scales in global memory.
   __device__ __forceinline__ Scaling(Params const& params, BlockPosition const& position) : p(params), at(position) {
     if constexpr (Config::kScaled) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        row_scale[h] = at.row + 8 * h < p.m ? __ldg(p.scale.a + (at.row + 8 * h) * p.scale.a_step) : 0.f;
-      }
+      column_scale = p.scale.b + at.column;
+      bias = static_cast<float const*>(p.bias) + at.column;
+      columns = p.n - at.column;
+      load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
     }
   }
+  /// Scales that a kernel has brought nearer, with room for a whole tile's: a load from L2 for every few accumulators
+  /// takes longer than all the rest of the epilogue. Columns beyond the matrix get what lies there.
+  __device__ __forceinline__ Scaling(Params const& params, BlockPosition const& position, float const (&of_rows)[2],
+                                     float const* of_columns, float const* biases)
+      : p(params),
+        at(position),
+        column_scale(of_columns),
+        bias(biases),
+        columns(Config::kTileN),
+        row_scale{of_rows[0], of_rows[1]} {}
 
   /// To accumulators [16i, 16i + 16).
   __device__ __forceinline__ void apply(float (&acc)[Config::kTileN / 2], int i) const {
@@ -100,13 +124,14 @@ struct Scaling {
 
  private:
   __device__ __forceinline__ void apply_scales(float (&acc)[Config::kTileN / 2], int i) const {
-    int const column = column_of<Config>(at, i);
-    if (column >= p.n) return;
-    auto const* const bias = static_cast<float const*>(p.bias) + column;
+    int const column = column_of<Config>(at, i), place = column - at.column;
 #pragma unroll
     for (int c = 0; c < 8; c += 4) {
-      float4 const s = __ldg(reinterpret_cast<float4 const*>(p.scale.b + column + c));
-      float4 const b = Config::kBias ? __ldg(reinterpret_cast<float4 const*>(bias + c)) : float4{};
+      auto four = [&](float const* of_columns) {
+        return place < columns ? *reinterpret_cast<float4 const*>(of_columns + place + c) : float4{};
+      };
+      float4 const s = four(column_scale);
+      float4 const b = Config::kBias ? four(bias) : float4{};
       float const scales[4] = {s.x, s.y, s.z, s.w}, biases[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -123,7 +148,9 @@ struct Scaling {
       for (int h = 0; h < 2; ++h) {
         int64_t const row = at.row + 8 * h;
         float r[8] = {};
-        if (row < p.m) load8<Output>(r, static_cast<Output const*>(p.residual) + row * p.residual_stride + column);
+        if (row < p.m && column < p.n) {
+          load8<Output>(r, static_cast<Output const*>(p.residual) + row * p.residual_stride + column);
+        }
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
           float& x = acc[16 * i + 4 * (c / 2) + 2 * h + c % 2];
@@ -134,14 +161,13 @@ struct Scaling {
   }
 };
 
-/// out = act(accumulators), row-major, LoadOrder::kOwn8: eight columns a store.
+/// out = act(accumulators), row-major, LoadOrder::kOwn8: eight columns a store. 8-bit sums are scaled first.
 template <class Config, class Params>
-__device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Params const& p,
-                                            BlockPosition const& at) {
+__device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Params const& p, BlockPosition const& at,
+                                            Scaling<Config, Params> const& scaling) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
   auto* out = static_cast<Element*>(p.out);
-  Scaling<Config, Params> const scaling(p, at);
 #pragma unroll
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);

@@ -7,27 +7,34 @@
 namespace srelu24 {
 
 __device__ __forceinline__ void square_rows(SquareParams const& p) {
-  int const row = blockIdx.x, kept = p.n / 2;  // a multiple of 8; rows are padded to 16 bytes on both sides
+  constexpr int kAtOnce = 8;                       // vectors a thread asks for before it uses the first
+  int const row = blockIdx.x, vectors = p.n / 16;  // of 8 kept values
+  int const ends = (vectors + 1) / 2 * 2;          // rows of the output are padded to 16 bytes, with zeros
   auto const* in = reinterpret_cast<uint4 const*>(static_cast<cutlass::bfloat16_t const*>(p.in) + row * p.in_stride);
-  auto* out = reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + row * p.out_stride);
+  auto* out = reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.out) + row * p.out_stride);
   float const r = __uint_as_float(__ldg(p.r_largest + row));
-  float const largest = __fmul_rn(r, r), inverse = inverse_scale_of(largest);
-  if (threadIdx.x == 0) p.s_scale[row] = scale_of(largest);
-
-  auto four = [&](uint32_t x, uint32_t y) {
-    float2 const a = scaled_squares(x, inverse), b = scaled_squares(y, inverse);
-    return round_e4m3(a.x, a.y, b.x, b.y);
-  };
-  for (int i = threadIdx.x; 16 * i < kept; i += blockDim.x) {
-    uint4 const a = __ldg(in + 2 * i);
-    uint4 y = {four(a.x, a.y), four(a.z, a.w), 0, 0};  // padding is zero, whatever the row's scale is
-    if (16 * i + 8 < kept) {
-      uint4 const b = __ldg(in + 2 * i + 1);
-      y.z = four(b.x, b.y);
-      y.w = four(b.z, b.w);
+  float const largest = __fmul_rn(r, r);
+  for (int first = threadIdx.x; first < ends; first += kAtOnce * blockDim.x) {
+    uint4 x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      int const v = first + i * blockDim.x;
+      x[i] = v < vectors ? __ldcs(in + v) : uint4{};
     }
-    out[i] = y;
+    float const inverse = inverse_scale_of(largest);  // here, so that no load waits for it
+    auto four = [&](uint32_t low, uint32_t high) {
+      float2 const a = scaled_squares(low, inverse), b = scaled_squares(high, inverse);
+      return round_e4m3(a.x, a.y, b.x, b.y);
+    };
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      int const v = first + i * blockDim.x;
+      uint2 y = {four(x[i].x, x[i].y), four(x[i].z, x[i].w)};
+      if (v >= vectors) y = {};  // padding, whatever the row's scale is
+      if (v < ends) out[v] = y;
+    }
   }
+  if (threadIdx.x == 0) p.s_scale[row] = scale_of(largest);
 }
 
 }  // namespace srelu24

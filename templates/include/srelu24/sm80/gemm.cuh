@@ -47,7 +47,7 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
     if constexpr (Config::kPrune) {
       store_pruned<View>(accumulators[s], p, at);
     } else {
-      store_dense<View>(accumulators[s], p, at);
+      store_dense<View>(accumulators[s], p, at, {p, at});
     }
   }
 }

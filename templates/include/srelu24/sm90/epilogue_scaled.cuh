@@ -14,23 +14,28 @@ __device__ __forceinline__ uint32_t trade(uint32_t low, uint32_t high, bool odd)
   return __shfl_xor_sync(~0u, odd ? low : high, 1);
 }
 
+/// Of eight kept r, which are not negative, the largest in even and in odd places. NaN is above infinity.
+__device__ __forceinline__ uint32_t largest_of(uint4 const& r) {
+  return __vmaxu2(__vmaxu2(r.x, r.y), __vmaxu2(r.z, r.w));
+}
+
+/// Eight nibbles of E: four zeros keep the first two.
+inline constexpr uint32_t kZeroGroups = 0x44444444u;
+
+/// Whether S is stored, not r.
+template <class Config>
+inline constexpr bool kStoresE4m3 = sizeof(typename Config::Output) == 1;
+
 /// prune24(relu(accumulators)) packed, LoadOrder::kOwn16, with E in the 8-bit order. To bf16: r as it is, and the
 /// largest r of each row. To e4m3: r * r, scaled; and how many values saturated.
 template <class Config>
 __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN / 2], GemmParams const& p,
-                                                    BlockPosition const& at) {
+                                                    BlockPosition const& at, Scaling<Config, GemmParams> const& scaling,
+                                                    float const (&s_inverse)[2]) {
   using P = Packed<cutlass::bfloat16_t>;
-  constexpr bool kToE4m3 = sizeof(typename Config::Output) == 1;
+  constexpr bool kToE4m3 = kStoresE4m3<Config>;
   bool const odd = at.thread % 2 != 0;
-  Scaling<Config, GemmParams> const scaling(p, at);
-  float inverse[2] = {};
-  if constexpr (kToE4m3) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (at.row + 8 * h < p.m) inverse[h] = __ldg(p.scale.s_inverse + (at.row + 8 * h) * p.scale.s_inverse_step);
-    }
-  }
-  // Rows beyond m hold zeros or another tile's padding: they become zero groups.
+  // Beyond the matrix there may be anything, and it becomes zero groups: where it is decided on, not value by value.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
   uint32_t largest = 0, words[Config::kTileN / 64];
   int saturated = 0;
@@ -42,32 +47,41 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
       int const x = 4 * (8 * q + f / 2) + f % 2;
-      uint32_t const inside = column_of<Config>(at, 2 * q + f / 8) < p.n ? rows : 0u;
-      value[f] = P::round_relu(acc[x], acc[x + 2]) & inside;
-      if constexpr (!kToE4m3) largest = __vmaxu2(largest, value[f]);  // no value is negative, NaN is above infinity
+      value[f] = P::round_relu(acc[x], acc[x + 2]);
     }
-    uint4 low, high;  // eight kept r of each row
-    uint32_t const word = prune16<cutlass::bfloat16_t, true, false>(value, low, high);
+    int const own = at.column + 64 * q + at.thread % 4 * 16;  // first of this thread's 16 columns
+    bool const inside = own < p.n;                            // n is a multiple of 16
+    uint4 low, high;                                          // eight kept r of each row
+    uint32_t const word =
+        select(inside ? rows : 0u, prune16<cutlass::bfloat16_t, true, false>(value, low, high), kZeroGroups);
     uint32_t const other = __shfl_xor_sync(~0u, word, 1);
     words[q] = odd ? high_halves(other, word) : low_halves(word, other);
     if constexpr (kToE4m3) {
       auto to_e4m3 = [&](uint4 const& r, float scale) {
+        // The largest tells whether there is anything to count, which is rare. NaN is the largest.
+        float2 const most = scaled_squares(largest_of(r), scale);
+        if (inside && !(most.x <= kUnreachableE4m3 && most.y <= kUnreachableE4m3)) {
+          for (uint32_t x : {r.x, r.y, r.z, r.w}) {
+            float2 const s = scaled_squares(x, scale);
+            saturated += (s.x > kUnreachableE4m3) + (s.y > kUnreachableE4m3);
+          }
+        }
         float2 const a = scaled_squares(r.x, scale), b = scaled_squares(r.y, scale);
         float2 const c = scaled_squares(r.z, scale), d = scaled_squares(r.w, scale);
-        for (float x : {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y}) saturated += x > kUnreachableE4m3;
-        return uint2{round_e4m3(a.x, a.y, b.x, b.y), round_e4m3(c.x, c.y, d.x, d.y)};
+        return inside ? uint2{round_e4m3(a.x, a.y, b.x, b.y), round_e4m3(c.x, c.y, d.x, d.y)} : uint2{};
       };
-      uint2 const mine_low = to_e4m3(low, inverse[0]), mine_high = to_e4m3(high, inverse[1]);
+      uint2 const mine_low = to_e4m3(low, s_inverse[0]), mine_high = to_e4m3(high, s_inverse[1]);
       uint32_t const x = trade(mine_low.x, mine_high.x, odd), y = trade(mine_low.y, mine_high.y, odd);
       uint4 const kept = odd ? uint4{x, y, mine_high.x, mine_high.y} : uint4{mine_low.x, mine_low.y, x, y};
       int const column = at.column + 64 * q + at.thread % 4 / 2 * 32;
       int64_t const row = at.row + 8 * odd;
       store16(static_cast<uint8_t*>(p.out) + row * p.out_stride + column / 2, kept, column < p.n && row < p.m);
     } else {
-      int const column = at.column + 64 * q + at.thread % 4 * 16;
-      auto* out = static_cast<cutlass::bfloat16_t*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + column / 2;
-      store16(out, low, column < p.n && at.row < p.m);
-      store16(out + 8 * p.out_stride, high, column < p.n && at.row + 8 < p.m);
+      uint32_t const x = largest_of(low), y = largest_of(high);
+      largest = __vmaxu2(largest, inside ? __vmaxu2(low_halves(x, y), high_halves(x, y)) : 0u);
+      auto* out = static_cast<cutlass::bfloat16_t*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + own / 2;
+      store16(out, low, inside && at.row < p.m);
+      store16(out + 8 * p.out_stride, high, inside && at.row + 8 < p.m);
     }
   }
   int64_t const vectors = (p.n + 255) / 256;
@@ -78,7 +92,7 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     static_assert(Config::kTileN == 128);
     auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;
     *half = make_uint2(words[0], words[1]);
-    if (at.column % 256 == 0 && at.column + 128 >= p.n) half[1] = make_uint2(0x44444444u, 0x44444444u);
+    if (at.column % 256 == 0 && at.column + 128 >= p.n) half[1] = make_uint2(kZeroGroups, kZeroGroups);
   }
   if constexpr (kToE4m3) {
     saturated = __reduce_add_sync(~0u, saturated);

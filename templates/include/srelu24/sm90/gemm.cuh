@@ -42,6 +42,14 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
 
   pieces.advance(-1, piece(0));
   uint32_t e[4] = {};
+  float row_scale[2], s_inverse[2];
+  auto load_rows = [&] {
+    BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
+    load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
+    if constexpr (kStoresE4m3<Config>) load_of_rows(s_inverse, p.scale.s_inverse, p.scale.s_inverse_step, p.m, at);
+  };
+  // Whether there are registers for what may be loaded before it is needed.
+  constexpr bool kEarly = !(Config::kScaled && Config::kConsumers == 3 && (Config::kSparse || Config::kStreamK));
   if constexpr (Config::kSparse) Mainloop<Config>::load_vector(e, metadata(pieces.next));
   while (pieces.next.exists()) {
     {
@@ -49,11 +57,17 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
       pieces.advance(w, piece(w + 1));
       producer.before_work(w);
       Piece const now = pieces.now;
+      if constexpr (Config::kScaled) {
+        if (consumer == 0 && threadIdx.x % 128 == 0) shared.columns.load(p, w, now.column);
+      }
       initialize<Config>(accumulators, p, block_position(now.row, now.column), now.k_begin == 0);
+      auto at_end = [&] {
+        if constexpr (Config::kScaled && kEarly) load_rows();
+      };
       if constexpr (Config::kSparse) {
-        mainloop.sparse(accumulators, now.k_end - now.k_begin, metadata(now), e, producer);
+        mainloop.sparse(accumulators, now.k_end - now.k_begin, metadata(now), e, producer, at_end);
       } else {
-        mainloop.dense(accumulators, now.k_end - now.k_begin, producer);
+        mainloop.dense(accumulators, now.k_end - now.k_begin, producer, at_end);
       }
     }
     bool whole = true;
@@ -61,23 +75,33 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
     auto load_next_metadata = [&] {
       if (pieces.next.exists()) Mainloop<Config>::load_vector(e, metadata(pieces.next));
     };
-    // The next E arrives while this tile is stored, unless scales take its registers then.
-    if constexpr (Config::kSparse && !Config::kScaled) load_next_metadata();
+    // The next E arrives while this tile is stored.
+    if constexpr (Config::kSparse && kEarly) load_next_metadata();
+    if constexpr (Config::kScaled) shared.columns.wait(pieces.number);  // always: nothing may arrive after the end
     if (whole && pieces.now.row < p.m) {
       BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
       if constexpr (Config::kHiddenGradient) {
         store_hidden_gradient<Config>(accumulators, p, at);
       } else if constexpr (Config::kAlongTokens) {
         store_weight_gradient<Config>(accumulators, p, at);
-      } else if constexpr (Config::kScaled && Config::kPrune) {
-        store_pruned_scaled<Config>(accumulators, p, at);
+      } else if constexpr (Config::kScaled) {
+        if constexpr (!kEarly) load_rows();
+        int const turn = pieces.number % 2;
+        Scaling<Config, GemmParams> const scaling(p, at, row_scale, shared.columns.scale[turn],
+                                                  shared.columns.bias[turn]);
+        if constexpr (Config::kPrune) {
+          store_pruned_scaled<Config>(accumulators, p, at, scaling, s_inverse);
+        } else {
+          store_dense<Config>(accumulators, p, at, scaling);
+        }
       } else if constexpr (Config::kPrune) {
         store_pruned<Config>(accumulators, p, at);
       } else {
-        store_dense<Config>(accumulators, p, at);
+        store_dense<Config>(accumulators, p, at, {p, at});
       }
     }
-    if constexpr (Config::kSparse && Config::kScaled) load_next_metadata();
+    if constexpr (Config::kScaled) shared.columns.release(pieces.number);
+    if constexpr (Config::kSparse && !kEarly) load_next_metadata();
   }
 }
 

@@ -64,8 +64,6 @@ struct Mainloop {
   static constexpr int kAccumulators = Config::kTileN / 2;
   using Accumulators = float[kAccumulators];
   static constexpr int kSpanA = Config::kSparse ? 64 : 128;
-  static constexpr int kPromotedBlocks = Config::kPromotedBlocks;
-  static constexpr bool kPromotes = kPromotedBlocks > 0;
   using DescriptorA =
       cuda::std::conditional_t<Config::kAlongTokens, MnMajorDescriptor<32 * 128>, MatrixDescriptor<kSpanA>>;
   using DescriptorB =
@@ -77,9 +75,10 @@ struct Mainloop {
 
   __device__ __forceinline__ Mainloop(SharedStorage<Config>& s, int consumer) : shared(s), warpgroup(consumer) {}
 
-  /// accumulators += A B^T over `k_blocks` k-blocks, dense A. The producer's turn comes once per step, while MMAs fly.
-  template <class Producer>
-  __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Producer& producer) {
+  /// accumulators += A B^T over `k_blocks` k-blocks, dense A. The producer's turn comes once per step, while MMAs fly,
+  /// that of `at_end` once the last are issued: it may load what the epilogue needs.
+  template <class Producer, class AtEnd>
+  __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Producer& producer, AtEnd&& at_end) {
     Accumulators own;
     Accumulators& sums = sums_of(accumulators, own);
     bool first = true;
@@ -91,29 +90,33 @@ struct Mainloop {
           fma<typename Config::Mma>(sums, a.at(32 * k), b.at(32 * k));
         }
       });
-      first = kPromotes && k_blocks % (kPromotes ? kPromotedBlocks : 1) == 1;
-      if (first && k_blocks > 1) promote(accumulators, sums);
+      first = Config::kPromote;
+      if (Config::kPromote && k_blocks > 1) promote(accumulators, sums);
     }
+    at_end();
     drain(accumulators, sums);
   }
 
   /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds 256 of
   /// K, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
-  template <class Producer>
+  template <class Producer, class AtEnd>
   __device__ __forceinline__ void sparse(Accumulators& accumulators, int k_blocks, uint4 const* metadata,
-                                         uint32_t (&e)[4], Producer& producer) {
-    static_assert(!kPromotes || kPromotedBlocks == 2 * kVectorBlocks<Config>, "promoted after two vectors of E");
+                                         uint32_t (&e)[4], Producer& producer, AtEnd&& at_end) {
     Accumulators own;
     Accumulators& sums = sums_of(accumulators, own);
     uint32_t other[4];  // two vectors take turns: one feeds the MMAs while the next arrives
     bool first = true;
-    while (!sparse_vector(sums, first, k_blocks, metadata, e, other, producer) &&
-           !sparse_vector(sums, first, k_blocks, metadata, other, e, producer)) {
-      if constexpr (kPromotes) {
+    auto vector = [&](uint32_t (&current)[4], uint32_t (&next)[4]) {
+      bool const last = sparse_vector(sums, first, k_blocks, metadata, current, next, producer);
+      if (Config::kPromote && !last) {
         promote(accumulators, sums);
         first = true;
       }
+      return last;
+    };
+    while (!vector(e, other) && !vector(other, e)) {
     }
+    at_end();
     drain(accumulators, sums);
   }
 
@@ -169,16 +172,16 @@ struct Mainloop {
     cute::warpgroup_wait<0>();
     fence(sums);
     release(ring.previous());
-    if constexpr (kPromotes) {
+    if constexpr (Config::kPromote) {
 #pragma unroll
       for (int i = 0; i < kAccumulators; ++i) accumulators[i] += sums[i];
     }
   }
 
-  /// Where the tensor cores sum. They keep fewer bits of 8-bit sums than fp32 has, so with kPromotedBlocks they sum that
-  /// many k-blocks into accumulators of their own, which are then added in fp32.
+  /// Where the tensor cores sum. They keep fewer bits of 8-bit sums than fp32 has, so with kPromote they sum 128 products
+  /// (a dense k-block, a vector of E) into accumulators of their own, which are then added in fp32.
   static __device__ __forceinline__ Accumulators& sums_of(Accumulators& accumulators, Accumulators& own) {
-    if constexpr (!kPromotes) return accumulators;
+    if constexpr (!Config::kPromote) return accumulators;
     zero(own);
     return own;
   }

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cutlass/arch/barrier.h>
+#include <cuda/std/type_traits>
+#include <cute/arch/copy_sm90_tma.hpp>
 
 #include <srelu24/sm90/work.cuh>
 
@@ -40,6 +42,44 @@ struct alignas(16) Load {
 template <class Config>
 inline constexpr int kWorksAhead = Config::kStages - Config::kProducerLag + 2;
 
+/// Scales and biases of a tile's columns, for two works that take turns: what a warpgroup still reads is not written.
+/// `full` completes when they have arrived, `empty` when every consumer warp has read them.
+template <class Config>
+struct ColumnScales {
+  alignas(16) float scale[2][Config::kTileN];
+  alignas(16) float bias[2][Config::kBias ? Config::kTileN : 4];
+  cutlass::arch::ClusterTransactionBarrier full[2];
+  cutlass::arch::ClusterBarrier empty[2];
+
+  __device__ __forceinline__ void init() {
+    for (int turn = 0; turn < 2; ++turn) {
+      full[turn].init(1);
+      empty[turn].init(4 * Config::kConsumers);
+    }
+  }
+
+  /// By one thread: have those of work `w` brought, which begin at `column`. What lies beyond the matrix stays as it is.
+  __device__ __forceinline__ void load(GemmParams const& p, int w, int column) {
+    int const turn = w % 2, bytes = 4 * min(Config::kTileN, p.n - column);  // n is a multiple of 16
+    empty[turn].wait(w / 2 % 2 ^ 1);
+    full[turn].arrive_and_expect_tx(Config::kBias ? 2 * bytes : bytes);
+    auto* barrier = reinterpret_cast<uint64_t*>(&full[turn]);
+    cute::SM90_BULK_COPY_G2S::copy(p.scale.b + column, barrier, scale[turn], bytes);
+    if constexpr (Config::kBias) {
+      cute::SM90_BULK_COPY_G2S::copy(static_cast<float const*>(p.bias) + column, barrier, bias[turn], bytes);
+    }
+  }
+  __device__ __forceinline__ void wait(int w) { full[w % 2].wait(w / 2 % 2); }
+
+  /// By all threads of a warp.
+  __device__ __forceinline__ void release(int w) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) empty[w % 2].arrive();
+  }
+};
+
+struct NoColumnScales {};
+
 /// Ring of Config::kStages k-blocks. `full` completes when the TMA has written a stage, `empty` when every
 /// consumer warpgroup of every CTA that received the stage's B has read it.
 template <class Config>
@@ -50,6 +90,7 @@ struct SharedStorage {
   cutlass::arch::ClusterBarrier empty[Config::kStages];
   Load loads[Config::kProducerWarpgroup ? 1 : kWorksAhead<Config>];  // by work number, modulo the size
   Pieces pieces[Config::kConsumers * 4];                             // one a warp
+  cuda::std::conditional_t<Config::kScaled, ColumnScales<Config>, NoColumnScales> columns;
 };
 
 template <class Config>
@@ -58,6 +99,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage<Config>& shared) {
     shared.full[s].init(1);  // the CTA's own producer
     shared.empty[s].init(Config::kConsumers * Config::kClusterM);
   }
+  if constexpr (Config::kScaled) shared.columns.init();
   cutlass::arch::fence_barrier_init();
 }
 
