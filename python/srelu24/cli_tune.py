@@ -14,6 +14,7 @@ from srelu24 import cli_options as options
 from srelu24 import views
 from srelu24.db import Database
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Pass
 from srelu24_gen.spec import DType
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 BUDGET_S = 120.0
 
 
-class Pass(StrEnum):
-    """Which kernels of training and inference."""
+class Passes(StrEnum):
+    """:class:`~srelu24_gen.models.Pass`, or all of them."""
 
-    FORWARD = "forward"
-    BACKWARD = "backward"
+    FORWARD = Pass.FORWARD.value
+    BACKWARD = Pass.BACKWARD.value
     ALL = "all"
 
 
@@ -40,15 +41,17 @@ def tune(
     from_module: options.FromModule = None,
     tokens: options.Tokens = None,
     dtype: options.TunedDtype = DType.BF16,
-    which: Annotated[Pass, typer.Option("--pass", help="Which kernels; only forward so far.")] = Pass.FORWARD,
+    which: Annotated[
+        Passes, typer.Option("--pass", help="The GEMMs of inference, those of a training step, or all.")
+    ] = Passes.FORWARD,
     density: options.Density = 0.1,
     budget: Annotated[
         float | None,
-        typer.Option(help="For each shape, such as 30s or 2m.", show_default="120s", **options.SECONDS),
+        typer.Option(help="For each shape and pass, such as 30s or 2m.", show_default="120s", **options.SECONDS),
     ] = None,
     total: Annotated[
         float | None,
-        typer.Option(help="For all shapes together, in proportion to their kernels' times.", **options.SECONDS),
+        typer.Option(help="For all together, in proportion to their kernels' times.", **options.SECONDS),
     ] = None,
     gpus: Annotated[str, typer.Option(help="GPUs to use: all, or numbers such as 0,1.", metavar="all|N,N")] = "0",
     resume: Annotated[
@@ -72,8 +75,6 @@ def tune(
         d_ff=d_ff,
         from_module=from_module,
     )
-    if which is not Pass.FORWARD:
-        raise Unsupported(f"--pass {which}: the kernels of the backward pass are not tuned yet; tune --pass forward")
     if budget is not None and total is not None:
         raise typer.BadParameter("give --budget for each shape or --total for all together, not both")
     from srelu24 import tune as tuner
@@ -96,6 +97,7 @@ def tune(
             dtype,
             runners,
             seconds,
+            passes=tuple(Pass) if which is Passes.ALL else (Pass(which),),
             density=density,
             resume=resume,
             dense=dense,

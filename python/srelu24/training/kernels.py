@@ -171,8 +171,8 @@ class TrainingOperands:
 
     a: [M, K]; packed for spgemm; for spgemm_tokens [K, M], packed along tokens.
     b: [N, K]; [K, N] for spgemm_tokens.
-    out: [M, N], or [N, M] where the family is transposed; packed for a GEMM that packs. Of gemm_drelu2_24 only the values
-        are written, its metadata is that of ``saved``.
+    out: [M, N], or [N, M] where the family is transposed; packed for a GEMM that packs. Of gemm_drelu2_24 only the
+        values are written, its metadata is that of ``saved``.
     counts: int32 [N], added to.
     along_tokens: what a GEMM that packs packs along tokens as well, [M, N].
     saved: S [M, N], for gemm_drelu2_24.
