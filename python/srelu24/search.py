@@ -268,18 +268,8 @@ class Search:
 
     def _pair(self) -> tuple[Chain, Speedup, ChainTimes]:
         """The finalists chained: the chosen chain, verified on the real problems, its gain, and the times."""
-        default = tuple(self.defaults.values())
-
-        def predicted(chain: Chain) -> float:
-            # Weighted by time: a hundredth of a long GEMM is worth more than one of a short GEMM.
-            return sum(
-                self.refined[p][config].default.ms / self.refined[p][config].speedup
-                for p, config in zip(self.chain, chain, strict=True)
-            )
-
-        ranked = sorted(itertools.product(*(self.refined[p] for p in self.chain)), key=predicted)
-        most = min(MOST_CHAINS, max(FINALISTS + 1, int(self.budget_s / 4)))
-        chains = [default, *[chain for chain in ranked if chain != default][:most]]
+        chains = self._chains()
+        default = chains[0]
         self.emit(StageStarted("pair", " + ".join(map(str, self.chain)), len(chains) + len(self.dense)))
         left = self.begin + self.budget_s - self.runner.now()
         steps: dict[tuple[Step, ...], Chain] = {tuple(map(Step, self.chain, chain)): chain for chain in chains}
@@ -293,6 +283,35 @@ class Search:
             if self._run("pair", [key], 0.0, 1, check="whole"):
                 return chosen, gain, ChainTimes(timed[chosen], timed[default], dense)
             del timed[chosen]
+
+    def _chains(self) -> list[Chain]:
+        """What is timed chained: the defaults; with the winner of one GEMM after the other, the one of the largest gain
+        first, so that no winner is kept for what another gains; then the fastest by the times of each alone."""
+        best = {p: self._right_winner(p) for p in self.chain}
+        ms = {
+            p: {c: known[self.defaults[p]].timed.ms / refined.speedup for c, refined in known.items()}
+            for p, known in self.refined.items()
+        }
+        by_gain = sorted(self.chain, key=lambda p: ms[p][best[p]] - ms[p][self.defaults[p]])
+        nested = [
+            tuple((best if p in by_gain[:count] else self.defaults)[p] for p in self.chain)
+            for count in range(len(self.chain) + 1)
+        ]
+        ranked = sorted(
+            itertools.product(*ms.values()), key=lambda chain: sum(map(lambda p, c: ms[p][c], self.chain, chain))
+        )
+        most = min(MOST_CHAINS, max(FINALISTS + 1, int(self.budget_s / 4)))
+        return list(dict.fromkeys([*nested, *ranked]))[: 1 + max(most, len(self.chain))]
+
+    def _right_winner(self, problem: Problem) -> KernelConfig:
+        """The fastest finalist that is right on the real problem too; those that are not are no finalists any more."""
+        finalists = self.refined[problem]
+        while True:
+            best = max(finalists, key=lambda config: finalists[config].speedup)
+            step = (Step(problem, best),)
+            if best == self.defaults[problem] or self._run("pair", [step], 0.0, 1, check="whole"):
+                return best
+            del finalists[best]
 
     # --- what the stages share ---
 

@@ -14,7 +14,7 @@ from command_line import SMALL, srelu24
 from fake_gpu import FakeGpu
 from srelu24 import cli_tune, records, tune_many
 from srelu24.tune_many import Budget, Tuned
-from srelu24_gen.models import MODELS, Shape
+from srelu24_gen.models import MODELS, Pass, Shape
 from srelu24_gen.spec import DType
 
 
@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         shapes: Sequence[Shape], dtype: DType, runners: object, budget: Budget, **options: Any
     ) -> list[Tuned]:
         found.append(SimpleNamespace(shapes=list(shapes), dtype=dtype, budget=budget, **options))
-        return [Tuned(shape, "h200") for shape in shapes]
+        return [Tuned(shape, which, "h200") for shape in shapes for which in options["passes"]]
 
     monkeypatch.setattr(tune_many, "tune_shapes", tune_shapes)
     monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [])
@@ -81,10 +81,24 @@ def test_widths_and_all_models(asked: list[SimpleNamespace]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "passes"),
+    [
+        ([], (Pass.FORWARD,)),
+        (["--pass", "forward"], (Pass.FORWARD,)),
+        (["--pass", "backward"], (Pass.BACKWARD,)),
+        (["--pass", "all"], (Pass.FORWARD, Pass.BACKWARD)),
+    ],
+)
+def test_passes_reach_the_tuner(arguments: list[str], passes: tuple[Pass, ...], asked: list[SimpleNamespace]) -> None:
+    out = srelu24("tune", "--shape", str(SMALL), *arguments, "--json")
+    assert asked[0].passes == passes
+    assert [row["which"] for row in json.loads(out.stdout)] == list(passes)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["--pass", "backward"], 1, "the backward pass are not tuned yet"),
-        (["--pass", "all"], 1, "tune --pass forward"),
+        (["--pass", "sideways"], 2, "backward"),
         (["--budget", "10", "--total", "10"], 2, "all together, not"),
         (["--budget", "soon"], 2, "such as 90s"),
         (["--budget", "0"], 2, "at least a second"),
