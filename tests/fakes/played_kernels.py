@@ -17,8 +17,12 @@ CPU = torch.device("cpu")
 
 def along_tokens(s: Sparse24) -> TokenSparse24:
     m, f = s.shape
-    positions = s.to_dense().view(m // 16, 2, 8, f).transpose(1, 2).reshape(m, f)
-    return TokenSparse24.of_transposed(numerics.sparsify24(positions.T.contiguous(), Activation.NONE), m)
+    return of_positions(s.to_dense().view(m // 16, 2, 8, f).transpose(1, 2).reshape(m, f))
+
+
+def of_positions(dense: Tensor) -> TokenSparse24:
+    """Rows [M, F] in the order of positions, pruned along them."""
+    return TokenSparse24.of_transposed(numerics.sparsify24(dense.T.contiguous(), Activation.NONE), len(dense))
 
 
 def pruned_hidden(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +11,7 @@ import pytest
 
 import cpu_session
 from fake_gpu import H200, FakeGpu
+from on_the_cpu import OnTheCpu
 from rows import record
 from srelu24 import noise, record_health, tune
 from srelu24.db import Database
@@ -21,7 +19,6 @@ from srelu24.records import ChainStep, Trial
 from srelu24.search import FEWEST
 from srelu24.tune import tune_ffn
 from srelu24.tune_events import Event, Failure, StageStarted
-from srelu24.worker import Job, Outcome, Worker
 from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Pass, Shape
@@ -186,26 +183,6 @@ def test_what_the_kernels_do_not_take_is_refused_before_anything_runs(
     with pytest.raises(Unsupported, match=reason):
         tune_ffn(*shape, dtype, which=Pass.BACKWARD, db=db, runner=gpu)
     assert gpu.jobs == []
-
-
-class OnTheCpu(FakeGpu):
-    """The real worker, session, data, verification and clock; only kernels and compiler are made up."""
-
-    def __init__(self) -> None:
-        super().__init__(build_seconds=0.0)
-        self.child = Worker("cpu", command=(sys.executable, str(cpu_session.__file__)))
-
-    def start(self) -> None:
-        self.child.start()
-
-    def run(self, job: Job) -> Iterator[Outcome]:
-        return self.child.run(job)
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def close(self) -> None:
-        self.child.close()
 
 
 def test_the_whole_chain_on_a_cpu(db: Database) -> None:
