@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from srelu24 import cli_options as options
+from srelu24_gen.models import Pass
 from srelu24_gen.spec import DType
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
@@ -81,6 +82,9 @@ def bench_tuning(
     ] = HELD_OUT_TOKENS,
     held_out_model: Annotated[str, typer.Option(metavar="MODEL", help="The model of --held-out.")] = "nemotron-4-15b",
     dtype: options.Dtype = DType.BF16,
+    which: Annotated[
+        Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")
+    ] = Pass.FORWARD,
     density: options.Density = 0.1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of timing, per shape.")] = 3.0,
     tune_seconds: Annotated[float, typer.Option(min=1, help="Of tuning, per held-out number of tokens.")] = 30.0,
@@ -92,8 +96,8 @@ def bench_tuning(
 
     shapes = options.shapes_of(shape, model, tokens, default=[], all_models=all_models)
     held = options.shapes_of(None, [options.parse_model(held_out_model)], held_out, default=[]) if held_out else []
-    path = options.named_result(json, results, "tuning")
-    main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path)
+    path = options.named_result(json, results, "tuning" if which is Pass.FORWARD else "tuning_step")
+    main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path, which)
 
 
 @app.command("model")

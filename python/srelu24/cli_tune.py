@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,6 @@ from srelu24 import cli_options as options
 from srelu24 import views
 from srelu24.db import Database
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import Pass
 from srelu24_gen.spec import DType
 
 if TYPE_CHECKING:
@@ -22,14 +20,6 @@ if TYPE_CHECKING:
     from srelu24.tune_events import Event
 
 BUDGET_S = 120.0
-
-
-class Passes(StrEnum):
-    """:class:`~srelu24_gen.models.Pass`, or all of them."""
-
-    FORWARD = Pass.FORWARD.value
-    BACKWARD = Pass.BACKWARD.value
-    ALL = "all"
 
 
 def tune(
@@ -41,9 +31,7 @@ def tune(
     from_module: options.FromModule = None,
     tokens: options.Tokens = None,
     dtype: options.TunedDtype = DType.BF16,
-    which: Annotated[
-        Passes, typer.Option("--pass", help="The GEMMs of inference, those of a training step, or all.")
-    ] = Passes.FORWARD,
+    which: options.WhichPasses = options.Passes.FORWARD,
     density: options.Density = 0.1,
     budget: Annotated[
         float | None,
@@ -97,7 +85,7 @@ def tune(
             dtype,
             runners,
             seconds,
-            passes=tuple(Pass) if which is Passes.ALL else (Pass(which),),
+            passes=which.passes,
             density=density,
             resume=resume,
             dense=dense,

@@ -73,7 +73,7 @@ def load_results(results_dir: Path) -> list[Result]:
 def tables(results_dir: Path) -> dict[str, str]:
     """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``;
     ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory``, ``fp8_figure`` of the 8-bit kernels; ``step``, ``step_parts``,
-    ``split`` of training.
+    ``split``, ``tuning_step``, ``fallback_step`` of training.
 
     Empty where nothing was measured.
 
@@ -91,6 +91,8 @@ def tables(results_dir: Path) -> dict[str, str]:
         "split": _split_table,
         "tuning": lambda found: _ratio_table(found, "tuning", "default", "tuned"),
         "fallback": lambda found: _ratio_table(found, "fallback", "tuned", "nearest record"),
+        "tuning_step": lambda found: _ratio_table(found, "tuning_step", "default", "tuned"),
+        "fallback_step": lambda found: _ratio_table(found, "fallback_step", "tuned", "nearest record"),
         "sweep": _sweep_table,
         "model": _model_table,
     }

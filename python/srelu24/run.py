@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from srelu24 import catalogue, doctor, views
 from srelu24.catalogue import Shape
 from srelu24_gen.errors import ToolchainError
+from srelu24_gen.models import Pass
 from srelu24_gen.spec import DType
 from srelu24_gen.target import GpuTarget, target_by_key
 
@@ -151,6 +152,7 @@ def benchmark_tuning(
     seconds: float,
     tune_s: float,
     path: Path | None,
+    which: Pass,
 ) -> None:
     """Times tuned kernels against the defaults on this GPU; prints the table, writes the file, if named."""
     import torch
@@ -166,6 +168,7 @@ def benchmark_tuning(
             held_out,
             dtype,
             GpuRunner(device),
+            which=which,
             density=density,
             seconds_per_shape=seconds,
             tune_s=tune_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from srelu24.results import BenchFile
 from srelu24.tune_many import Budget, tune_shapes
 from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import Shape
+from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType, KernelConfig, Problem
 
 SHAPES = [Shape(m, 1024, 4096) for m in (4096, 16384)]
@@ -73,6 +74,19 @@ def test_a_winner_that_is_the_default_is_timed_once_and_says_so(tmp_path: Path) 
     row = bench_tuning(SHAPES[:1], [], DType.BF16, gpu(), db=db).rows[0]
     assert row.speedup == {"default": 1.0}
     assert row.candidates["default"].note == "the same kernels"
+
+
+def test_training_steps_are_compared_in_the_same_way(tmp_path: Path) -> None:
+    db = Database.open(tmp_path / "none", tmp_path / "tuning.sqlite")
+    backward: dict[str, Any] = {"passes": (Pass.BACKWARD,), "db": db}
+    faster = [unlike_the_default(p) for p in SHAPES[1].step_gemms(DType.BF16)]
+    one = gpu(lambda p, c: 0.9 if c in faster else 1.0)
+    tune_shapes(SHAPES, DType.BF16, [one], Budget(60.0), key=lambda spec: "", **backward)
+    file = bench_tuning(SHAPES, HELD_OUT, DType.BF16, gpu(one.cost), db=db, which=Pass.BACKWARD, tune_s=60.0)
+    assert [row.op for row in file.rows] == ["tuning_step", "tuning_step", "fallback_step"]
+    assert all(row.speedup["default"] == pytest.approx(1 / 0.9, rel=0.03) for row in file.rows[:2])
+    assert file.rows[2].speedup["tuned"] == pytest.approx(1.0, abs=0.03)
+    assert set(summary(file.rows)) == {"tuning_step", "fallback_step"}
 
 
 def test_a_pair_that_fails_has_its_reason_and_no_ratio(db: Database) -> None:
