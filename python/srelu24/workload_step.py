@@ -107,4 +107,4 @@ def by_position(dense: Tensor) -> Tensor:
 
 
 def _pruned_along_tokens(dense: Tensor) -> TokenSparse24:
-    return TokenSparse24.of_transposed(prune(by_position(dense).T, Activation.NONE), len(dense))
+    return TokenSparse24.of_transposed(prune(by_position(dense).T.contiguous(), Activation.NONE), len(dense))

@@ -131,6 +131,25 @@ def test_records_are_shipped_shape_by_shape(one_gpu: None, tmp_path: Path, monke
     assert len(records.read_records(folder)) == 4
 
 
+def test_a_training_step_ships_a_file_per_family_and_is_listed(one_gpu: None, tmp_path: Path) -> None:
+    folder = tmp_path / "tuning_db"
+    arguments = ["--shape", str(SMALL), "--pass", "all", "--total", "20", "--ship", str(folder), "--json"]
+    out = srelu24("tune", *arguments)
+    assert "2 tuned, 0 tuned before, 0 failed" in out.stderr
+    rows = json.loads(out.stdout)
+    assert [(row["which"], len(row["report"]["records"])) for row in rows] == [("forward", 2), ("backward", 5)]
+    training = {
+        "gemm_relu2_24_bf16_count_tokens_permuted",
+        "spgemm_bf16_permuted",
+        "gemm_drelu2_24_bf16_tokens_permuted",
+        "spgemm_tokens_bf16",
+        "spgemm_tokens_bf16_transposed",
+    }
+    assert {path.stem for path in folder.rglob("*.json")} == training | {"gemm_relu2_24_bf16", "spgemm_bf16"}
+    listed = {row["family"]["op"] for row in json.loads(srelu24("db", "list", "--json").stdout) if row["m"] == SMALL.m}
+    assert listed >= {"gemm_relu2_24", "spgemm", "gemm_drelu2_24"}
+
+
 def test_a_shape_that_fails_ends_with_1(one_gpu: None) -> None:
     result = srelu24("tune", "--shape", str(SMALL), "--shape", "8x12x64", "--budget", "5", code=1)
     assert "1 tuned, 0 tuned before, 1 failed" in result.stderr

@@ -251,6 +251,13 @@ def test_chunks_do_not_change_the_verdict(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(kernels, "run", played_kernels.run)
 
 
+@pytest.mark.parametrize("shape", [Shape(512, 64, 2240), Shape(16, 128, 64), Shape(1040, 64, 192)], ids=str)
+def test_every_size_can_be_made_and_verified(shape: Shape) -> None:
+    for problem in shape.step_gemms(DType.BF16):
+        data = StepData(shape, DType.BF16, 0.3, "cpu")
+        assert verified(problem, data.operands(problem.family)).ok
+
+
 def test_every_gemm_of_a_step_reads_the_same_layer() -> None:
     data = StepData(SHAPE, DType.BF16, 0.3, "cpu")
     o = {name: data.operands(problem.family) for name, problem in GEMMS.items()}
