@@ -1,12 +1,15 @@
-"""What tuning is worth: tuned kernels against the defaults, and winners of other token counts against their own.
+"""What tuning is worth, and what it costs: tuned kernels against the defaults, winners of other token counts against
+their own, and the time that a search takes.
 
 The GEMMs of a pass are timed chained, as the tuner times them, on any :class:`~srelu24.search.Runner`.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -68,7 +71,7 @@ def bench_tuning(
             else:
                 other = tuple(space.default(problem, runner.target) for problem in gemms)
             op, name = ("fallback", "tuned") if held else ("tuning", "default")
-            op += "_step" * (which is Pass.BACKWARD)
+            op += _suffix(which)
             row = _compare(op, name, shape, gemms, runner, ours, other, density, seconds_per_shape)
             file.rows.append(row)
             if json_path is not None:
@@ -78,6 +81,71 @@ def bench_tuning(
     finally:
         runner.close()
     return file
+
+
+def bench_search(
+    shapes: Sequence[Shape],
+    dtype: DType,
+    make_runner: Callable[[], Runner],
+    *,
+    which: Pass = Pass.FORWARD,
+    density: float = 0.1,
+    budgets_s: tuple[float, float] = (60.0, 20.0),
+    env: dict[str, Any] | None = None,
+    json_path: Path | None = None,
+    on_event: Callable[[BenchEvent], None] = lambda event: None,
+) -> BenchFile:
+    """Rows "search", or "search_step": time on the clock to tune a shape, without a record of any kind.
+
+    Once "from_nothing", with no kernel built, then once more "warm", with what that built; ``ms`` is all that the user
+    waits for, ``samples`` counts the candidates timed, ``speedup`` is that of the winners over the defaults.
+
+    Args:
+        budgets_s: of the search from nothing, and of the warm one.
+        env, json_path: as of :func:`bench_tuning`.
+    """
+    file = BenchFile(env=env or {}, rows=[])
+    for number, shape in enumerate(shapes):
+        op = "search" + _suffix(which)
+        row = Row(op=op, dtype=dtype.value, shape=str(shape), density=density, candidates={}, speedup={})
+        with tempfile.TemporaryDirectory() as folder, _build_cache(Path(folder) / "cache"):
+            for name, budget in zip(("from_nothing", "warm"), budgets_s, strict=True):
+                runner, db = make_runner(), Database(Path(folder) / "none", Path(folder) / f"{name}.sqlite")
+                begin = runner.now()
+                report = tune_ffn(*shape, dtype, which=which, density=density, budget_s=budget, db=db, runner=runner)
+                row.candidates[name] = Candidate(
+                    ms=1000 * (runner.now() - begin),
+                    tflops=None,
+                    joules=None,
+                    sm_mhz=None,
+                    watts=None,
+                    samples=report.tried,
+                    note=f"a budget of {budget:g} s",
+                )
+                row.speedup[name] = report.speedup
+        file.rows.append(row)
+        if json_path is not None:
+            file.save(json_path)
+        on_event(BenchEvent("row", f"{op} {shape}: {row.speedup}", (number + 1) / len(shapes), row))
+    return file
+
+
+def _suffix(which: Pass) -> str:
+    return "_step" if which is Pass.BACKWARD else ""
+
+
+@contextmanager
+def _build_cache(folder: Path) -> Iterator[None]:
+    """Another one, for this process and those that it starts."""
+    before = os.environ.get("SRELU24_CACHE_DIR")
+    os.environ["SRELU24_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SRELU24_CACHE_DIR"]
+        else:
+            os.environ["SRELU24_CACHE_DIR"] = before
 
 
 def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float, str]]:

@@ -100,6 +100,29 @@ def bench_tuning(
     main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path, which)
 
 
+@app.command("search")
+def bench_search(
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    dtype: options.Dtype = DType.BF16,
+    which: Annotated[
+        Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")
+    ] = Pass.FORWARD,
+    density: options.Density = 0.1,
+    cold: Annotated[float, typer.Option(min=1, help="Seconds of searching without a built kernel.")] = 60.0,
+    warm: Annotated[float, typer.Option(min=1, help="Seconds of searching with what that has built.")] = 20.0,
+    json: options.JsonFile = None,
+    results: options.Results = None,
+) -> None:
+    """How long tuning takes on the clock, from nothing and from a warm cache; your records and kernels stay out."""
+    from srelu24 import run as main_job
+
+    shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
+    path = options.named_result(json, results, "search" if which is Pass.FORWARD else "search_step")
+    main_job.benchmark_search(shapes, dtype, density, (cold, warm), path, which)
+
+
 @app.command("model")
 def bench_model(
     tokens: Annotated[

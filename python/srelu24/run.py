@@ -183,6 +183,38 @@ def benchmark_tuning(
         views.note(f"written to {path}")
 
 
+def benchmark_search(
+    shapes: list[Shape], dtype: DType, density: float, budgets_s: tuple[float, float], path: Path | None, which: Pass
+) -> None:
+    """Times searches on this GPU, from nothing and with built kernels; prints the times, writes the file, if named."""
+    import torch
+
+    from srelu24 import bench_tuning, machine
+    from srelu24.results import check_writable
+    from srelu24.tune import GpuRunner
+
+    device = torch.device("cuda")
+    runner = partial(GpuRunner, device)
+    runner()  # refuses at once where there is no GPU
+    check_writable(path)
+    file = bench_tuning.bench_search(
+        shapes,
+        dtype,
+        runner,
+        which=which,
+        density=density,
+        budgets_s=budgets_s,
+        env=machine.environment(device),
+        json_path=path,
+        on_event=lambda event: views.note(event.text),
+    )
+    for row in file.rows:
+        for name, search in row.candidates.items():
+            views.note(f"{row.shape} {name}: {(search.ms or 0) / 1000:.0f} s, {search.samples} candidates")
+    if path:
+        views.note(f"written to {path}")
+
+
 def check_ffn(shape: Shape, dtype: DType, device: str) -> list[Finding]:
     """Runs the FFN and its pruned activations S, and holds both to the numerics contract (docs/numerics.md) in float64.
 

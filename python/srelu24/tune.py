@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
@@ -220,6 +221,7 @@ def live_view() -> Iterator[Callable[[Event], None]]:
     with views.progress() as progress:
         tasks: dict[tuple[str, str], TaskID] = {}
         shapes: dict[str, TaskID] = {}
+        failed: Counter[tuple[str, str]] = Counter()
 
         def on_event(event: Event) -> None:
             match event:
@@ -246,10 +248,12 @@ def live_view() -> Iterator[Callable[[Event], None]]:
                     tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
                 case Advanced():
                     best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
-                    title = escape(f"{event.stage} {event.what}{best}")
+                    bad = f"  {count} failed" if (count := failed[event.stage, event.what]) else ""
+                    title = escape(f"{event.stage} {event.what}{best}{bad}")
                     if (task := tasks.get((event.stage, event.what))) is not None:
                         progress.update(task, completed=event.done, description=title)
                 case Failure():
+                    failed[event.stage, event.what] += 1
                     progress.console.print(
                         escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"
                     )

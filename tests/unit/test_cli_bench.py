@@ -40,6 +40,9 @@ def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monke
     assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json", Pass.FORWARD)
     srelu24(*tuning, "--pass", "backward", *where)
     assert asked.pop()[-2:] == (tmp_path / "h200" / "tuning_step.json", Pass.BACKWARD)
+    monkeypatch.setattr(main_job, "benchmark_search", lambda *given: asked.append(given))
+    srelu24("bench", "search", "--model", "nanochat", "--tokens", "16,64", "--cold", "40", "--warm", "9", *where)
+    assert asked.pop() == (shapes, DType.BF16, 0.1, (40.0, 9.0), tmp_path / "h200" / "search.json", Pass.FORWARD)
     srelu24(*tuning, "--held-out", "")
     assert asked.pop()[1] == []
     assert "4096,16384" in srelu24(*tuning, "--held-out", "many", code=2).stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import timeit
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,14 @@ def test_choices_are_remembered_until_the_cache_is_cleared(database: Database) -
     assert dispatch.choose(PROBLEM, H200) is before
     dispatch.clear_cache()
     assert dispatch.choose(PROBLEM, H200).source == "exact"
+
+
+def test_a_choice_costs_less_than_5_us_after_the_first() -> None:
+    for problem in (PROBLEM, DW2):
+        once = min(timeit.repeat(lambda problem=problem: dispatch.choose(problem, H200), number=1000, repeat=20)) / 1000  # type: ignore[misc]
+        assert once < 5e-6
+    sizes = (DW2.m, DW2.n, DW2.k)
+    assert min(timeit.repeat(lambda: kernels.spec_for(DW2.family, sizes, H200), number=1000, repeat=20)) < 5e-3
 
 
 def test_what_no_kernel_computes_is_refused_with_the_problem_named() -> None:

@@ -57,6 +57,19 @@ def test_tuning_and_fallback_tables_name_mean_and_worst(tmp_path: Path) -> None:
     assert tables["sweep"] == tables["ffn"] == ""
 
 
+def test_search_table_has_times_in_seconds(tmp_path: Path) -> None:
+    def search(op: str, shape: str, cold: float, warm: float) -> Row:
+        found = row(op, shape, {"srelu24": 1.0, "from_nothing": 1000 * cold, "warm": 1000 * warm})
+        del found.candidates["srelu24"]
+        found.speedup = {"from_nothing": 1.05, "warm": 1.04}
+        return found
+
+    shape = "512x64x256"
+    table = report.tables(saved(tmp_path, search("search", shape, 64.2, 24.4), search("search_step", shape, 80, 30)))
+    assert "| FFN | bf16 | 512x64x256 | 64 s | 9 | 1.050x | 24 s | 9 | 1.040x |" in table["search"]
+    assert "| training step | bf16 | 512x64x256 | 80 s | 9 | 1.050x | 30 s | 9 | 1.040x |" in table["search"]
+
+
 def sweep(m: int, sparse: float, chosen: str) -> Row:
     ms = {"sparse": sparse, "cublas": 2.0, "mixed": 1.9, "gemm": 2.2, "torch_compile": 2.1}
     return row("sweep", f"{m}x64x256", {"srelu24": ms[chosen], **ms}, note=chosen)
