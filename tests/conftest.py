@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 GPU_TESTS = Path(__file__).parent / "gpu"
-PORTABLE_MODULES = ("test_kernels", "test_large", "test_ops", "test_runtime")
-"""What is the same for both kernel families. The rest is about tuning, 8 bits and training, which are Hopper's."""
+PORTABLE_MODULES = ("test_kernels", "test_large", "test_ops", "test_runtime", "test_fp8", "test_cutlass_oracle_sm80")
+"""What is the same for both kernel families. The rest is about tuning and training, which are Hopper's."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -145,6 +145,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "tile_n": config.tile_n,
         "tile_k": config.tile_k,
         "stages": config.stages,
+        "stream_k": _cpp(config.stream_k),
         "threads": size.threads,
         "shared_bytes": size.shared_bytes,
         "sparse": _cpp(family.op in SPARSE_OPS),
@@ -161,7 +162,6 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
 def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[str, str | int]:
     return {
         "cluster_m": config.cluster_m,
-        "stream_k": _cpp(config.stream_k),
         "consumers": size.consumers,
         "producer_warpgroup": _cpp(config.producer is Producer.WARPGROUP),
         "producer_lag": PRODUCER_LAG,
@@ -182,11 +182,17 @@ def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[
 
 
 def _mma_sync_names(family: Family, config: KernelConfig, size: Footprint) -> dict[str, str | int]:
-    element = _MMA_TYPE[family.dtype]
+    weight = family.weight or family.dtype
+    k = 32 // family.dtype.bytes  # of a dense MMA, which takes 32 bytes of it
+    first = 89 if family.scaled else 80
     return {
         "warp_m": warp_rows(config),
         "warp_n": WARP_COLUMNS,
-        "mma": f"SM80_16x8x16_F32{element}{element}F32_TN",
+        "weight": _ELEMENT[weight],
+        "output": _ELEMENT[family.out or family.dtype],
+        "scaled": _cpp(family.scaled),
+        "mma": f"SM{first}_16x8x{k}_F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[weight]}F32_TN",
+        "mma_k": 2 * k,
     }
 
 

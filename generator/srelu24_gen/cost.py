@@ -24,9 +24,12 @@ from srelu24_gen import space
 from srelu24_gen.bindings import PACKING_OPS, SPARSE_OPS, footprint
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, KernelConfig, Op, Problem, Producer
+from srelu24_gen.spec import DType, Instructions, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
 
+FITTED = Instructions.WGMMA
+"""The kernel family whose times the constants are fitted to. For another the model still ranks configurations, but what
+it says of sparse against dense is worth nothing."""
 CLOCK_HZ = 1.75e9
 """Of an SM that nothing holds back."""
 LATENCY_CYCLES = 2000

@@ -25,7 +25,7 @@ MAX_EXTENT = 2**31 - 2**16
 class _Space(Protocol):
     """What a kernel family says of itself."""
 
-    def supports_family(self, family: Family) -> Verdict: ...
+    def supports_family(self, family: Family, target: GpuTarget) -> Verdict: ...
 
     def supports_sizes(self, problem: Problem, config: KernelConfig) -> Verdict: ...
 
@@ -123,7 +123,7 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
 def has_kernel(family: Family, target: GpuTarget) -> Verdict:
     """Whether the kernel family of the target's architecture has a kernel of ``family``."""
     try:
-        return _space(target).supports_family(family)
+        return _space(target).supports_family(family, target)
     except Unsupported as error:
         return Verdict(False, f"{target.name}: {error}")
 

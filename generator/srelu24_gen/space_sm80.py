@@ -5,27 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from srelu24_gen.bindings import footprint, max_stages
+from srelu24_gen.bindings import K_BLOCK_BYTES, footprint, max_stages
 from srelu24_gen.families import Verdict, trains
-from srelu24_gen.spec import WIDE_TYPES, Family, KernelConfig, Problem, Producer
+from srelu24_gen.spec import DType, Family, KernelConfig, Problem, Producer
 from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget
 
 _TILES = ((128, 256), (256, 128), (128, 128), (64, 256), (64, 128))
 """Rows and columns, the largest first: a warp has 64x64 of them, in the smallest 32x64."""
-_TILE_K = 64
-"""128 bytes of a row: one swizzle, and one word of E."""
+_FP8_ARCHS = ("sm_89", "sm_90", "sm_120", "sm_121")
+"""What the MMAs of 8-bit floats are for. ptxas makes 16-bit ones of them for other later architectures, data-centre
+Blackwell's among them, which is slower than 16 bits; Hopper's too, where the kernels are there to be tested."""
 _LEAST_STAGES = 2
 _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (4, _DEFAULT_GROUP, 16)
 
 
-def supports_family(family: Family) -> Verdict:
-    """16-bit types: mma.sp of 8-bit floats, which came with sm_89, has no kernel here."""
+def supports_family(family: Family, target: GpuTarget) -> Verdict:
+    """No training, no promoted sums, and 8-bit floats where the architecture has instructions for them."""
     if trains(family):
         return Verdict(False, "the kernels of a training step are wgmma kernels; mma.sync has none")
-    if family.dtype not in WIDE_TYPES or family.out is not None:
-        result = f" to {family.out.value}" if family.out else ""
-        return Verdict(False, f"the mma.sync kernels take bf16 and fp16, not {family.dtype.value}{result}")
+    if family.promote:
+        return Verdict(False, "the mma.sync kernels have no registers for promoted sums")
+    if DType.E4M3 in (family.dtype, family.out) and target.arch not in _FP8_ARCHS:
+        return Verdict(False, f"{target.arch} has no mma.sync of 8-bit floats; {', '.join(_FP8_ARCHS)} have")
     return Verdict(True)
 
 
@@ -42,12 +44,10 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     if (c.tile_m, c.tile_n) not in _TILES:
         tiles = ", ".join(f"{m}x{n}" for m, n in _TILES)
         return Verdict(False, f"a tile of {c.tile_m}x{c.tile_n} is not one of {tiles}")
-    if c.tile_k != _TILE_K:
-        return Verdict(False, f"tile_k = {c.tile_k} is not {_TILE_K}, one word of E")
+    if c.tile_k != _tile_k(family):
+        return Verdict(False, f"tile_k = {c.tile_k} is not {_tile_k(family)}, {K_BLOCK_BYTES} bytes of a row")
     if c.cluster_m != 1:
         return Verdict(False, f"cluster_m = {c.cluster_m}; the mma.sync kernels have no clusters, it must be 1")
-    if c.stream_k:
-        return Verdict(False, "the mma.sync kernels do not split tiles along K; stream_k must be off")
     if c.raster_group < 1:
         return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
     if c.stages < _LEAST_STAGES:
@@ -70,6 +70,8 @@ def configs(problem: Problem, target: GpuTarget) -> Iterator[KernelConfig]:
         for stages in dict.fromkeys((base.stages, half)):
             for group in (_DEFAULT_GROUP,) if few_tiles else _RASTER_GROUPS:
                 yield dataclasses.replace(base, stages=stages, raster_group=group)
+        if few_tiles:
+            yield dataclasses.replace(base, stream_k=True)
 
 
 def default(problem: Problem, target: GpuTarget) -> KernelConfig:
@@ -84,11 +86,17 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
 
 
 def batch_invariant(config: KernelConfig) -> KernelConfig:
-    """Every configuration is: none splits K, and all use one MMA."""
-    return config
+    """Every configuration is that does not split K: all use one MMA."""
+    return dataclasses.replace(config, stream_k=False)
 
 
 def _config(family: Family, tile_m: int, tile_n: int, shared_bytes: int) -> KernelConfig:
     """That tile with a ring as deep as fits."""
-    config = KernelConfig(tile_m, tile_n, _TILE_K, cluster_m=1, producer=Producer.ALL, raster_group=_DEFAULT_GROUP)
+    config = KernelConfig(
+        tile_m, tile_n, _tile_k(family), cluster_m=1, producer=Producer.ALL, raster_group=_DEFAULT_GROUP
+    )
     return dataclasses.replace(config, stages=max_stages(family, config, shared_bytes))
+
+
+def _tile_k(family: Family) -> int:
+    return K_BLOCK_BYTES // family.dtype.bytes

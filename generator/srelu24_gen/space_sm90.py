@@ -28,7 +28,7 @@ _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (2, 4, _DEFAULT_GROUP, 16)
 
 
-def supports_family(family: Family) -> Verdict:
+def supports_family(family: Family, target: GpuTarget) -> Verdict:
     """There is a kernel of every family."""
     return Verdict(True)
 

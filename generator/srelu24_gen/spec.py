@@ -221,7 +221,8 @@ class KernelConfig:
     """Depth of the shared-memory ring."""
     producer: Producer = Producer.WARPGROUP
     stream_k: bool = False
-    """Whether tiles that do not fill a whole wave are split along K over all clusters."""
+    """Whether tiles that do not fill a whole wave are split along K over all clusters; under mma.sync, whether every
+    tile is, into as many slices as fill the GPU."""
     raster_group: int = field(default=8, metadata={"runtime": True})
     """Cluster tiles walked along M before moving on along N."""
 

@@ -5,6 +5,8 @@ The layout mirrors ``templates/include/srelu24/sm80/params.cuh``: keep them in s
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import struct
 from typing import NamedTuple
 
@@ -52,11 +54,29 @@ def raster_params(plan: WorkPlan) -> bytes:
     )
 
 
-def encode_mma_sync(spec: KernelSpec, x: Arguments) -> tuple[ArgumentBlock, int]:
-    """GemmParams of ``sm80/params.cuh``, and the grid: a CTA a tile; a packed output has whole vectors of E."""
-    n = -(-x.n // E_VECTOR_COLUMNS) * E_VECTOR_COLUMNS if spec.family.op in PACKING_OPS else x.n
-    plan = plan_work(spec.config, x.m, n, x.k, sm_count=1)
+class SlicedPlan(NamedTuple):
+    """The tiles of an mma.sync kernel, whole, and how many CTAs share each along K."""
+
+    work: WorkPlan
+    slices: int
+
+
+def plan_mma_sync(spec: KernelSpec, m: int, n: int, k: int, sm_count: int) -> SlicedPlan:
+    """A CTA a tile, or with ``stream_k`` as many as there are multiprocessors, but a tile is not cut finer than pays. A
+    packed output has whole vectors of E."""
+    if spec.family.op in PACKING_OPS:
+        n = -(-n // E_VECTOR_COLUMNS) * E_VECTOR_COLUMNS
+    work = plan_work(dataclasses.replace(spec.config, stream_k=False), m, n, k, sm_count)
+    most = min(sm_count // work.tiles, math.isqrt(work.tile_units)) if spec.config.stream_k else 1
+    return SlicedPlan(work, max(1, most))
+
+
+def encode_mma_sync(spec: KernelSpec, x: Arguments, sm_count: int) -> tuple[ArgumentBlock, int]:
+    """GemmParams of ``sm80/params.cuh``, and the grid."""
+    plan, slices = plan_mma_sync(spec, x.m, x.n, x.k, sm_count)
     pointers = (x.a, x.b, x.metadata, x.out, x.out_metadata, x.bias, x.residual, x.counts)
     strides = (x.a_stride, x.b_stride, x.out_stride, x.residual_stride)
     content = struct.pack("<8Q4q4i", *pointers, *strides, x.m, x.n, x.k, plan.k_blocks) + raster_params(plan)
-    return ArgumentBlock(content), plan.tiles
+    content += struct.pack("<4x5Q2i", *(x.scales or (0,) * 7))
+    content += fast_divmod(slices) + struct.pack("<2i4x2Q", *divmod(plan.tile_units, slices), x.partials, x.flags)
+    return ArgumentBlock(content), plan.tiles * slices

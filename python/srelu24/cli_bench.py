@@ -13,6 +13,7 @@ from srelu24_gen.spec import DType
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
 
+Seconds = Annotated[float, typer.Option(min=0.1, help="Of timing, per shape and density.")]
 SWEEP_TOKENS = "16,32,64,128,256,512,1024,2048,4096,8192,16384,32768"
 HELD_OUT_TOKENS = "384,1024,1536,3072,6144,12288"
 
@@ -24,6 +25,7 @@ def bench_ffn(
     tokens: options.Tokens = None,
     dtype: options.Dtype = DType.BF16,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
+    seconds: Seconds = 20.0,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
@@ -31,7 +33,7 @@ def bench_ffn(
     from srelu24 import run as main_job
 
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
-    main_job.benchmark("ffn", shapes, dtype, density, options.result_path(json, results, "ffn", dtype))
+    main_job.benchmark("ffn", shapes, dtype, density, options.result_path(json, results, "ffn", dtype), seconds)
 
 
 @app.command("gemm")
@@ -42,6 +44,7 @@ def bench_gemm(
     dtype: options.Dtype = DType.BF16,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
     zeros: Annotated[bool, typer.Option("--zeros", help="On nothing but zeros as well.")] = False,
+    seconds: Seconds = 10.0,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
@@ -50,7 +53,7 @@ def bench_gemm(
 
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
     path = options.result_path(json, results, "gemm", dtype)
-    main_job.benchmark("gemm", shapes, dtype, density, path, zeros=zeros)
+    main_job.benchmark("gemm", shapes, dtype, density, path, seconds, zeros=zeros)
 
 
 @app.command("sweep")
@@ -181,7 +184,7 @@ def bench_fp8(
     model: options.Models = None,
     tokens: options.Tokens = None,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of timing, per shape and density.")] = 20.0,
+    seconds: Seconds = 20.0,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:

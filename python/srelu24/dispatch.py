@@ -16,7 +16,7 @@ from srelu24.records import TuningRecord
 from srelu24_gen import cost, space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, instructions_of
 from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget, target_for_device
 
 _CACHED_CHOICES = 8192
@@ -63,15 +63,16 @@ class FfnChoice:
     Attributes:
         way: :data:`SPARSE` or one of :data:`srelu24.dense.WAYS`.
         dense_way: what runs where dense is asked for.
-        gain: how many times faster the sparse pair is than ``dense_way``, as far as known.
-        source: "measured" at this very M, "between" two measured M, "scaled" from one by the cost model, or "model".
+        gain: how many times faster the sparse pair is than ``dense_way``, as far as known; 1 where it is not.
+        source: "measured" at this very M, "between" two measured M, "scaled" from one by the cost model, "model", or
+            "unknown" where no time and no model says anything.
         why: one phrase for people.
     """
 
     way: str
     dense_way: str
     gain: float
-    source: Literal["measured", "between", "scaled", "model"]
+    source: Literal["measured", "between", "scaled", "model", "unknown"]
     why: str
 
 
@@ -125,7 +126,8 @@ def choose_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget
     """Whether the FFN runs sparse or dense, by the times that the tuner stored for D and F on this GPU.
 
     At an M that was measured, those times decide. Between two, the gain is interpolated in log M; above the largest it
-    stays, below the smallest it shrinks as the cost model says. Without a time for D and F the cost model decides.
+    stays, below the smallest it shrinks as the cost model says. Without a time for D and F the cost model decides,
+    where it is fitted to the kernels; else it is dense, so that nobody is slower for not having tuned.
 
     Raises:
         Unsupported: no kernel computes the sparse pair on ``target``; the message is the reason.
@@ -137,6 +139,11 @@ def choose_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget
     for record in _database().of_widths(first, target):
         if best := record.evidence.best_dense:
             points.append((max(record.m, 1), *best))
+    if not points and instructions_of(target.arch) is not cost.FITTED:
+        why = (
+            f"default, untuned: no time of this D and F on this GPU; srelu24 tune --shape {shape} finds what is faster"
+        )
+        return FfnChoice("cublas", "cublas", 1.0, "unknown", why)
     if not points:
         gain = cost.ffn_gain(shape, dtype, target)
         return _ffn_choice("cublas", gain, "model", "nothing measured for this D and F; the cost model expects")

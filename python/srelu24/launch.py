@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from srelu24.arguments import Arguments as Arguments
-from srelu24.arguments import encode_mma_sync, raster_params
+from srelu24.arguments import encode_mma_sync, plan_mma_sync, raster_params
 from srelu24.kept_memory import allocate_kept
 from srelu24.loader import ArgumentBlock, LoadedKernel, load
 from srelu24.sparse24 import FragmentOrder, Sparse24
@@ -186,7 +186,7 @@ class GemmLauncher:
             o.b.stride(0),
             out.stride(0),
             0 if o.residual is None else o.residual.stride(0),
-            () if o.scales is None else _scale_pointers(o.scales),
+            () if o.scales is None else scale_pointers(o.scales),
         )
         block, grid = self._encoded(key)
         self.kernel.launch(grid, block.address, stream(self.kernel.device))
@@ -281,8 +281,15 @@ class GemmLauncher:
 class MmaSyncLauncher(GemmLauncher):
     """The same for the mma.sync kernels, which read their operands by plain addresses."""
 
+    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
+        """Room for the sums of every slice but the last of each tile; None where no tile is split."""
+        c, (plan, slices) = self.spec.config, plan_mma_sync(self.spec, m, n, k, self.sm_count)
+        if slices == 1:
+            return None
+        return workspace(plan.tiles, plan.tiles * (slices - 1) * c.tile_m * c.tile_n, device)
+
     def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
-        return encode_mma_sync(self.spec, x)
+        return encode_mma_sync(self.spec, x, self.sm_count)
 
 
 class SparsifyLauncher:
@@ -380,7 +387,7 @@ def row_stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.shape[0] > 1 else -(-matrix.shape[1] // step) * step
 
 
-def _scale_pointers(s: Scales) -> tuple[int, ...]:
+def scale_pointers(s: Scales) -> tuple[int, ...]:
     """The fields of ScaleParams: five pointers, then the steps from row to row."""
     pointers = tuple(0 if t is None else t.data_ptr() for t in (s.a, s.b, s.s_inverse, s.r_largest, s.saturated))
     return (*pointers, *(int(t is not None and t.numel() > 1) for t in (s.a, s.s_inverse)))

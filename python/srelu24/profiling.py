@@ -40,7 +40,7 @@ class LayerProfile(msgspec.Struct, kw_only=True):
     energy_dropped: float | None
     """Share of the sum of squared activations that 2:4 drops."""
     expected_speedup: float | None
-    """Dense over sparse time at this many tokens per batch, as the dispatcher knows it; None without a GPU."""
+    """Dense over sparse time at this many tokens per batch, as the dispatcher knows it; None where it does not."""
     expected_from: str | None
     """Where that comes from: "measured", "between", "scaled" (tuning records) or "model" (no record: an estimate)."""
     recommended: str
@@ -193,6 +193,7 @@ class _Layer:
         lost = low_energy / energy if energy else None
         choice = _choice(Shape(max(1, seen.tokens // seen.batches), d, f), next(self._down.parameters()), target)
         keep, why = _recommendation(lost, choice, f, most)
+        known = choice if choice and choice.source != "unknown" else None
         return LayerProfile(
             path=path,
             d_model=d,
@@ -201,8 +202,8 @@ class _Layer:
             density=nonzero / (seen.tokens * seen.width),
             dropped=low / nonzero if nonzero else None,
             energy_dropped=lost,
-            expected_speedup=choice.gain if choice else None,
-            expected_from=choice.source if choice else None,
+            expected_speedup=known.gain if known else None,
+            expected_from=known.source if known else None,
             recommended="sparse" if keep else "dense",
             why=why,
         )
@@ -228,6 +229,8 @@ def _recommendation(lost: float | None, choice: FfnChoice | None, f: int, most: 
         return False, f"2:4 would drop more than {most:.2%} of the energy"
     if choice is None:
         return True, "little is dropped; without a GPU nothing is known about its speed"
+    if choice.source == "unknown":
+        return True, f"little is dropped; {choice.why}"
     if choice.way != SPARSE:
         return False, f"dense is as fast; {choice.why}"
     return True, f"little is dropped; {choice.why}"

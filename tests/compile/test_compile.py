@@ -280,10 +280,10 @@ def test_two_processes_build_a_kernel_once(rendered: Rendered, store: BuildStore
 
 
 def test_ctrl_c_leaves_no_half_entry(rendered: Rendered, store: BuildStore, tmp_path: Path) -> None:
-    slow = rendered("#include <cutlass/numeric_types.h>\n" + kernel(COPY_BODY))
+    slow = rendered("#include <cute/tensor.hpp>\n" + kernel(COPY_BODY))
     child = start_child(slow, store, tmp_path / "go")
     (tmp_path / "go").touch()
-    time.sleep(0.3)  # well inside the second that this takes
+    time.sleep(0.3)  # well inside the seconds that this takes
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)
     assert (child.returncode, out) == (-signal.SIGINT, b""), err

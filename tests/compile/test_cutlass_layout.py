@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from tests.gpu.oracle.sm80 import reordered
 from torch import Tensor
 
 from srelu24.sparse24 import Sparse24, pack_metadata
@@ -40,6 +42,20 @@ def test_to_cutlass_is_what_cutlass_reads(cutlass_layout: Path, m: int, f: int, 
 @pytest.mark.parametrize(("m", "f"), [(1, 16), (63, 48), (65, 272), (130, 1872), (1000, 512)])
 def test_to_cutlass_in_8_bits_is_what_cutlass_reads(cutlass_layout: Path, m: int, f: int, tile_k: int) -> None:
     check_layout(cutlass_layout, m, f, tile_k, torch.float8_e4m3fn, torch.uint8)
+
+
+def test_the_order_of_the_oracle_for_ampere_is_what_cutlass_reorders() -> None:
+    """Place by place, as ``reorder_meta`` and ``ColumnMajorInterleaved<2>`` say it for 16-bit halves."""
+    m, f = 512, 256
+    nibbles = LEGAL_NIBBLES[torch.randint(6, (m, f // 4), generator=torch.Generator().manual_seed(0))]
+    halves = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).view(torch.int16)
+    expected = torch.empty(m * f // 16, dtype=torch.int16)
+    for m_, k in itertools.product(range(m), range(f // 16)):
+        row, column = m_ // 32 * 32 + m_ % 8 * 4 + m_ % 32 // 8, k
+        if row % 2 != column % 2:
+            row, column = (row + 1, column - 1) if column % 2 else (row - 1, column + 1)
+        expected[column // 2 * m * 2 + row * 2 + column % 2] = halves[m_, k]
+    assert torch.equal(reordered(nibbles).flatten(), expected)
 
 
 def check_layout(program: Path, m: int, f: int, tile_k: int, dtype: torch.dtype, bits_dtype: torch.dtype) -> None:

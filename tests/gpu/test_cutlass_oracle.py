@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.gpu.oracle import CutlassSpgemm, build, library, nvcc
+from tests.gpu.oracle import WGMMA, CutlassSpgemm
 from torch import Tensor
 
 import srelu24
@@ -28,9 +28,9 @@ PRODUCERS = ["gemm_relu2_24", "sparsify24", "sparsify24 none"]
 
 @pytest.fixture(scope="session")
 def cutlass() -> CutlassSpgemm:
-    if nvcc() is None and not library().exists():
-        pytest.skip(f"no nvcc to build CUTLASS's sparse GEMM with, and no {library()} built elsewhere")
-    return CutlassSpgemm(build())
+    if not WGMMA.available:
+        pytest.skip(f"no nvcc to build CUTLASS's sparse GEMM with, and no {WGMMA.path} built elsewhere")
+    return CutlassSpgemm()
 
 
 def packed_integers(producer: str, m: int, d: int, f: int, dtype: torch.dtype, seed: torch.Generator) -> Sparse24:

@@ -308,6 +308,7 @@ TYPICAL = (
     KernelConfig(tile_m=192, producer=Producer.THREAD, stream_k=True),
     KernelConfig(tile_m=128, cluster_m=1, producer=Producer.ALL),
     KernelConfig(tile_m=64, tile_n=128, cluster_m=1, producer=Producer.ALL),
+    KernelConfig(tile_m=64, tile_n=128, cluster_m=1, producer=Producer.ALL, stream_k=True),
 )
 FEW = [
     spec_of(family, dataclasses.replace(config, stages=space.max_stages(family, config, TARGET)))
@@ -320,7 +321,8 @@ FEW = [
     for config in TYPICAL
     if space.supports_config(family, dataclasses.replace(config, stages=3), TARGET).ok
 ] + [spec for spec in SPARSIFY if spec.family.activation is RELU2]
-"""Both producers of every GEMM, with and without stream-K, and sparsify24; of the portable family two tiles."""
+"""Both producers of every GEMM, with and without stream-K, and sparsify24; of the portable family
+two tiles, one of them split too."""
 SPECS += FEW
 
 
@@ -408,12 +410,11 @@ def test_no_rows_are_no_launch(op: Op, device: torch.device) -> None:
     torch.cuda.synchronize()
 
 
-FEW_BYTES = 64 if PORTABLE else 0
-"""ptxas takes the last register of the portable kernels, and then parks one or two values."""
-
-
 def test_no_kernel_spills_or_serialises_its_mmas(built: dict[KernelSpec, BuiltKernel]) -> None:
-    spilling = {k.meta.name: k.meta.spill_bytes for k in built.values() if k.meta.spill_bytes > FEW_BYTES}
+    emulated = {spec for spec in built if PORTABLE and spec.family.scaled}  # by 16-bit MMAs: for tests only
+    spilling = {
+        k.meta.name: k.meta.spill_bytes for k in built.values() if k.meta.spill_bytes and k.spec not in emulated
+    }
     assert not spilling
     warned = {k.meta.name: k.meta.warnings for k in built.values() if any("(C75" in w for w in k.meta.warnings)}
     assert not warned

@@ -63,14 +63,16 @@ def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.M
     )
     asked: list[Any] = []
 
-    def bench_ffn(shapes: Any, dtype: DType, densities: Any, *, json_path: Path, on_event: Any) -> results.BenchFile:
-        asked.append((shapes, dtype, densities, json_path))
+    def bench_ffn(
+        shapes: Any, dtype: DType, densities: Any, *, seconds_per_shape: float, json_path: Path, on_event: Any
+    ) -> results.BenchFile:
+        asked.append((shapes, dtype, densities, seconds_per_shape, json_path))
         on_event(bench.BenchEvent("progress", "timing", 0.5))
         return results.BenchFile(env={}, rows=[row])
 
     monkeypatch.setattr(bench, "bench_ffn", bench_ffn)
     monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
     out = srelu24("bench", "ffn", "--shape", str(SMALL), "--density", "0.1", "--results", str(tmp_path)).stdout
-    assert asked == [([SMALL], DType.BF16, [0.1], tmp_path / "h200" / "ffn_bf16.json")]
+    assert asked == [([SMALL], DType.BF16, [0.1], 20.0, tmp_path / "h200" / "ffn_bf16.json")]
     assert "over torch_compile" in out
     assert "1.250x" in out

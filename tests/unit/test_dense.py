@@ -83,6 +83,15 @@ def test_without_a_measurement_a_cautious_model_decides() -> None:
     assert choice(16384, 64, 256).way == "cublas", "a narrow layer gains nothing"
 
 
+def test_the_portable_kernels_are_dense_until_they_are_measured() -> None:
+    """The model is fitted to Hopper's kernels: elsewhere it decides nothing."""
+    rtx4090 = TARGETS["rtx4090"]
+    for m in (1, 16384):
+        found = choose_ffn(Shape(m, D, F), DType.BF16, False, False, rtx4090)
+        assert (found.way, found.dense_way, found.gain, found.source) == ("cublas", "cublas", 1.0, "unknown")
+        assert f"default, untuned: no time of this D and F on this GPU; srelu24 tune --shape {m}x{D}x{F}" in found.why
+
+
 @pytest.mark.parametrize(
     ("ways", "way", "dense_way"),
     [

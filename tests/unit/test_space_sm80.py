@@ -27,6 +27,7 @@ from srelu24_gen.target import TARGETS, GpuTarget
 A100, L40S = TARGETS["a100"], TARGETS["l40s"]
 PORTABLE = [target.portable for target in TARGETS.values()]
 DENSE, SPARSE = Family(Op.GEMM, DType.BF16), Family(Op.SPGEMM, DType.FP16, bias=True, residual=True)
+FP8 = Family(Op.SPGEMM, DType.E4M3, out=DType.BF16)
 FUSED = Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2, bias=True, count_nonzeros=True)
 BASE = KernelConfig(128, 128, 64, cluster_m=1, stages=3, producer=Producer.ALL)
 
@@ -36,9 +37,8 @@ BASE = KernelConfig(128, 128, 64, cluster_m=1, stages=3, producer=Producer.ALL)
     [
         ({"producer": Producer.THREAD}, "load with all threads; producer is thread, not all"),
         ({"tile_m": 192}, "a tile of 192x128 is not one of 128x256, 256x128"),
-        ({"tile_k": 32}, "tile_k = 32 is not 64"),
+        ({"tile_k": 32}, "tile_k = 32 is not 64, 128 bytes of a row"),
         ({"cluster_m": 2}, "have no clusters, it must be 1"),
-        ({"stream_k": True}, "do not split tiles along K"),
         ({"raster_group": 0}, "raster_group = 0 must be at least 1"),
         ({"stages": 1}, "stages = 1; loads are ahead"),
         ({"stages": 4}, "4 stages need 131072 bytes of shared memory; 101376 there"),
@@ -60,8 +60,9 @@ def test_a_configuration_of_the_other_family_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        (Family(Op.SPGEMM, DType.E4M3, out=DType.BF16), "take bf16 and fp16, not e4m3 to bf16"),
-        (Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), "take bf16 and fp16, not bf16 to e4m3"),
+        (FP8, "sm_80 has no mma.sync of 8-bit floats; sm_89, sm_90, sm_120, sm_121 have"),
+        (Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), "sm_80 has no mma.sync of 8-bit floats"),
+        (dataclasses.replace(FP8, promote=True), "no registers for promoted sums"),
         (Family(Op.SPGEMM_TOKENS, DType.BF16), "training step are wgmma kernels"),
     ],
 )
@@ -70,6 +71,17 @@ def test_families_without_a_portable_kernel(family: Family, words: str) -> None:
     assert not verdict.ok
     assert words in verdict.reason
     assert space.has_kernel(family, TARGETS["h100"]).ok
+
+
+def test_8_bits_are_for_architectures_that_have_them() -> None:
+    have = {target.arch for target in PORTABLE if space.has_kernel(FP8, target).ok}
+    assert have == {"sm_89", "sm_90", "sm_120"}
+    config = space.default(Problem(FP8, 4096, 4096, 4096), L40S)
+    assert (config.tile_m, config.tile_n, config.tile_k, config.stages) == (256, 128, 128, 3)
+    names = names_for(KernelSpec(dataclasses.replace(FP8, weight=DType.E5M2), config, "sm_89"))
+    assert (names["element"], names["weight"], names["mma_k"]) == ("float_e4m3_t", "float_e5m2_t", 64)
+    dense = names_for(KernelSpec(Family(Op.GEMM, DType.E4M3, out=DType.BF16), config, "sm_89"))
+    assert dense["mma"] == "SM89_16x8x32_F32E4M3E4M3F32_TN"
 
 
 @given(
@@ -91,8 +103,8 @@ def test_candidates_fit_every_gpu_and_take_every_width(
         assert size.shared_bytes <= target.smem_per_block
         assert size.threads in (128, 256)
         assert size.threads * size.consumer_registers <= target.registers_per_sm
-        assert config.batch_invariant
-        assert space.batch_invariant(problem, config, target) == config
+        assert config.batch_invariant == (not config.stream_k)
+        assert space.batch_invariant(problem, config, target) == dataclasses.replace(config, stream_k=False)
 
 
 def test_defaults_follow_the_shared_memory_and_the_rows() -> None:

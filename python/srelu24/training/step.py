@@ -20,6 +20,7 @@ from srelu24.training.order import padded
 from srelu24.training.packed import TokenSparse24, columns
 from srelu24.training.reference import Forward, Gradients, Needed, Pruning
 from srelu24_gen import space
+from srelu24_gen.bindings import E_VECTOR_COLUMNS
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Family, Op
 
@@ -74,6 +75,7 @@ def dense_forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tens
     m, f = x.shape[0], w1.shape[0]
     hidden = x.new_empty(hidden_size(m, f))
     s = dense_part(hidden, m, f)
+    hidden[m * f :].zero_()  # an output has no chance values, read or not
     kernels.dense_hidden(_ready(x), _ready(w1), None if b1 is None else _ready(b1), s)
     counts = (s != 0).sum(dim=0, dtype=torch.int32)
     return Forward(torch.nn.functional.linear(s, w2, b2), hidden, counts)
@@ -86,6 +88,8 @@ def forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | N
     b1, b2 = (b if b is None else _ready(b) for b in (b1, b2))
     hidden = x.new_empty(hidden_size(m, f))
     s, along_tokens = packed_parts(hidden, m, f)
+    if m % E_VECTOR_COLUMNS:  # words that no kernel writes
+        along_tokens.metadata.zero_()
     _, _, counts = kernels.pruned_hidden(x, w1, b1, pruning.token_stride, (s, along_tokens))
     movers.clear_columns(along_tokens, pruning.dense_features)
     return Forward(kernels.product(s, w2, b2, pruning.token_stride), hidden, counts)

@@ -89,6 +89,18 @@ struct Packed<cutlass::half_t> {
   }
 };
 
+/// Four floats to e4m3, nearest even, saturating; the first in the lowest byte.
+__device__ __forceinline__ uint32_t round_e4m3(float a, float b, float c, float d) {
+  uint32_t r;
+  asm("{.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};}"
+      : "=r"(r)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+}
+
 /// The low halves of x and y, and the high halves: undoes the (row g, row g + 8) pairing.
 __device__ __forceinline__ uint32_t low_halves(uint32_t x, uint32_t y) {
   return __byte_perm(x, y, 0x5410);

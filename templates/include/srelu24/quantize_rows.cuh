@@ -3,9 +3,22 @@
 #pragma once
 
 #include <srelu24/scale.cuh>
-#include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
+
+/// Arguments of quantize_rows. Input is [m, n] in 16 bits.
+struct QuantizeParams {
+  void const* in;
+  void* out;                  // e4m3 [m, n]
+  float* scale;               // [m]
+  uint32_t* r_largest;        // [m], set to zero for the GEMM that follows, or null
+  float const* row_norm;      // [1]: largest norm of a row of W1, or null where S is not to have a predicted scale
+  float const* bias_largest;  // [1]: largest magnitude of the bias, or null
+  float* s_scale;             // [m]
+  float* s_inverse;           // [m]
+  int64_t in_stride, out_stride;
+  int32_t m, n;
+};
 
 /// What rounding may add to Cauchy-Schwarz (srelu24/fp8/reference.py).
 inline constexpr float kBoundMargin = 1.07f;

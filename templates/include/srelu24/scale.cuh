@@ -5,6 +5,16 @@
 
 namespace srelu24 {
 
+/// Scales of 8-bit operands and results (docs/fp8.md). A step is 1, or 0 where one scale serves all rows.
+struct ScaleParams {
+  float const* a;                 // [m] or [1]
+  float const* b;                 // [n]
+  float const* s_inverse;         // gemm_relu2_24 to e4m3: what r * r is multiplied by, [m] or [1]
+  uint32_t* r_largest;            // gemm_relu2_24 to bf16: bits of each row's largest r as a float [m], zero before
+  unsigned long long* saturated;  // gemm_relu2_24 to e4m3: values beyond the largest, added to
+  int32_t a_step, s_inverse_step;
+};
+
 inline constexpr float kLargestE4m3 = 448.f;
 /// Half way to the number that would come next: what is more saturates.
 inline constexpr float kUnreachableE4m3 = 464.f;
@@ -19,18 +29,6 @@ __device__ __forceinline__ float scale_of(float largest) {
 /// What a value is multiplied by before it is stored.
 __device__ __forceinline__ float inverse_scale_of(float largest) {
   return __fdiv_rn(kLargestE4m3, largest < kSmallestAmax ? kSmallestAmax : largest);
-}
-
-/// Four floats to e4m3, nearest even, saturating; the first in the lowest byte.
-__device__ __forceinline__ uint32_t round_e4m3(float a, float b, float c, float d) {
-  uint32_t r;
-  asm("{.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};}"
-      : "=r"(r)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return r;
 }
 
 /// r * r * inverse of two kept r in bf16, each operation rounded by itself.

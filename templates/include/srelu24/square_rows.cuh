@@ -2,9 +2,18 @@
 #pragma once
 
 #include <srelu24/scale.cuh>
-#include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
+
+/// Arguments of square_rows. Input is the kept r of a packed [m, n] in bf16, [m, n / 2].
+struct SquareParams {
+  void const* in;
+  void* out;                  // e4m3 [m, n / 2]
+  uint32_t const* r_largest;  // [m]
+  float* s_scale;             // [m]
+  int64_t in_stride, out_stride;
+  int32_t m, n;
+};
 
 __device__ __forceinline__ void square_rows(SquareParams const& p) {
   constexpr int kAtOnce = 8;                       // vectors a thread asks for before it uses the first

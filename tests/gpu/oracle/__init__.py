@@ -1,7 +1,8 @@
-"""CUTLASS's own sparse GEMM, built with nvcc from ``cutlass_spgemm.cu``, for tests to compare with.
+"""CUTLASS's own sparse GEMMs, built with nvcc from the ``.cu`` files here, for tests and timings to compare with.
 
-Building takes about two minutes and 6 GB, so the library is kept in ``build/oracle/`` of the checkout. A machine
-without nvcc can use one that was built elsewhere with ``python -m tests.gpu.oracle`` and copied there.
+Building the one for Hopper takes about two minutes and 6 GB, so libraries are kept in ``build/oracle/`` of the
+checkout. A machine without nvcc can use those that were built elsewhere with ``python -m tests.gpu.oracle`` and copied
+there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +21,7 @@ from torch import Tensor
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.target import Toolchain
 
-SOURCE = Path(__file__).parent / "cutlass_spgemm.cu"
 FOLDER = Path(__file__).parents[3] / "build" / "oracle"
-FLAGS = (
-    *("-std=c++17", "-O1", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"),
-    *("-shared", "-Xcompiler=-fPIC"),
-)
 KERNELS = {
     torch.bfloat16: ("spgemm_bf16_k64", 64),
     torch.float16: ("spgemm_fp16_k128", 128),
@@ -33,11 +30,55 @@ KERNELS = {
 """Function for each type, and the K of its tile, which decides E's order."""
 
 
-def library() -> Path:
-    """Where the built library is or will be; the name changes with all that it is built from."""
-    toolchain = Toolchain.find()
-    key = hashlib.sha256(" ".join((toolchain.cutlass_version, *FLAGS, SOURCE.read_text())).encode()).hexdigest()[:16]
-    return FOLDER / f"cutlass_spgemm-{key}.so"
+@dataclass(frozen=True)
+class Library:
+    """A source in this folder, and what it is compiled for."""
+
+    source: str
+    arch: str
+
+    @property
+    def path(self) -> Path:
+        """Where the built library is or will be; the name changes with all that it is built from."""
+        source = Path(__file__).parent / self.source
+        parts = (Toolchain.find().cutlass_version, *self.flags, source.read_text())
+        return FOLDER / f"{source.stem}-{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:16]}.so"
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        code = f"-gencode=arch=compute_{self.arch},code=sm_{self.arch}"
+        return ("-std=c++17", "-O1", code, "--expt-relaxed-constexpr", "-shared", "-Xcompiler=-fPIC")
+
+    @property
+    def available(self) -> bool:
+        """Whether it is there or can be built."""
+        return nvcc() is not None or self.path.exists()
+
+    def build(self) -> Path:
+        """The library, built if it is not there yet.
+
+        Raises:
+            FileNotFoundError: it is not there, and neither is nvcc.
+            CalledProcessError: nvcc failed; what it said is on stderr.
+        """
+        if self.path.exists():
+            return self.path
+        compiler = nvcc()
+        if compiler is None:
+            raise FileNotFoundError(f"neither nvcc nor {self.path} was found")
+        # nvcc brings its own CUDA headers. CUTLASS's helpers for strides lie outside its include folder.
+        include = Toolchain.find().include_dirs[0]
+        includes = [f"-I{folder}" for folder in (include, include.parent / "tools/util/include")]
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(f".{os.getpid()}.tmp")
+        source = Path(__file__).parent / self.source
+        subprocess.run([compiler, *self.flags, *includes, "-o", str(unfinished), str(source)], check=True)
+        unfinished.replace(self.path)
+        return self.path
+
+
+WGMMA = Library("cutlass_spgemm.cu", "90a")
+MMA_SYNC = Library("cutlass_spgemm_sm80.cu", "90")
 
 
 def nvcc() -> str | None:
@@ -46,34 +87,11 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=Path(home, "bin")) if home else None)
 
 
-def build() -> Path:
-    """The library, built if it is not there yet.
-
-    Raises:
-        FileNotFoundError: it is not there, and neither is nvcc.
-        CalledProcessError: nvcc failed; what it said is on stderr.
-    """
-    target = library()
-    if target.exists():
-        return target
-    compiler = nvcc()
-    if compiler is None:
-        raise FileNotFoundError(f"neither nvcc nor {target} was found")
-    # nvcc brings its own CUDA headers. CUTLASS's helpers for strides lie outside its include folder.
-    include = Toolchain.find().include_dirs[0]
-    includes = [f"-I{folder}" for folder in (include, include.parent / "tools/util/include")]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-    subprocess.run([compiler, *FLAGS, *includes, "-o", str(unfinished), str(SOURCE)], check=True)
-    unfinished.replace(target)
-    return target
-
-
 class CutlassSpgemm:
-    """``S B^T`` by CUTLASS."""
+    """``S B^T`` by CUTLASS's kernels for Hopper."""
 
-    def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(WGMMA.build()))
         self._library.spgemm_status.restype = ctypes.c_char_p
 
     def __call__(self, s: Sparse24, b: Tensor) -> Tensor:

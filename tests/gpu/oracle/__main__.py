@@ -1,5 +1,6 @@
-"""Build the library and print where it is."""
+"""Build the libraries, one after the other, and print where they are."""
 
-from tests.gpu.oracle import build
+from tests.gpu.oracle import MMA_SYNC, WGMMA
 
-print(build())
+for library in (MMA_SYNC, WGMMA):
+    print(library.build())

@@ -9,7 +9,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/arch/cluster_sm90.hpp>
 
-#include <srelu24/sm90/epilogue_scaled.cuh>
+#include <srelu24/epilogue_scaled.cuh>
 #include <srelu24/sm90/mainloop.cuh>
 #include <srelu24/sm90/stream_k.cuh>
 #include <srelu24/sm90/tile_load.cuh>

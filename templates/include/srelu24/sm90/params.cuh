@@ -2,6 +2,7 @@
 #pragma once
 
 #include <srelu24/raster.cuh>
+#include <srelu24/scale.cuh>
 
 namespace srelu24 {
 
@@ -17,16 +18,6 @@ struct SplitParams {
   cutlass::FastDivmod tile_units;  // units of one tile
   float4* partials;                // one slot a consumer warpgroup: [kTileN / 8][128]
   uint32_t* flags;                 // one a slot, zero at launch and again after it
-};
-
-/// Scales of 8-bit operands and results (docs/fp8.md). A step is 1, or 0 where one scale serves all rows.
-struct ScaleParams {
-  float const* a;                 // [m] or [1]
-  float const* b;                 // [n]
-  float const* s_inverse;         // gemm_relu2_24 to e4m3: what r * r is multiplied by, [m] or [1]
-  uint32_t* r_largest;            // gemm_relu2_24 to bf16: bits of each row's largest r as a float [m], zero before
-  unsigned long long* saturated;  // gemm_relu2_24 to e4m3: values beyond the largest, added to
-  int32_t a_step, s_inverse_step;
 };
 
 /// Training kernels: the operand packed along tokens, the S of a backward pass, and the order of rows
@@ -61,30 +52,6 @@ struct GemmParams {
   SplitParams split;
   ScaleParams scale;
   TokenParams tokens;
-};
-
-/// Arguments of quantize_rows. Input is [m, n] in 16 bits.
-struct QuantizeParams {
-  void const* in;
-  void* out;                  // e4m3 [m, n]
-  float* scale;               // [m]
-  uint32_t* r_largest;        // [m], set to zero for the GEMM that follows, or null
-  float const* row_norm;      // [1]: largest norm of a row of W1, or null where S is not to have a predicted scale
-  float const* bias_largest;  // [1]: largest magnitude of the bias, or null
-  float* s_scale;             // [m]
-  float* s_inverse;           // [m]
-  int64_t in_stride, out_stride;
-  int32_t m, n;
-};
-
-/// Arguments of square_rows. Input is the kept r of a packed [m, n] in bf16, [m, n / 2].
-struct SquareParams {
-  void const* in;
-  void* out;                  // e4m3 [m, n / 2]
-  uint32_t const* r_largest;  // [m]
-  float* s_scale;             // [m]
-  int64_t in_stride, out_stride;
-  int32_t m, n;
 };
 
 /// Arguments of transpose. Input is [m, n] in 16 bits.

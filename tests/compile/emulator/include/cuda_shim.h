@@ -22,12 +22,24 @@ using std::min;
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct float4 {
   float x, y, z, w;
+};
+struct float2 {
+  float x, y;
 };
 struct Index {
   int x;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) {
+  return {x, y};
+}
+inline float4 make_float4(float x, float y, float z, float w) {
+  return {x, y, z, w};
+}
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   return {x, y, z, w};
 }
@@ -79,6 +91,14 @@ template <class T>
 T __ldg(T const* p) {
   return *p;
 }
+template <class T>
+T __ldcg(T const* p) {
+  return *p;
+}
+template <class T>
+void __stcg(T* p, T const& x) {
+  *p = x;
+}
 
 inline uint32_t __shfl_xor_sync(uint32_t, uint32_t value, int lanes) {
   emulator::of_lane(emulator::lane()).value = value;
@@ -98,12 +118,31 @@ inline uint32_t __vminu2(uint32_t x, uint32_t y) {
 inline uint32_t __vmaxu2(uint32_t x, uint32_t y) {
   return by_halves(x, y, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
-inline int atomicAdd(int* p, int value) {
+inline int __reduce_add_sync(uint32_t mask, int value) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) value += static_cast<int>(__shfl_xor_sync(mask, value, lanes));
+  return value;
+}
+template <class T>
+T atomicAdd(T* p, T value) {
   return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+}
+inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
+  uint32_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(p, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return old;
 }
 inline float __fmul_rn(float a, float b) {
   return a * b;
 }
 inline float __fadd_rn(float a, float b) {
   return a + b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
+inline float __uint_as_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, 4);
+  return y;
 }

@@ -20,6 +20,20 @@ struct Packed {
   static uint32_t square(uint32_t x) { return round(low(x) * low(x), high(x) * high(x)); }
 };
 
+inline uint32_t round_e4m3(float a, float b, float c, float d) {
+  uint32_t bytes = 0;
+  for (float x : {d, c, b, a}) {
+    uint32_t nearest = 0;  // of the numbers that are not negative, of two as near the even one
+    for (uint32_t y = 1; y < 0x7f; ++y) {
+      float const here = std::abs(cutlass::float_e4m3_t::value(y) - std::abs(x));
+      float const best = std::abs(cutlass::float_e4m3_t::value(nearest) - std::abs(x));
+      if (here < best || (here == best && y % 2 == 0)) nearest = y;
+    }
+    bytes = bytes << 8 | nearest | (std::signbit(x) ? 0x80 : 0);
+  }
+  return bytes;
+}
+
 inline uint32_t low_halves(uint32_t x, uint32_t y) {
   return (x & 0xffff) | y << 16;
 }

@@ -4,7 +4,6 @@
 
 #include <srelu24/epilogue.cuh>
 #include <srelu24/scale.cuh>
-#include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
 
@@ -28,9 +27,9 @@ inline constexpr bool kStoresE4m3 = sizeof(typename Config::Output) == 1;
 
 /// prune24(relu(accumulators)) packed, LoadOrder::kOwn16, with E in the 8-bit order. To bf16: r as it is, and the
 /// largest r of each row. To e4m3: r * r, scaled; and how many values saturated.
-template <class Config>
-__device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN / 2], GemmParams const& p,
-                                                    BlockPosition const& at, Scaling<Config, GemmParams> const& scaling,
+template <class Config, class Params>
+__device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN / 2], Params const& p,
+                                                    BlockPosition const& at, Scaling<Config, Params> const& scaling,
                                                     float const (&s_inverse)[2]) {
   using P = Packed<cutlass::bfloat16_t>;
   constexpr bool kToE4m3 = kStoresE4m3<Config>;
@@ -88,6 +87,8 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
   uint4* const metadata = p.out_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread;
   if constexpr (Config::kTileN == 256) {
     *metadata = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (Config::kTileN == 64) {  // others write the other words, beyond n too
+    reinterpret_cast<uint32_t*>(metadata)[at.column % 256 / 64] = words[0];
   } else {  // half a vector; nobody else writes the other half of the last one
     static_assert(Config::kTileN == 128);
     auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;
