@@ -25,7 +25,7 @@ from srelu24.worker import Failed, Job, Step, Timed
 from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Pass, Shape
-from srelu24_gen.spec import DType, Problem
+from srelu24_gen.spec import DType, KernelSpec, Problem
 
 MIN_ROUNDS = 16
 
@@ -62,14 +62,16 @@ def bench_tuning(
     db = db or Database.open()
     file = BenchFile(env=env or {}, rows=[])
     try:
-        for number, shape in enumerate((*shapes, *held_out)):
+        every = [(shape, shape.gemms_of(which, dtype)) for shape in (*shapes, *held_out)]
+        recorded = [
+            _recorded(gemms, runner, db, "exact" if number < len(shapes) else "nearest")
+            for number, (_, gemms) in enumerate(every)
+        ]
+        defaults = [tuple(space.default(problem, runner.target) for problem in gemms) for _, gemms in every]
+        _build(runner, [gemms for _, gemms in every] * 2, [*recorded, *defaults])
+        for number, ((shape, gemms), ours, default) in enumerate(zip(every, recorded, defaults, strict=True)):
             held = number >= len(shapes)
-            gemms = shape.gemms_of(which, dtype)
-            ours = _recorded(gemms, runner, db, "nearest" if held else "exact")
-            if held:
-                other = _tuned(shape, which, dtype, runner, db, density, tune_s)
-            else:
-                other = tuple(space.default(problem, runner.target) for problem in gemms)
+            other = _tuned(shape, which, dtype, runner, db, density, tune_s) if held else default
             op, name = ("fallback", "tuned") if held else ("tuning", "default")
             op += _suffix(which)
             row = _compare(op, name, shape, gemms, runner, ours, other, density, seconds_per_shape)
@@ -155,6 +157,17 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float, str]]:
         for ratio in row.speedup.values():
             found.setdefault(row.op, []).append((ratio, row.shape))
     return {op: (geometric_mean(r for r, _ in ratios), *min(ratios)) for op, ratios in found.items()}
+
+
+def _build(runner: Runner, gemms: Sequence[Sequence[Problem]], chains: Sequence[Chain]) -> None:
+    """Compiles what will be timed on all cores; what does not compile has its reason when it is timed."""
+    specs = {
+        KernelSpec(problem.family, config, runner.target.arch)
+        for problems, chain in zip(gemms, chains, strict=True)
+        for problem, config in zip(problems, chain, strict=True)
+    }
+    for _ in runner.build(sorted(specs, key=lambda spec: spec.name)):
+        pass
 
 
 def _recorded(gemms: Sequence[Problem], runner: Runner, db: Database, how: str) -> Chain:

@@ -94,10 +94,14 @@ def bench_tuning(
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
-    """Tuned kernels against the defaults, and winners of other token counts against their own."""
+    """Tuned kernels against the defaults, and winners of other token counts against their own.
+
+    Without a shape or a model only the latter.
+    """
     from srelu24 import run as main_job
 
-    shapes = options.shapes_of(shape, model, tokens, default=[], all_models=all_models)
+    tuned = shape or model or all_models or tokens or not held_out
+    shapes = options.shapes_of(shape, model, tokens, default=[], all_models=all_models) if tuned else []
     held = options.shapes_of(None, [options.parse_model(held_out_model)], held_out, default=[]) if held_out else []
     path = options.named_result(json, results, "tuning" if which is Pass.FORWARD else "tuning_step")
     main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path, which)

@@ -43,6 +43,9 @@ def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monke
     monkeypatch.setattr(main_job, "benchmark_search", lambda *given: asked.append(given))
     srelu24("bench", "search", "--model", "nanochat", "--tokens", "16,64", "--cold", "40", "--warm", "9", *where)
     assert asked.pop() == (shapes, DType.BF16, 0.1, (40.0, 9.0), tmp_path / "h200" / "search.json", Pass.FORWARD)
+    srelu24("bench", "tuning", "--held-out", "32", *where)
+    assert asked.pop()[:2] == ([], [Shape(32, 6144, 24576)]), "of nemotron-4-15b"
+    assert "which shape?" in srelu24("bench", "tuning", "--held-out", "", code=2).stderr
     srelu24(*tuning, "--held-out", "")
     assert asked.pop()[1] == []
     assert "4096,16384" in srelu24(*tuning, "--held-out", "many", code=2).stderr
