@@ -271,7 +271,8 @@ def _sweep_table(results: list[Result]) -> str:
 
     head = ["dtype", "MxDxF", "density", "ms", "sparse", "dense, the best way", "chosen", "which is"]
     table = _tables(of_op(results, "sweep"), head, cells)
-    return f"Times as fast as torch.compile's dense FFN:\n\n{table}" if table else ""
+    figure = "![sparse, dense and chosen over numbers of tokens](results/sweep.svg)"
+    return f"Times as fast as torch.compile's dense FFN:\n\n{table}\n{figure}\n" if table else ""
 
 
 _NO_DENSE_WAY = ("srelu24", "sparse", "torch_compile")

@@ -80,6 +80,7 @@ def test_sweep_table_and_plot(tmp_path: Path) -> None:
     table = report.tables(folder)["sweep"]
     assert "| bf16 | 16x64x256 | 10% | 1.900 | 0.88x | 1.11x | 1.11x | mixed |" in table
     assert "| bf16 | 4096x64x256 | 10% | 1.500 | 1.40x | 1.11x | 1.40x | sparse |" in table
+    assert "(results/sweep.svg)" in table, "bench report draws it there"
     pytest.importorskip("matplotlib")
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     plots.plot_sweep(folder, first)
