@@ -21,7 +21,7 @@ import functools
 from dataclasses import dataclass
 
 from srelu24_gen import space
-from srelu24_gen.bindings import footprint
+from srelu24_gen.bindings import PACKING_OPS, SPARSE_OPS, footprint
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Instructions, KernelConfig, Op, Problem, Producer
@@ -80,7 +80,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     if not family.op.multiplies:
         memory = 1e6 * (bytes_a + bytes_out) / _bandwidth(target)
         return Cost(FIXED_US + memory, 0.0, memory, 0.0, FIXED_US, 1.0)
-    c, sparse = config, family.op is Op.SPGEMM
+    c, sparse = config, family.op in SPARSE_OPS
     size = footprint(family, c)
     tiles_m, tiles_n = -(-problem.m // (c.tile_m * c.cluster_m)), -(-problem.n // c.tile_n)
     k_blocks = -(-problem.k // c.tile_k)
@@ -164,8 +164,11 @@ def _operand_bytes(problem: Problem) -> tuple[float, float, float]:
     m, n, k, op = problem.m, problem.n, problem.k, problem.family.op
     if not op.multiplies:  # X and its copy in e4m3, or a matrix and its packed form
         return m * n * element, 0.0, m * n * (packed if op is Op.SPARSIFY24 else result)
-    a = m * k * (packed if op is Op.SPGEMM else element)
-    return a, n * k * element, m * n * (packed_result if op is Op.GEMM_RELU2_24 else result)
+    a = m * k * (packed if op in SPARSE_OPS else element)
+    out = packed_result * (1 + problem.family.tokens) if op in PACKING_OPS else result * (1 + problem.family.accumulate)
+    if op is Op.GEMM_DRELU2_24:  # S, which it reads
+        out += packed
+    return a, n * k * element, m * n * out
 
 
 def _bandwidth(target: GpuTarget) -> float:

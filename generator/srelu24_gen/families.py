@@ -26,11 +26,9 @@ def supports_training_sizes(problem: Problem) -> Verdict:
     """Groups along tokens are whole blocks of 16, and what lies along a swizzled row is whole rows of 64."""
     if problem.family.op is Op.TRANSPOSE:
         return Verdict(True) if problem.m % 8 == 0 else Verdict(False, f"M = {problem.m} is not a multiple of 8")
-    weights = problem.family.op is Op.SPGEMM_TOKENS
-    tokens, widths = (problem.k, (problem.m, problem.n)) if weights else (problem.m, (problem.n, problem.k))
-    if tokens % 16:
-        return Verdict(False, f"{tokens} tokens are not a multiple of 16; pad the batch")
-    for width in widths:
+    if problem.tokens % 16:
+        return Verdict(False, f"{problem.tokens} tokens are not a multiple of 16; pad the batch")
+    for width in problem.widths:
         if width % 64:
             return Verdict(False, f"a width of {width} is not a multiple of 64; pad the layer's width")
     return Verdict(True)

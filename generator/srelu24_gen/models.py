@@ -7,6 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple, Self
 
 from srelu24_gen.errors import Unsupported
@@ -16,6 +17,15 @@ TOKENS: tuple[int, ...] = (512, 2048, 4096, 8192, 16384, 32768)
 """The standard token counts."""
 LARGEST = (8192, 32768)
 """D and F up to which ``--all-models`` goes: what one GPU holds next to the rest of such a model."""
+
+
+class Pass(StrEnum):
+    """Which GEMMs of an FFN belong together."""
+
+    FORWARD = "forward"
+    """Inference: :meth:`Shape.gemms`."""
+    BACKWARD = "backward"
+    """A training step, its own forward GEMMs among them: :meth:`Shape.step_gemms`."""
 
 
 class Shape(NamedTuple):
@@ -64,11 +74,31 @@ class Shape(NamedTuple):
         first, second = Family(Op.GEMM, dtype, Activation.RELU2, b1), Family(Op.GEMM, dtype, bias=b2)
         return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
 
+    def step_gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, ...]:
+        """The GEMMs of a sparse training step (docs/training.md), in the order in which they run: the hidden
+        activations, a product with them, their gradient, dW1 and dW2. Y and dX are the same product, but for a bias."""
+        m, d, f = self
+        hidden = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1, count_nonzeros=True, tokens=True, permuted=True)
+        return (
+            Problem(hidden, m, f, d),
+            Problem(Family(Op.SPGEMM, dtype, bias=b2, permuted=True), m, d, f),
+            Problem(Family(Op.GEMM_DRELU2_24, dtype, tokens=True, permuted=True), m, f, d),
+            Problem(Family(Op.SPGEMM_TOKENS, dtype), f, d, m),
+            Problem(Family(Op.SPGEMM_TOKENS, dtype, transposed=True), f, d, m),
+        )
+
+    def gemms_of(self, which: Pass, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, ...]:
+        """The GEMMs of a pass, each once."""
+        return (self.gemms if which is Pass.FORWARD else self.step_gemms)(dtype, b1, b2)
+
     @classmethod
     def of(cls, problem: Problem) -> Self:
         """The FFN that one of these GEMMs is part of."""
-        first = problem.family.activation is Activation.RELU2
-        return cls(problem.m, problem.k, problem.n) if first else cls(problem.m, problem.n, problem.k)
+        op, (n, k) = problem.family.op, problem.widths
+        if op is Op.SPGEMM_TOKENS:
+            return cls(problem.tokens, d=k, f=n)
+        first = problem.family.activation is Activation.RELU2 or op is Op.GEMM_DRELU2_24
+        return cls(problem.tokens, *((k, n) if first else (n, k)))
 
     def __str__(self) -> str:
         return f"{self.m}x{self.d}x{self.f}"

@@ -187,6 +187,16 @@ class Problem:
         """Dense-equivalent floating-point operations: 2 M N K."""
         return 2 * self.m * self.n * self.k
 
+    @property
+    def tokens(self) -> int:
+        """M, but K where the product is summed over tokens."""
+        return self.k if self.family.op is Op.SPGEMM_TOKENS else self.m
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The two sizes that do not count tokens: widths of the layer."""
+        return (self.m, self.n) if self.family.op is Op.SPGEMM_TOKENS else (self.n, self.k)
+
     def __str__(self) -> str:
         return f"{self.family.name} {self.m}x{self.n}x{self.k}"
 

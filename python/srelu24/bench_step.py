@@ -7,7 +7,7 @@ Rows of a result file (:mod:`srelu24.results`), by op: ``ffn_step`` is the whole
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from srelu24.training.packed import TokenSparse24
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24.training.step import reason_against
 from srelu24.workload import FFNData, make_ffn
-from srelu24_gen import space
+from srelu24_gen import models, space
 from srelu24_gen.compile import build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Problem
 
 SPLIT_SHAPE = (8192, 8192, 8192)
 SPLIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 1.0)
@@ -224,17 +224,8 @@ def _with_config(config: KernelConfig, call: Call) -> None:
 
 def _problems(shape: Shape, dtype: DType) -> dict[str, Problem]:
     """The kernels of a step, by the op of their part."""
-    m, d, f = shape
-    hidden = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, count_nonzeros=True, tokens=True, permuted=True)
-    gradient = Family(Op.GEMM_DRELU2_24, dtype, tokens=True, permuted=True)
-    weights = Family(Op.SPGEMM_TOKENS, dtype)
-    return {
-        "step_hidden": Problem(hidden, m, f, d),
-        "step_y": Problem(Family(Op.SPGEMM, dtype, permuted=True), m, d, f),
-        "step_hidden_gradient": Problem(gradient, m, f, d),
-        "step_dw1": Problem(weights, f, d, m),
-        "step_dw2": Problem(replace(weights, transposed=True), f, d, m),
-    }
+    ops = ("step_hidden", "step_y", "step_hidden_gradient", "step_dw1", "step_dw2")
+    return dict(zip(ops, models.Shape(*shape).step_gemms(dtype), strict=True))
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:

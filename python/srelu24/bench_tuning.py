@@ -1,30 +1,32 @@
-"""What tuning is worth: tuned kernels against the defaults, and winners of other token counts against their own.
+"""What tuning is worth, and what it costs: tuned kernels against the defaults, winners of other token counts against
+their own, and the time that a search takes.
 
-Pairs of GEMMs are timed chained, as the tuner times them, on any :class:`~srelu24.search.Runner`.
+The GEMMs of a pass are timed chained, as the tuner times them, on any :class:`~srelu24.search.Runner`.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 from srelu24.bench import BenchEvent
 from srelu24.db import Database
-from srelu24.noise import speedup
+from srelu24.noise import Chain, speedup
 from srelu24.results import BenchFile, Candidate, Row
 from srelu24.search import Runner
 from srelu24.tune import Lent, tune_ffn
-from srelu24.worker import Candidate as Chain
+from srelu24.worker import Candidate as Chained
 from srelu24.worker import Failed, Job, Step, Timed
 from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, KernelConfig
+from srelu24_gen.models import Pass, Shape
+from srelu24_gen.spec import DType, KernelSpec, Problem
 
-Pair = tuple[KernelConfig, KernelConfig]
 MIN_ROUNDS = 16
 
 
@@ -34,6 +36,7 @@ def bench_tuning(
     dtype: DType,
     runner: Runner,
     *,
+    which: Pass = Pass.FORWARD,
     density: float = 0.1,
     seconds_per_shape: float = 3.0,
     tune_s: float = 30.0,
@@ -42,8 +45,9 @@ def bench_tuning(
     json_path: Path | None = None,
     on_event: Callable[[BenchEvent], None] = lambda event: None,
 ) -> BenchFile:
-    """Rows "tuning": the recorded pair ("srelu24") against "default". Rows "fallback": what another token count's
-    record gives ("srelu24") against the pair that is "tuned" now for this one, in a database that is thrown away.
+    """Rows "tuning": the recorded kernels ("srelu24") against "default". Rows "fallback": what another token count's
+    records give ("srelu24") against those that are "tuned" now for this one, in a database that is thrown away. Of a
+    training step "tuning_step" and "fallback_step".
 
     Args:
         shapes: with a record each on this GPU.
@@ -58,12 +62,19 @@ def bench_tuning(
     db = db or Database.open()
     file = BenchFile(env=env or {}, rows=[])
     try:
-        for number, shape in enumerate((*shapes, *held_out)):
+        every = [(shape, shape.gemms_of(which, dtype)) for shape in (*shapes, *held_out)]
+        recorded = [
+            _recorded(gemms, runner, db, "exact" if number < len(shapes) else "nearest")
+            for number, (_, gemms) in enumerate(every)
+        ]
+        defaults = [tuple(space.default(problem, runner.target) for problem in gemms) for _, gemms in every]
+        _build(runner, [gemms for _, gemms in every] * 2, [*recorded, *defaults])
+        for number, ((shape, gemms), ours, default) in enumerate(zip(every, recorded, defaults, strict=True)):
             held = number >= len(shapes)
-            ours = _recorded(shape, dtype, runner, db, "nearest" if held else "exact")
+            other = _tuned(shape, which, dtype, runner, db, density, tune_s) if held else default
             op, name = ("fallback", "tuned") if held else ("tuning", "default")
-            other = _tuned(shape, dtype, runner, db, density, tune_s) if held else _default(shape, dtype, runner)
-            row = _compare(op, name, shape, dtype, runner, ours, other, density, seconds_per_shape)
+            op += _suffix(which)
+            row = _compare(op, name, shape, gemms, runner, ours, other, density, seconds_per_shape)
             file.rows.append(row)
             if json_path is not None:
                 file.save(json_path)
@@ -72,6 +83,71 @@ def bench_tuning(
     finally:
         runner.close()
     return file
+
+
+def bench_search(
+    shapes: Sequence[Shape],
+    dtype: DType,
+    make_runner: Callable[[], Runner],
+    *,
+    which: Pass = Pass.FORWARD,
+    density: float = 0.1,
+    budgets_s: tuple[float, float] = (60.0, 20.0),
+    env: dict[str, Any] | None = None,
+    json_path: Path | None = None,
+    on_event: Callable[[BenchEvent], None] = lambda event: None,
+) -> BenchFile:
+    """Rows "search", or "search_step": time on the clock to tune a shape, without a record of any kind.
+
+    Once "from_nothing", with no kernel built, then once more "warm", with what that built; ``ms`` is all that the user
+    waits for, ``samples`` counts the candidates timed, ``speedup`` is that of the winners over the defaults.
+
+    Args:
+        budgets_s: of the search from nothing, and of the warm one.
+        env, json_path: as of :func:`bench_tuning`.
+    """
+    file = BenchFile(env=env or {}, rows=[])
+    for number, shape in enumerate(shapes):
+        op = "search" + _suffix(which)
+        row = Row(op=op, dtype=dtype.value, shape=str(shape), density=density, candidates={}, speedup={})
+        with tempfile.TemporaryDirectory() as folder, _build_cache(Path(folder) / "cache"):
+            for name, budget in zip(("from_nothing", "warm"), budgets_s, strict=True):
+                runner, db = make_runner(), Database(Path(folder) / "none", Path(folder) / f"{name}.sqlite")
+                begin = runner.now()
+                report = tune_ffn(*shape, dtype, which=which, density=density, budget_s=budget, db=db, runner=runner)
+                row.candidates[name] = Candidate(
+                    ms=1000 * (runner.now() - begin),
+                    tflops=None,
+                    joules=None,
+                    sm_mhz=None,
+                    watts=None,
+                    samples=report.tried,
+                    note=f"a budget of {budget:g} s",
+                )
+                row.speedup[name] = report.speedup
+        file.rows.append(row)
+        if json_path is not None:
+            file.save(json_path)
+        on_event(BenchEvent("row", f"{op} {shape}: {row.speedup}", (number + 1) / len(shapes), row))
+    return file
+
+
+def _suffix(which: Pass) -> str:
+    return "_step" if which is Pass.BACKWARD else ""
+
+
+@contextmanager
+def _build_cache(folder: Path) -> Iterator[None]:
+    """Another one, for this process and those that it starts."""
+    before = os.environ.get("SRELU24_CACHE_DIR")
+    os.environ["SRELU24_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SRELU24_CACHE_DIR"]
+        else:
+            os.environ["SRELU24_CACHE_DIR"] = before
 
 
 def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float, str]]:
@@ -83,14 +159,20 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float, str]]:
     return {op: (geometric_mean(r for r, _ in ratios), *min(ratios)) for op, ratios in found.items()}
 
 
-def _default(shape: Shape, dtype: DType, runner: Runner) -> Pair:
-    first, second = (space.default(p, runner.target) for p in shape.gemms(dtype))
-    return first, second
+def _build(runner: Runner, gemms: Sequence[Sequence[Problem]], chains: Sequence[Chain]) -> None:
+    """Compiles what will be timed on all cores; what does not compile has its reason when it is timed."""
+    specs = {
+        KernelSpec(problem.family, config, runner.target.arch)
+        for problems, chain in zip(gemms, chains, strict=True)
+        for problem, config in zip(problems, chain, strict=True)
+    }
+    for _ in runner.build(sorted(specs, key=lambda spec: spec.name)):
+        pass
 
 
-def _recorded(shape: Shape, dtype: DType, runner: Runner, db: Database, how: str) -> Pair:
+def _recorded(gemms: Sequence[Problem], runner: Runner, db: Database, how: str) -> Chain:
     found = []
-    for problem in shape.gemms(dtype):
+    for problem in gemms:
         match = db.find(problem, runner.target)
         if match is None or match.how != how:
             has = f"is answered by {match.how}" if match else "has no record"
@@ -99,33 +181,34 @@ def _recorded(shape: Shape, dtype: DType, runner: Runner, db: Database, how: str
                 + ("tune it first" if how == "exact" else "hold out another number of tokens")
             )
         found.append(match.config)
-    return found[0], found[1]
+    return tuple(found)
 
 
-def _tuned(shape: Shape, dtype: DType, runner: Runner, db: Database, density: float, seconds: float) -> Pair:
+def _tuned(
+    shape: Shape, which: Pass, dtype: DType, runner: Runner, db: Database, density: float, seconds: float
+) -> Chain:
     with tempfile.TemporaryDirectory() as folder:
         aside = Database(db.shipped_folder, Path(folder) / "tuning.sqlite")
         aside.take(db.user_records())
-        report = tune_ffn(*shape, dtype, density=density, budget_s=seconds, db=aside, runner=Lent(runner))
-    first, second = (record.kernel_config() for record in report.records[:2])
-    return first, second
+        runner = Lent(runner)
+        report = tune_ffn(*shape, dtype, which=which, density=density, budget_s=seconds, db=aside, runner=runner)
+    return tuple(record.kernel_config() for record in report.records)
 
 
 def _compare(
     op: str,
     name: str,
     shape: Shape,
-    dtype: DType,
+    gemms: Sequence[Problem],
     runner: Runner,
-    ours: Pair,
-    other: Pair,
+    ours: Chain,
+    other: Chain,
     density: float,
     seconds: float,
 ) -> Row:
-    problems = shape.gemms(dtype)
-    pairs = {"srelu24": ours, name: other} if ours != other else {"srelu24": ours}
-    chains = tuple(Chain(each, tuple(map(Step, problems, pair))) for each, pair in pairs.items())
-    job = Job(chains, density, seconds, MIN_ROUNDS, check="small", arch=runner.target.arch)
+    chains = {"srelu24": ours, name: other} if ours != other else {"srelu24": ours}
+    candidates = tuple(Chained(each, tuple(map(Step, gemms, chain))) for each, chain in chains.items())
+    job = Job(candidates, density, seconds, MIN_ROUNDS, check="small", arch=runner.target.arch)
     timed: dict[str, Timed] = {}
     errors: dict[str, str] = {}
     for outcome in runner.run(job):
@@ -135,10 +218,10 @@ def _compare(
             errors[outcome.name] = outcome.reason
     if ours == other and "srelu24" in timed:
         timed[name] = timed["srelu24"]
-    flops = sum(p.flops for p in problems)
+    flops = sum(p.flops for p in gemms)
     row = Row(
         op=op,
-        dtype=dtype.value,
+        dtype=gemms[0].family.dtype.value,
         shape=str(shape),
         density=density,
         candidates={each: _candidate(timed.get(each), errors.get(each, ""), flops) for each in ("srelu24", name)},

@@ -112,7 +112,9 @@ def pack(
             configs.append((problem.family, space.batch_invariant(problem, chosen, target)))
     for family, record in near:
         with contextlib.suppress(Unsupported):  # of another version: nothing runs it
-            configs.append((family, record.kernel_config()))
+            config = record.kernel_config()
+            if space.supports_config(family, config, target).ok:
+                configs.append((family, config))
     specs = {spec.digest: spec for family, config in configs if (spec := KernelSpec(family, config, target.arch))}
     outcomes = compiler.build_many(specs.values(), jobs=jobs, on_done=lambda *_: on_done(len(specs)))
     files: dict[str, bytes] = {}

@@ -5,7 +5,7 @@ Needs no GPU, and no torch: without torch the default configurations are chosen,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from srelu24_gen import compile as compiler
 from srelu24_gen import cost, paths, space
 from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Pass
 from srelu24_gen.models import Shape as Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
@@ -97,17 +98,25 @@ def _readable_records(target: GpuTarget) -> Iterable[TuningRecord]:
 
 
 def specs_for(
-    shapes: Iterable[Shape], dtype: DType, target: GpuTarget, every_candidate: bool = False
+    shapes: Iterable[Shape],
+    dtype: DType,
+    target: GpuTarget,
+    every_candidate: bool = False,
+    passes: Sequence[Pass] = (Pass.FORWARD,),
 ) -> list[KernelSpec]:
     """The binaries that shapes need, each once: those of the sparse FFN that would run, or all that tuning may time and
     then choose from.
 
-    In e4m3 those of every recipe; there is no dense FFN.
+    In e4m3 those of every recipe; there is no dense FFN. Of a training step the GEMMs.
     """
     found: dict[str, KernelSpec] = {}
     for shape in shapes:
-        others = shape.dense_gemms(dtype) if every_candidate else ()
-        for problem in (*shape.gemms(dtype), *(shape.recipe_kernels() if dtype is DType.E4M3 else others)):
+        problems = [problem for which in passes for problem in shape.gemms_of(which, dtype)]
+        if Pass.FORWARD in passes and dtype is DType.E4M3:
+            problems += shape.recipe_kernels()
+        elif Pass.FORWARD in passes and every_candidate:
+            problems += shape.dense_gemms(dtype)
+        for problem in problems:
             configs = [choose(problem, target).config]
             if every_candidate and problem.family.op is not Op.GEMM:  # dense GEMMs are timed as they would run
                 configs += [space.default(problem, target), *space.candidates(problem, target)]

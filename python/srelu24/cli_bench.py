@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from srelu24 import cli_options as options
+from srelu24_gen.models import Pass
 from srelu24_gen.spec import DType
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
@@ -84,19 +85,49 @@ def bench_tuning(
     ] = HELD_OUT_TOKENS,
     held_out_model: Annotated[str, typer.Option(metavar="MODEL", help="The model of --held-out.")] = "nemotron-4-15b",
     dtype: options.Dtype = DType.BF16,
+    which: Annotated[
+        Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")
+    ] = Pass.FORWARD,
     density: options.Density = 0.1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of timing, per shape.")] = 3.0,
     tune_seconds: Annotated[float, typer.Option(min=1, help="Of tuning, per held-out number of tokens.")] = 30.0,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
-    """Tuned kernels against the defaults, and winners of other token counts against their own."""
+    """Tuned kernels against the defaults, and winners of other token counts against their own.
+
+    Without a shape or a model only the latter.
+    """
     from srelu24 import run as main_job
 
-    shapes = options.shapes_of(shape, model, tokens, default=[], all_models=all_models)
+    tuned = shape or model or all_models or tokens or not held_out
+    shapes = options.shapes_of(shape, model, tokens, default=[], all_models=all_models) if tuned else []
     held = options.shapes_of(None, [options.parse_model(held_out_model)], held_out, default=[]) if held_out else []
-    path = options.named_result(json, results, "tuning")
-    main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path)
+    path = options.named_result(json, results, "tuning" if which is Pass.FORWARD else "tuning_step")
+    main_job.benchmark_tuning(shapes, held, dtype, density, seconds, tune_seconds, path, which)
+
+
+@app.command("search")
+def bench_search(
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    dtype: options.Dtype = DType.BF16,
+    which: Annotated[
+        Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")
+    ] = Pass.FORWARD,
+    density: options.Density = 0.1,
+    cold: Annotated[float, typer.Option(min=1, help="Seconds of searching without a built kernel.")] = 60.0,
+    warm: Annotated[float, typer.Option(min=1, help="Seconds of searching with what that has built.")] = 20.0,
+    json: options.JsonFile = None,
+    results: options.Results = None,
+) -> None:
+    """How long tuning takes on the clock, from nothing and from a warm cache; your records and kernels stay out."""
+    from srelu24 import run as main_job
+
+    shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
+    path = options.named_result(json, results, "search" if which is Pass.FORWARD else "search_step")
+    main_job.benchmark_search(shapes, dtype, density, (cold, warm), path, which)
 
 
 @app.command("model")

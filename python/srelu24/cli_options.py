@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,22 @@ import typer
 
 from srelu24_gen import models
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import Model, Shape
+from srelu24_gen.models import Model, Pass, Shape
 from srelu24_gen.spec import DType
 from srelu24_gen.target import GpuTarget, target_by_key
+
+
+class Passes(StrEnum):
+    """A :class:`~srelu24_gen.models.Pass`, or all of them."""
+
+    FORWARD = Pass.FORWARD.value
+    BACKWARD = Pass.BACKWARD.value
+    ALL = "all"
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        return tuple(Pass) if self is Passes.ALL else (Pass(self.value),)
+
 
 DEFAULT_SHAPES = [Shape(16384, 4096, 16384)]
 
@@ -93,6 +107,9 @@ def _tuned_dtype(dtype: DType) -> DType:
 
 Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.", callback=_storage_dtype)]
 TunedDtype = Annotated[DType, typer.Option("--dtype", help="Type of the operands.", callback=_tuned_dtype)]
+WhichPasses = Annotated[
+    Passes, typer.Option("--pass", help="The GEMMs of inference, those of a training step, or all.")
+]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")
 ]

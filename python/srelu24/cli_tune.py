@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
 BUDGET_S = 120.0
 
 
-class Pass(StrEnum):
-    """Which kernels of training and inference."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    ALL = "all"
-
-
 def tune(
     shape: options.GivenShapes = None,
     model: options.Models = None,
@@ -40,15 +31,15 @@ def tune(
     from_module: options.FromModule = None,
     tokens: options.Tokens = None,
     dtype: options.TunedDtype = DType.BF16,
-    which: Annotated[Pass, typer.Option("--pass", help="Which kernels; only forward so far.")] = Pass.FORWARD,
+    which: options.WhichPasses = options.Passes.FORWARD,
     density: options.Density = 0.1,
     budget: Annotated[
         float | None,
-        typer.Option(help="For each shape, such as 30s or 2m.", show_default="120s", **options.SECONDS),
+        typer.Option(help="For each shape and pass, such as 30s or 2m.", show_default="120s", **options.SECONDS),
     ] = None,
     total: Annotated[
         float | None,
-        typer.Option(help="For all shapes together, in proportion to their kernels' times.", **options.SECONDS),
+        typer.Option(help="For all together, in proportion to their kernels' times.", **options.SECONDS),
     ] = None,
     gpus: Annotated[str, typer.Option(help="GPUs to use: all, or numbers such as 0,1.", metavar="all|N,N")] = "0",
     resume: Annotated[
@@ -72,8 +63,6 @@ def tune(
         d_ff=d_ff,
         from_module=from_module,
     )
-    if which is not Pass.FORWARD:
-        raise Unsupported(f"--pass {which}: the kernels of the backward pass are not tuned yet; tune --pass forward")
     if budget is not None and total is not None:
         raise typer.BadParameter("give --budget for each shape or --total for all together, not both")
     from srelu24 import tune as tuner
@@ -96,6 +85,7 @@ def tune(
             dtype,
             runners,
             seconds,
+            passes=which.passes,
             density=density,
             resume=resume,
             dense=dense,

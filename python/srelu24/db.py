@@ -8,6 +8,7 @@ The user's record wins over the shipped one for the same problem and GPU.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,13 +38,19 @@ _EXACT, _NEAREST, _OTHER_GPU = range(3)
 _HOW: tuple[Literal["exact", "nearest", "other_gpu"], ...] = ("exact", "nearest", "other_gpu")
 
 
-def distance(a: Problem | TuningRecord, b: Problem) -> float:
-    """How unlike two sizes are: sum of |log ratio| of N and K, and half of M's (one binary serves any M)."""
+_OTHER_SHAPE = math.log(2)
+"""Distance of kernels of which one packs, reads or stores in another order, as in training: four times the tokens."""
+
+
+def distance(a: Problem, b: Problem) -> float:
+    """How unlike two problems are: sum of |log ratio| of the widths and half of the tokens' (one binary serves any
+    number), and a constant where the kernels walk memory differently."""
 
     def log_ratio(x: int, y: int) -> float:
         return abs(math.log(max(x, 1) / max(y, 1)))
 
-    return log_ratio(a.m, b.m) / 2 + log_ratio(a.n, b.n) + log_ratio(a.k, b.k)
+    sizes = log_ratio(a.tokens, b.tokens) / 2 + sum(map(log_ratio, a.widths, b.widths))
+    return sizes + _OTHER_SHAPE * (_walk(a.family) != _walk(b.family))
 
 
 class Database:
@@ -94,8 +101,8 @@ class Database:
         """The best answer for a problem on a GPU.
 
         In this order: the same family and sizes on this GPU (the user's record first), the nearest sizes on this GPU
-        (:func:`distance`), the nearest on another GPU of the same architecture. Families that differ only by bias,
-        residual, non-zero count, or bf16 and fp16, answer for each other, never as "exact". Only a configuration that
+        (:func:`distance`), the nearest on another GPU of the same architecture. Families that differ only by options,
+        such as a bias or bf16 and fp16, answer for each other, never as "exact". Only a configuration that
         ``space.supports()`` accepts for this very problem is returned; a record this version cannot parse is skipped
         with a warning that names it.
         """
@@ -109,7 +116,7 @@ class Database:
                 how = _EXACT
             else:
                 how = _NEAREST
-            apart = distance(record, problem)
+            apart = distance(record.problem, problem)
             ranked.append((how, apart, _option_differences(record.family, problem.family), place, record))
         for how, *_, record in sorted(ranked, key=lambda entry: entry[:-1]):  # places: the user's come first
             try:
@@ -138,15 +145,16 @@ class Database:
         return kinds[key]
 
     def of_widths(self, problem: Problem, target: GpuTarget) -> list[TuningRecord]:
-        """Records of this GPU for the same N and K at any M, sorted by M; of one M the nearest family's,
-        the user's own first."""
+        """Records of this GPU for the same widths at any number of tokens, sorted by that; of one number the nearest
+        family's, the user's own first."""
         found: dict[int, tuple[tuple[int, int], TuningRecord]] = {}
         for source, record in self._of_kind(target.arch, problem.family):
-            if (record.gpu, record.n, record.k) == (target.key, problem.n, problem.k):
+            recorded = record.problem
+            if (record.gpu, recorded.widths) == (target.key, problem.widths):
                 rank = (_option_differences(record.family, problem.family), source)
-                if record.m not in found or rank < found[record.m][0]:
-                    found[record.m] = (rank, record)
-        return [found[m][1] for m in sorted(found)]
+                if recorded.tokens not in found or rank < found[recorded.tokens][0]:
+                    found[recorded.tokens] = (rank, record)
+        return [found[tokens][1] for tokens in sorted(found)]
 
     def put(self, record: TuningRecord) -> None:
         """Store a record for the user; it replaces the one of the same problem and GPU.
@@ -236,8 +244,13 @@ def _related(a: Family, b: Family) -> bool:
 
 
 def _option_differences(a: Family, b: Family) -> int:
-    options = ("dtype", "bias", "residual", "count_nonzeros", "out", "weight")
+    options = (f.name for f in dataclasses.fields(Family) if f.name not in ("op", "activation"))
     return sum(getattr(a, name) != getattr(b, name) for name in options)
+
+
+def _walk(family: Family) -> tuple[bool, bool, bool]:
+    """What decides in which order a kernel reads and stores."""
+    return family.tokens, family.permuted, family.transposed
 
 
 def _insert(table: Literal["records", "trials"], row: TuningRecord | Trial) -> tuple[str, tuple[Any, ...]]:

@@ -29,8 +29,8 @@ class Refined:
 
 
 @dataclass(frozen=True, slots=True)
-class PairTimes:
-    """The chosen pair, the default pair and the dense FFNs, of the same rounds."""
+class ChainTimes:
+    """The chosen configurations, the defaults and the dense FFNs, of the same rounds."""
 
     best: Timed
     default: Timed
@@ -66,17 +66,17 @@ class Journal:
         return found
 
     def record(
-        self, problem: Problem, config: KernelConfig, alone: Refined, pair: PairTimes, versions: dict[str, str]
+        self, problem: Problem, config: KernelConfig, alone: Refined, chain: ChainTimes, versions: dict[str, str]
     ) -> TuningRecord:
-        """The winner of one GEMM. Dense times are compared with the pair, of which both records tell."""
+        """The winner of one GEMM. The records of all GEMMs of a chain tell its time, and the dense FFNs' beside it."""
         samples = alone.timed.samples
-        timed = (alone.timed, pair.best, pair.default, *pair.dense.values())
+        timed = (alone.timed, chain.best, chain.default, *chain.dense.values())
         evidence = Evidence(
             ms=alone.timed.ms,
             default_ms=alone.default.ms,
-            pair_ms=pair.best.ms,
-            pair_default_ms=pair.default.ms,
-            dense={way: _dense_time(dense, pair.best, len(pair.dense)) for way, dense in pair.dense.items()},
+            pair_ms=chain.best.ms,
+            pair_default_ms=chain.default.ms,
+            dense={way: _dense_time(dense, chain.best, len(chain.dense)) for way, dense in chain.dense.items()},
             samples=len(samples),
             spread=_spread(samples),
             outliers=_outliers(samples),
@@ -99,9 +99,9 @@ class Journal:
         reason: str = "",
     ) -> Trial:
         then = None
-        if len(steps) == 2:
-            p = steps[1].problem
-            then = ChainStep(p.family, p.m, p.n, p.k, _fields(steps[1]))
+        for step in reversed(steps[1:]):
+            p = step.problem
+            then = ChainStep(p.family, p.m, p.n, p.k, _fields(step), then)
         return Trial(
             **self._where(steps[0].problem),
             config=_fields(steps[0]),
@@ -135,8 +135,8 @@ def _fields(step: Step) -> dict[str, Any]:
     return step.config.to_dict() if step.config else {}
 
 
-def _dense_time(dense: Timed, pair: Timed, comparisons: int) -> DenseTime:
-    gain = speedup(dense.samples, pair.samples, comparisons)
+def _dense_time(dense: Timed, chain: Timed, comparisons: int) -> DenseTime:
+    gain = speedup(dense.samples, chain.samples, comparisons)
     return DenseTime(ms=dense.ms, speedup=gain.median, low=gain.low)
 
 

@@ -12,12 +12,12 @@ from srelu24_gen.spec import KernelConfig
 MIN_GAIN = 1.002
 """A smaller gain over the default is not worth another configuration, however certain it is."""
 TIE = 1.01
-"""A simpler pair may be so much slower than the fastest and still be kept, where noise hides the difference."""
+"""A simpler chain may be so much slower than the fastest and still be kept, where noise hides the difference."""
 CONFIDENCE = 0.99
-"""That a winner is faster than the default at all, over all pairs together."""
+"""That a winner is faster than the default at all, over all chains together."""
 
-Pair = tuple[KernelConfig, KernelConfig]
-"""Configurations of two chained GEMMs."""
+Chain = tuple[KernelConfig, ...]
+"""Configurations of GEMMs that run one after another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +43,20 @@ def speedup(baseline: Sequence[float], samples: Sequence[float], comparisons: in
     return Speedup(ratios[outside], median(ratios), ratios[-1 - outside])
 
 
-def choose_pair(times: dict[Pair, list[float]], default: Pair) -> tuple[Pair, Speedup]:
-    """The pair to keep, from samples of the same rounds, and its speed-up over the default.
+def choose_chain(times: dict[Chain, list[float]], default: Chain) -> tuple[Chain, Speedup]:
+    """The chain to keep, from samples of the same rounds, and its speed-up over the default.
 
     The default, unless the fastest beats it beyond noise and by :data:`MIN_GAIN`; of those that cannot be told from
     the fastest, are within :data:`TIE` of it and beat the default too, the one most like the default.
     """
-    over_default = {pair: speedup(times[default], samples, len(times)) for pair, samples in times.items()}
-    better = [p for p, s in over_default.items() if p != default and s.low > 1 and s.median >= MIN_GAIN]
+    over_default = {chain: speedup(times[default], samples, len(times)) for chain, samples in times.items()}
+    better = [c for c, s in over_default.items() if c != default and s.low > 1 and s.median >= MIN_GAIN]
     if not better:
         return default, Speedup(1.0, 1.0, 1.0)
-    fastest = max(better, key=lambda p: over_default[p].median)
-    behind = {p: speedup(times[p], times[fastest], len(times)) for p in better}
-    as_fast = [p for p, by in behind.items() if p == fastest or (by.low <= 1 and by.median <= TIE)]
-    chosen = min(as_fast, key=lambda p: (sum(map(changes, p, default)), -over_default[p].median))
+    fastest = max(better, key=lambda c: over_default[c].median)
+    behind = {c: speedup(times[c], times[fastest], len(times)) for c in better}
+    as_fast = [c for c, by in behind.items() if c == fastest or (by.low <= 1 and by.median <= TIE)]
+    chosen = min(as_fast, key=lambda c: (sum(map(changes, c, default)), -over_default[c].median))
     return chosen, over_default[chosen]
 
 

@@ -102,10 +102,12 @@ def _binaries(row: TuningRecord | Trial) -> Iterator[tuple[str, KernelSpec]]:
     if isinstance(row, TuningRecord):
         yield row.evidence.source_digest, first
         return
-    digest, _, then_digest = row.source_digest.partition("+")
+    digest, *later = row.source_digest.split("+")
     yield digest, first
-    if row.then is not None:
-        yield then_digest, spec(row.then.family, KernelConfig.from_dict(row.then.config))
+    step = row.then
+    while step is not None and later:
+        yield later.pop(0), spec(step.family, KernelConfig.from_dict(step.config))
+        step = step.then
 
 
 def _what_changed(row: TuningRecord | Trial) -> str:

@@ -38,7 +38,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     default_ms: Positive
     """The default configuration, in the same rounds."""
     pair_ms: Positive | None = None
-    """GEMM1 and GEMM2 chained, each with its winner; None where no pair was timed."""
+    """GEMM1 and GEMM2 chained, or all GEMMs of a training step, each with its winner; None where that was not timed."""
     pair_default_ms: Positive | None = None
     dense: dict[str, DenseTime] = {}
     """Whole dense FFNs by :data:`srelu24.dense.WAYS`, in the rounds of ``pair_ms``."""
@@ -104,14 +104,15 @@ class TuningRecord(_Row, frozen=True, kw_only=True):
     evidence: Evidence
 
 
-class ChainStep(msgspec.Struct, frozen=True):
-    """The second GEMM of a trial that timed a pair."""
+class ChainStep(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A later GEMM of a trial that timed several, one after another."""
 
     family: Family
     m: Size
     n: Size
     k: Size
     config: dict[str, Any]
+    then: ChainStep | None = None
 
 
 class Trial(_Row, frozen=True, kw_only=True, omit_defaults=True):
@@ -130,7 +131,7 @@ class Trial(_Row, frozen=True, kw_only=True, omit_defaults=True):
     source_digest: str = ""
     when: str = ""
     then: ChainStep | None = None
-    """Set for a pair: the GEMM that consumed this one's output."""
+    """Set for a chain: the next GEMM, which names the one after it."""
 
 
 # --- text files ---

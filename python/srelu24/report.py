@@ -71,9 +71,10 @@ def load_results(results_dir: Path) -> list[Result]:
 
 
 def tables(results_dir: Path) -> dict[str, str]:
-    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``sweep``, ``model``;
+    """Markdown by name: ``ffn``, ``gemm``, ``memory``, ``overhead``, ``tuning``, ``fallback``, ``search``, ``sweep``,
+    ``model``;
     ``fp8_ffn``, ``fp8_gemm``, ``fp8_memory``, ``fp8_figure`` of the 8-bit kernels; ``step``, ``step_parts``,
-    ``split`` of training.
+    ``split``, ``tuning_step``, ``fallback_step`` of training.
 
     Empty where nothing was measured.
 
@@ -91,6 +92,9 @@ def tables(results_dir: Path) -> dict[str, str]:
         "split": _split_table,
         "tuning": lambda found: _ratio_table(found, "tuning", "default", "tuned"),
         "fallback": lambda found: _ratio_table(found, "fallback", "tuned", "nearest record"),
+        "tuning_step": lambda found: _ratio_table(found, "tuning_step", "default", "tuned"),
+        "fallback_step": lambda found: _ratio_table(found, "fallback_step", "tuned", "nearest record"),
+        "search": _search_table,
         "sweep": _sweep_table,
         "model": _model_table,
         "cutlass": _cutlass_table,
@@ -232,6 +236,33 @@ def _ratio_table(results: list[Result], op: str, other: str, ours: str) -> str:
     return "\n".join([*texts, table]) if table else ""
 
 
+def _search_table(results: list[Result]) -> str:
+    def cells(result: Result) -> list[str]:
+        row = result.row
+        searches = [row.candidates[name] for name in _SEARCHES]
+        times = [_number(search.ms and search.ms / 1000, ".0f", " s") for search in searches]
+        found = [_number(row.speedup[name], ".3f", "x") for name in _SEARCHES]
+        tried = [str(search.samples) for search in searches]
+        what = "training step" if row.op == "search_step" else "FFN"
+        return [what, row.dtype, row.shape, *(text for each in zip(times, tried, found, strict=True) for text in each)]
+
+    head = [
+        "what",
+        "dtype",
+        "MxDxF",
+        "from nothing",
+        "candidates",
+        "over default",
+        "warm",
+        "candidates",
+        "over default",
+    ]
+    return _tables([*of_op(results, "search"), *of_op(results, "search_step")], head, cells)
+
+
+_SEARCHES = ("from_nothing", "warm")
+
+
 def _sweep_table(results: list[Result]) -> str:
     def cells(result: Result) -> list[str]:
         row = result.row
@@ -241,7 +272,8 @@ def _sweep_table(results: list[Result]) -> str:
 
     head = ["dtype", "MxDxF", "density", "ms", "sparse", "dense, the best way", "chosen", "which is"]
     table = _tables(of_op(results, "sweep"), head, cells)
-    return f"Times as fast as torch.compile's dense FFN:\n\n{table}" if table else ""
+    figure = "![sparse, dense and chosen over numbers of tokens](results/sweep.svg)"
+    return f"Times as fast as torch.compile's dense FFN:\n\n{table}\n{figure}\n" if table else ""
 
 
 _NO_DENSE_WAY = ("srelu24", "sparse", "torch_compile")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from srelu24 import catalogue, doctor, views
 from srelu24.catalogue import Shape
 from srelu24_gen.errors import ToolchainError
+from srelu24_gen.models import Pass
 from srelu24_gen.spec import DType
 from srelu24_gen.target import GpuTarget, target_by_key
 
@@ -151,6 +152,7 @@ def benchmark_tuning(
     seconds: float,
     tune_s: float,
     path: Path | None,
+    which: Pass,
 ) -> None:
     """Times tuned kernels against the defaults on this GPU; prints the table, writes the file, if named."""
     import torch
@@ -166,6 +168,7 @@ def benchmark_tuning(
             held_out,
             dtype,
             GpuRunner(device),
+            which=which,
             density=density,
             seconds_per_shape=seconds,
             tune_s=tune_s,
@@ -176,6 +179,38 @@ def benchmark_tuning(
     views.show(views.bench_table(file.rows))
     for op, (mean, worst, where) in bench_tuning.summary(file.rows).items():
         views.note(f"{op}: geometric mean {mean:.3f}x, worst {worst:.3f}x ({where})")
+    if path:
+        views.note(f"written to {path}")
+
+
+def benchmark_search(
+    shapes: list[Shape], dtype: DType, density: float, budgets_s: tuple[float, float], path: Path | None, which: Pass
+) -> None:
+    """Times searches on this GPU, from nothing and with built kernels; prints the times, writes the file, if named."""
+    import torch
+
+    from srelu24 import bench_tuning, machine
+    from srelu24.results import check_writable
+    from srelu24.tune import GpuRunner
+
+    device = torch.device("cuda")
+    runner = partial(GpuRunner, device)
+    runner()  # refuses at once where there is no GPU
+    check_writable(path)
+    file = bench_tuning.bench_search(
+        shapes,
+        dtype,
+        runner,
+        which=which,
+        density=density,
+        budgets_s=budgets_s,
+        env=machine.environment(device),
+        json_path=path,
+        on_event=lambda event: views.note(event.text),
+    )
+    for row in file.rows:
+        for name, search in row.candidates.items():
+            views.note(f"{row.shape} {name}: {(search.ms or 0) / 1000:.0f} s, {search.samples} candidates")
     if path:
         views.note(f"written to {path}")
 

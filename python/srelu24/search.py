@@ -1,4 +1,6 @@
-"""The search for the fastest pair of configurations for two chained GEMMs, on any :class:`Runner`.
+"""The search for the fastest configurations of GEMMs that run one after another, on any :class:`Runner`.
+
+Those are the two of an FFN, or the five of a training step.
 
 The candidates are ranked first (:mod:`srelu24.shortlist`); how many are tried follows from the time there is. Then come
 three stages, each timed in interleaved rounds against the default configuration:
@@ -6,12 +8,12 @@ three stages, each timed in interleaved rounds against the default configuration
 1. *screen*: candidates for a moment, as soon as they are compiled: a configuration of every binary first, then other
    runtime fields of the fastest;
 2. *refine*: the best third again for longer, halved until few are left;
-3. *pair*: the best of the first GEMM with the best of the second, chained, because the two share one power budget, and
-   in the same rounds the dense FFNs of the same sizes.
+3. *pair*: the best of each GEMM with the best of the others, chained, because they share one power budget, and for an
+   FFN in the same rounds the dense FFNs of the same sizes.
 
-Every configuration is verified on a small problem before it is timed, the pair that wins on the real one before it is
-stored. A pair replaces the default only if it is faster beyond the noise of its own rounds. What is compared and stored
-is the ratio to the default, not the time: the clock of a power-bound GPU drifts, the ratio of paired samples does not.
+Every configuration is verified on a small problem before it is timed, the chain that wins on the real one before it is
+stored. A chain replaces the defaults only if it is faster beyond the noise of its own rounds. What is compared and
+stored is the ratio to the default, not the time: the clock of a power-bound GPU drifts, that ratio does not.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from typing import Literal, Protocol
 
 from srelu24 import views
 from srelu24.db import Database
-from srelu24.journal import Journal, PairTimes, Refined
-from srelu24.noise import Pair, Speedup, choose_pair, speedup
+from srelu24.journal import ChainTimes, Journal, Refined
+from srelu24.noise import Chain, Speedup, choose_chain, speedup
 from srelu24.records import Trial
 from srelu24.shortlist import Shortlist, shortlist
 from srelu24.tune_events import Advanced, Event, Failure, Stage, StageStarted, TuneReport
@@ -41,10 +43,10 @@ CHUNK = 12
 FEWEST = 8
 """Candidates of each GEMM that are tried however little time there is."""
 FINALISTS = 3
-"""Configurations of each GEMM that meet in pairs, besides the default."""
-MOST_PAIRS = 8
+"""Configurations of each GEMM that meet those of the others, besides the default."""
+MOST_CHAINS = 8
 SCREEN_SHARE, REFINE_SHARE = 0.45, 0.2
-"""Of the time budget; the pairs get the rest."""
+"""Of the time budget; the chains get the rest."""
 MIN_ROUNDS: dict[Stage, int] = {"screen": 5, "refine": 8, "pair": 16}
 SAMPLE_MS: dict[Stage, float] = {"screen": 6.0, "refine": 8.0, "pair": 10.0}
 CALLS_BEFORE = 4
@@ -79,9 +81,9 @@ class Runner(Protocol):
 
 @dataclass
 class Search:
-    """One chain of two GEMMs: the state of its search and its three stages."""
+    """One chain of GEMMs, of a family each: the state of its search and its three stages."""
 
-    chain: tuple[Problem, Problem]
+    chain: tuple[Problem, ...]
     runner: Runner
     db: Database
     density: float
@@ -89,7 +91,7 @@ class Search:
     resume: bool
     emit: Callable[[Event], None]
     dense: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
-    """Dense FFNs of the same sizes to time along with the pairs, by :data:`srelu24.dense.WAYS`."""
+    """Dense FFNs of the same sizes to time along with the chains, by :data:`srelu24.dense.WAYS`."""
 
     def __post_init__(self) -> None:
         self.target = self.runner.target
@@ -115,11 +117,11 @@ class Search:
         self._screen()
         for problem in self.chain:
             self._refine(problem)
-        pair, gain, times = self._pair()
+        chain, gain, times = self._pair()
         versions = self.runner.versions()
         records = [
             self.journal.record(problem, config, self.refined[problem][config], times, versions)
-            for problem, config in zip(self.chain, pair, strict=True)
+            for problem, config in zip(self.chain, chain, strict=True)
         ]
         for record in records:
             self.db.put(record)
@@ -128,7 +130,7 @@ class Search:
             pair_ms=times.best.ms,
             pair_default_ms=times.default.ms,
             speedup=gain.median,
-            kept_default=pair == tuple(self.defaults.values()),
+            kept_default=chain == tuple(self.defaults.values()),
             tried=self.tried,
             resumed=self.resumed,
             skipped=self.skipped,
@@ -207,7 +209,7 @@ class Search:
             self.skipped += max(0, offered - seen[problem])
 
     def _builds(self) -> Iterator[tuple[Problem, KernelConfig, str | Srelu24Error]]:
-        """What :meth:`Runner.build` gives; both GEMMs are asked for in turn, so that neither waits for the other."""
+        """What :meth:`Runner.build` gives; all GEMMs are asked for in turn, so that none waits for the others."""
         problems = {p.family: p for p in self.chain}
         each = (
             [
@@ -264,29 +266,52 @@ class Search:
         for config in set(self.refined[problem]) - {default, *survivors}:
             del self.refined[problem][config]
 
-    def _pair(self) -> tuple[Pair, Speedup, PairTimes]:
-        """The finalists chained: the chosen pair, verified on the real problem, its gain, and the times."""
-        first, second = self.chain
-        default = (self.defaults[first], self.defaults[second])
-        pairs = sorted(
-            itertools.product(self.refined[first], self.refined[second]),
-            key=lambda p: -self.refined[first][p[0]].speedup * self.refined[second][p[1]].speedup,
-        )
-        most = min(MOST_PAIRS, max(FINALISTS + 1, int(self.budget_s / 4)))
-        pairs = [default, *[pair for pair in pairs if pair != default][:most]]
-        self.emit(StageStarted("pair", f"{first} + {second}", len(pairs) + len(self.dense)))
+    def _pair(self) -> tuple[Chain, Speedup, ChainTimes]:
+        """The finalists chained: the chosen chain, verified on the real problems, its gain, and the times."""
+        chains = self._chains()
+        default = chains[0]
+        self.emit(StageStarted("pair", " + ".join(map(str, self.chain)), len(chains) + len(self.dense)))
         left = self.begin + self.budget_s - self.runner.now()
-        steps: dict[tuple[Step, ...], Pair] = {(Step(first, a), Step(second, b)): (a, b) for a, b in pairs}
+        steps: dict[tuple[Step, ...], Chain] = {tuple(map(Step, self.chain, chain)): chain for chain in chains}
         times = self._time("pair", [*steps, *self.dense.values()], 0.8 * max(left, 0.1 * self.budget_s))
         dense = {way: times.pop(own)[0] for way, own in self.dense.items() if own in times}
         timed = {steps[key]: result for key, (result, _) in times.items()}
         while True:
-            chosen, gain = choose_pair({pair: t.samples for pair, t in timed.items()}, default)
-            key = next(key for key, pair in steps.items() if pair == chosen)
-            # A wrong default ends the search here; another pair makes way for the next best.
+            chosen, gain = choose_chain({chain: t.samples for chain, t in timed.items()}, default)
+            key = next(key for key, chain in steps.items() if chain == chosen)
+            # A wrong default ends the search here; another chain makes way for the next best.
             if self._run("pair", [key], 0.0, 1, check="whole"):
-                return chosen, gain, PairTimes(timed[chosen], timed[default], dense)
+                return chosen, gain, ChainTimes(timed[chosen], timed[default], dense)
             del timed[chosen]
+
+    def _chains(self) -> list[Chain]:
+        """What is timed chained: the defaults; with the winner of one GEMM after the other, the one of the largest gain
+        first, so that no winner is kept for what another gains; then the fastest by the times of each alone."""
+        best = {p: self._right_winner(p) for p in self.chain}
+        ms = {
+            p: {c: known[self.defaults[p]].timed.ms / refined.speedup for c, refined in known.items()}
+            for p, known in self.refined.items()
+        }
+        by_gain = sorted(self.chain, key=lambda p: ms[p][best[p]] - ms[p][self.defaults[p]])
+        nested = [
+            tuple((best if p in by_gain[:count] else self.defaults)[p] for p in self.chain)
+            for count in range(len(self.chain) + 1)
+        ]
+        ranked = sorted(
+            itertools.product(*ms.values()), key=lambda chain: sum(map(lambda p, c: ms[p][c], self.chain, chain))
+        )
+        most = min(MOST_CHAINS, max(FINALISTS + 1, int(self.budget_s / 4)))
+        return list(dict.fromkeys([*nested, *ranked]))[: 1 + max(most, len(self.chain))]
+
+    def _right_winner(self, problem: Problem) -> KernelConfig:
+        """The fastest finalist that is right on the real problem too; those that are not are no finalists any more."""
+        finalists = self.refined[problem]
+        while True:
+            best = max(finalists, key=lambda config: finalists[config].speedup)
+            step = (Step(problem, best),)
+            if best == self.defaults[problem] or self._run("pair", [step], 0.0, 1, check="whole"):
+                return best
+            del finalists[best]
 
     # --- what the stages share ---
 
@@ -344,7 +369,7 @@ class Search:
         return times
 
     def _own(self, steps: tuple[Step, ...]) -> bool:
-        """Not a dense FFN beside the pairs: those are no trials of this search."""
+        """Not a dense FFN beside the chains: those are no trials of this search."""
         return steps[0].problem in self.chain
 
     def _fail(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:

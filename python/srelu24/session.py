@@ -17,15 +17,21 @@ from typing import Any
 import msgspec
 import torch
 
-from srelu24 import launch
+from srelu24 import launch, verify_step
 from srelu24.dense import library_gemm
 from srelu24.measure import capture, interleave
+from srelu24.training import kernels
+from srelu24.training.kernels import TrainingOperands
+from srelu24.training.packed import TokenSparse24
 from srelu24.verify import small, verify
 from srelu24.worker import Candidate, Done, Failed, Job, Progressed, Ready, Reply, Started, Timed, Verified
 from srelu24.workload import SharedData, operands_for
+from srelu24.workload_step import StepData
 from srelu24_gen.errors import Srelu24Error
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import KernelConfig, KernelSpec, Problem
+
+AnyOperands = launch.Operands | TrainingOperands
 
 _KEPT_ALONE = 8
 """Small problems whose data is kept."""
@@ -36,13 +42,13 @@ class DeviceBroken(Exception):
 
 
 class Session:
-    """The child's end: keeps the data of the last FFN, and what was verified."""
+    """The child's end: keeps the data of the last FFN or training step, and what was verified."""
 
     def __init__(self, device: str, send: Callable[[Reply], None]) -> None:
         self._device = device
         self._send = send
-        self._shared: tuple[object, SharedData] | None = None
-        self._alone: dict[object, launch.Operands] = {}
+        self._shared: tuple[object, SharedData | StepData] | None = None
+        self._alone: dict[object, AnyOperands] = {}
         self._verified: set[tuple[Problem, KernelConfig, float, int]] = set()
 
     def run(self, job: Job) -> None:
@@ -88,50 +94,68 @@ class Session:
             if key in self._verified:
                 continue
             operands = self._data(problem, job) if problem == step.problem else self._data_alone(problem, job)
-            verdict = verify(problem, step.config, operands, job.arch)
+            if isinstance(operands, TrainingOperands):
+                verdict = verify_step.verify(problem, step.config, operands, job.arch)
+            else:
+                verdict = verify(problem, step.config, operands, job.arch)
             if not verdict.ok:
                 return f"wrong result: {verdict.detail}"
             self._verified.add(key)
         return None
 
     def _call(self, candidate: Candidate, job: Job) -> Callable[[], Any]:
-        """The candidate as one call (a CUDA graph, so that the host costs no time); each step reads the one before."""
+        """The candidate as one call (a CUDA graph, so that the host costs no time).
+
+        Each step of an FFN reads the one before. Those of a training step read what was made for them.
+        """
         chain = [(step, self._data(step.problem, job)) for step in candidate.steps]
 
         def run() -> None:
             out = chain[0][1].a
             for step, operands in chain:
                 family = step.problem.family
-                if step.config is None:
+                if isinstance(operands, TrainingOperands):
+                    assert step.config is not None
+                    kernels.run(KernelSpec(family, step.config, job.arch), operands)
+                elif step.config is None:
                     assert isinstance(out, torch.Tensor)
                     assert operands.b is not None
                     out = library_gemm(out, operands.b, operands.bias, family.activation)
                 else:
+                    assert not isinstance(out, TokenSparse24)
                     launch.run(KernelSpec(family, step.config, job.arch), dataclasses.replace(operands, a=out))
                     out = operands.out
 
         return capture(run, device=self._device, calls=1).call
 
-    def _data(self, problem: Problem, job: Job) -> launch.Operands:
-        """Operands of a problem: of one set of tensors for all GEMMs of an FFN, made once."""
-        if not SharedData.serves(problem.family):
+    def _data(self, problem: Problem, job: Job) -> AnyOperands:
+        """Operands of a problem: of one set of tensors for all GEMMs of an FFN or of a training step, made once."""
+        kind = next((kind for kind in (StepData, SharedData) if kind.serves(problem.family)), None)
+        if kind is None:
             return self._data_alone(problem, job)
         shape, dtype = Shape.of(problem), problem.family.dtype
-        key = (shape, dtype, job.density, job.seed)
+        key = (kind, shape, dtype, job.density, job.seed)
         if self._shared is None or self._shared[0] != key:
             self._shared = None  # first, so that the memory is there
             if self._device.startswith("cuda"):
                 torch.cuda.empty_cache()
-            self._shared = (key, SharedData(shape, dtype, job.density, self._device, job.seed))
+            self._shared = (key, kind(shape, dtype, job.density, self._device, job.seed))
         return self._shared[1].operands(problem.family)
 
-    def _data_alone(self, problem: Problem, job: Job) -> launch.Operands:
+    def _data_alone(self, problem: Problem, job: Job) -> AnyOperands:
         key = (problem, job.density, job.seed)
         if key not in self._alone:
             while len(self._alone) >= _KEPT_ALONE:
                 del self._alone[next(iter(self._alone))]
-            self._alone[key] = operands_for(problem, job.density, self._device, job.seed)
+            self._alone[key] = self._make(problem, job)
         return self._alone[key]
+
+    def _make(self, problem: Problem, job: Job) -> AnyOperands:
+        family = problem.family
+        if StepData.serves(family):
+            step = StepData(Shape.of(problem), family.dtype, job.density, self._device, job.seed)
+            return step.operands(family)
+        return operands_for(problem, job.density, self._device, job.seed)
 
     def _device_works(self) -> bool:
         if not self._device.startswith("cuda"):

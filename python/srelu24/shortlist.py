@@ -70,7 +70,10 @@ def _winners(
     problem: Problem, target: GpuTarget, db: Database
 ) -> tuple[list[KernelConfig], list[tuple[KernelConfig, str]]]:
     """What records of other M, and the nearest record of all, say; and what of it cannot work here."""
-    near = sorted(db.of_widths(problem, target), key=lambda r: abs(r.m - problem.m) / (r.m + problem.m))
+    tokens = problem.tokens
+    near = sorted(
+        db.of_widths(problem, target), key=lambda r: abs(r.problem.tokens - tokens) / (r.problem.tokens + tokens)
+    )
     match = db.find(problem, target)
     found, pruned = [match.config] if match else [], []
     for record in near:

@@ -1,4 +1,4 @@
-"""The tuner: finds the fastest kernels for an FFN on this GPU and stores them with their evidence.
+"""The tuner: finds the fastest kernels for an FFN or its training on this GPU, and stores them with their evidence.
 
 How it searches is in :mod:`srelu24.search`; here it meets the GPU, the compiler and the terminal.
 """
@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
@@ -37,7 +38,7 @@ from srelu24.worker import Job, Outcome, Step, Worker
 from srelu24_gen import space
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
-from srelu24_gen.models import Shape
+from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
@@ -48,6 +49,7 @@ def tune_ffn(
     f: int,
     dtype: DType,
     *,
+    which: Pass = Pass.FORWARD,
     bias: bool = False,
     density: float = 0.1,
     budget_s: float = 120.0,
@@ -63,11 +65,13 @@ def tune_ffn(
     Every trial is on disk as soon as it is known, so an interrupt loses nothing that was measured.
 
     Args:
+        which: the two GEMMs of inference, or those of a training step.
         bias: whether both layers have one.
         density: share of non-zero activations in the data it is timed on.
         budget_s: seconds for the search; what was begun is finished.
         resume: take over candidates that were screened before, of the same binary, GPU and density.
-        dense: tune our dense GEMMs first, with a third of the time. Timed beside the sparse pair they are in any case.
+        dense: tune our dense GEMMs first, with a third of the time. Timed beside the sparse pair of inference they are
+            in any case; a training step has none.
         device: the GPU to tune.
         db: where trials and records go; the user's database by default.
         on_event: called with every :data:`~srelu24.tune_events.Event`; :func:`live_view` gives one that draws.
@@ -88,19 +92,24 @@ def tune_ffn(
     with contextlib.closing(runner):
         runner.start()
         begin = runner.now()
-        if dense and dtype is not DType.E4M3:
+        chooses = dispatcher_chooses(which, dtype)
+        if dense and chooses:
             chain = shape.dense_gemms(dtype, bias, bias)
             reports.append(Search(chain, runner, db, density, budget_s / 3, resume, emit).run())
             budget_s -= budget_s / 3
-        # The dispatcher has no dense way in 8 bits to choose instead.
-        beside = {} if dtype is DType.E4M3 else dense_ways(shape, dtype, bias, runner.target, db)
-        chain = shape.gemms(dtype, bias, bias)
-        reports.append(Search(chain, runner, db, density, budget_s, resume, emit, beside).run())
+        beside = dense_ways(shape, dtype, bias, runner.target, db) if chooses else {}
+        gemms = shape.gemms_of(which, dtype, bias, bias)
+        reports.append(Search(gemms, runner, db, density, budget_s, resume, emit, beside).run())
     records = [record for report in reversed(reports) for record in report.records]
     report = dataclasses.replace(reports[-1], records=records, seconds=runner.now() - begin)
     clear_cache()  # so that this process runs what was found
     emit(Finished(report))
     return report
+
+
+def dispatcher_chooses(which: Pass, dtype: DType) -> bool:
+    """Whether the FFN may run dense instead, by these times: not in 8 bits, and not in training (docs/tuning.md)."""
+    return which is Pass.FORWARD and dtype is not DType.E4M3
 
 
 def dense_ways(shape: Shape, dtype: DType, bias: bool, target: GpuTarget, db: Database) -> dict[str, tuple[Step, ...]]:
@@ -212,11 +221,12 @@ def live_view() -> Iterator[Callable[[Event], None]]:
     with views.progress() as progress:
         tasks: dict[tuple[str, str], TaskID] = {}
         shapes: dict[str, TaskID] = {}
+        failed: Counter[tuple[str, str]] = Counter()
 
         def on_event(event: Event) -> None:
             match event:
                 case ShapeStarted():
-                    title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape}")
+                    title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape} {event.which}")
                     if event.gpu not in shapes:
                         shapes[event.gpu] = progress.add_task("", total=event.total)
                     description = f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left"
@@ -224,22 +234,26 @@ def live_view() -> Iterator[Callable[[Event], None]]:
                 case ShapeEnded():
                     m, d, f = event.shape
                     for stage, what in list(tasks):
-                        if f"{m}x{d}x{f}" in what or f"{m}x{f}x{d}" in what:
+                        if any(sizes in what for sizes in (f"{m}x{d}x{f}", f"{m}x{f}x{d}", f"{f}x{d}x{m}")):
                             progress.remove_task(tasks.pop((stage, what)))
                     progress.advance(shapes[event.gpu])
                     if event.error:
-                        progress.console.print(escape(f"failed: {event.shape}: {event.error}"), style="bold red")
+                        title = escape(f"failed: {event.shape} {event.which}: {event.error}")
+                        progress.console.print(title, style="bold red")
                     elif event.report is None:
-                        progress.console.print(f"{event.shape} is tuned on {event.gpu} already", soft_wrap=True)
+                        title = f"{event.shape} {event.which} is tuned on {event.gpu} already"
+                        progress.console.print(title, soft_wrap=True)
                 case StageStarted():
                     title = escape(f"{event.stage} {event.what}")
                     tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
                 case Advanced():
                     best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
-                    title = escape(f"{event.stage} {event.what}{best}")
+                    bad = f"  {count} failed" if (count := failed[event.stage, event.what]) else ""
+                    title = escape(f"{event.stage} {event.what}{best}{bad}")
                     if (task := tasks.get((event.stage, event.what))) is not None:
                         progress.update(task, completed=event.done, description=title)
                 case Failure():
+                    failed[event.stage, event.what] += 1
                     progress.console.print(
                         escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"
                     )
@@ -256,7 +270,7 @@ def summary(report: TuneReport) -> list[str]:
     for record in report.records:
         config, evidence = views.config_text(record.family.op, record.config), record.evidence
         lines.append(f"{record}: {config}, {evidence.ms:.3f} ms (default {evidence.default_ms:.3f} ms)")
-    verdict = "no pair beats the default beyond noise" if report.kept_default else f"{report.speedup:.3f}x the default"
+    verdict = "nothing beats the default beyond noise" if report.kept_default else f"{report.speedup:.3f}x the default"
     counts = f"{report.tried} timed, {report.resumed} taken over, {len(report.failures)} failed"
     lines.append(f"Chained {report.pair_ms:.3f} ms: {verdict}.")
     if best := report.records[0].evidence.best_dense:

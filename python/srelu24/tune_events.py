@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from srelu24.records import TuningRecord
-from srelu24_gen.models import Shape
+from srelu24_gen.models import Pass, Shape
 
 Stage = Literal["screen", "refine", "pair"]
 
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """``what`` is a problem, or both of a pair; ``total`` counts candidates."""
+    """``what`` is a problem, or all of a chain; ``total`` counts candidates."""
 
     stage: Stage
     what: str
@@ -47,13 +47,13 @@ class TuneReport:
     """What a search found."""
 
     records: list[TuningRecord]
-    """The winners of GEMM1 and GEMM2, as stored; with ``dense``, those of the dense GEMMs follow."""
+    """The winners of the pass's GEMMs, as stored; with ``dense``, those of the dense GEMMs follow."""
     pair_ms: float
-    """Both winners chained, milliseconds."""
+    """All winners chained, milliseconds."""
     pair_default_ms: float
-    """Both defaults chained, in the same rounds."""
+    """All defaults chained, in the same rounds."""
     speedup: float
-    """Default pair over winning pair, median of paired rounds; 1 where the default is kept."""
+    """Defaults over winners, median of paired rounds; 1 where the defaults are kept."""
     kept_default: bool
     tried: int
     """Candidates timed in this run, all stages."""
@@ -76,12 +76,13 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class ShapeStarted:
-    """One of many shapes: the ``number``-th of ``total`` on this GPU model, with so many seconds to search.
+    """A pass of one of many shapes: the ``number``-th of ``total`` on this GPU model, with so many seconds to search.
 
     ``left_s`` is about how long this one and the others will take.
     """
 
     shape: Shape
+    which: Pass
     gpu: str
     seconds: float
     number: int
@@ -94,6 +95,7 @@ class ShapeEnded:
     """With a report, an error, or neither where it had been tuned before."""
 
     shape: Shape
+    which: Pass
     gpu: str
     report: TuneReport | None
     error: str

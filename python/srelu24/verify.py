@@ -21,6 +21,7 @@ from srelu24.launch import Operands
 from srelu24.sparse24 import Sparse24
 from srelu24.workload import poison
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.space import trains
 from srelu24_gen.spec import Activation, KernelConfig, KernelSpec, Op, Problem
 
 ZERO_GROUP = 0x4
@@ -71,9 +72,12 @@ def small(problem: Problem) -> Problem:
     Several waves of any tile, one of them short; M ends inside a tile; N and K end where the real ones do, counted from
     a multiple of 256 (a vector of metadata, four k-blocks).
     """
+    family = problem.family
+    # Inside a warpgroup too, but not where rows are features along tokens; in training they come in blocks of 16.
+    ragged = 192 if family.op is Op.SPGEMM_TOKENS else 80 if trains(family) else 72
     return Problem(
-        problem.family,
-        min(problem.m, 2048 + 72),
+        family,
+        min(problem.m, 2048 + ragged),
         min(problem.n, 4096 + problem.n % BLOCK_COLUMNS),
         min(problem.k, 512 + problem.k % BLOCK_COLUMNS),
     )
@@ -93,16 +97,16 @@ def check(problem: Problem, operands: Operands) -> Check:
         if op is Op.SPARSIFY24:
             return _check_sparsify24(problem, operands)
         if op is Op.GEMM_RELU2_24:
-            return _check_packed(problem, operands)
-        return _check_dense(problem, operands)
+            return check_packed(problem, operands)
+        return check_dense(problem, operands)
 
 
-class _Wrong(Exception):
+class Wrong(Exception):
     """The first thing found wrong, in words."""
 
 
 @dataclass(slots=True)
-class _Findings:
+class Findings:
     """Collects the worst error over row chunks and stops at the first violation."""
 
     what: str
@@ -130,7 +134,7 @@ class _Findings:
         if bad:
             row, column = (int(i) for i in (~fine).nonzero()[0])
             where = f"row {row0 + row}, column {column}: {describe((row, column))}"
-            raise _Wrong(f"{self.what}: {bad} wrong, the first at {where}")
+            raise Wrong(f"{self.what}: {bad} wrong, the first at {where}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ class _Bounds:
     high: Tensor
 
 
-def _accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, Tensor, Tensor]]:
+def accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Reference accumulators in row chunks: first row, fp32 [R, N], and the bound on their noise [R, N].
 
     Roundings of partial sums either cancel or add up. Those that cancel: sqrt(K) of them at the magnitude that
@@ -155,7 +159,7 @@ def _accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, T
     rows = max(CHUNK_ELEMENTS // max(problem.n, problem.k, 1) // BLOCK_ROWS, 1) * BLOCK_ROWS
     for row0 in range(0, problem.m, rows):
         if isinstance(operands.a, Sparse24):
-            a = _unpack(operands.a, row0, min(row0 + rows, problem.m)).dense.float()
+            a = unpack(operands.a, row0, min(row0 + rows, problem.m)).dense.float()
         else:
             a = operands.a[row0 : row0 + rows].float()
         acc = a @ b.T
@@ -176,20 +180,20 @@ def _bounds(acc: Tensor, noise: Tensor, dtype: torch.dtype, relu: bool) -> _Boun
     return _Bounds(stored(acc - noise), stored(acc), stored(acc + noise))
 
 
-def _check_dense(problem: Problem, operands: Operands) -> Check:
+def check_dense(problem: Problem, operands: Operands) -> Check:
     """gemm and spgemm: out [M, N]."""
     out = operands.out
     if not isinstance(out, Tensor) or tuple(out.shape) != (problem.m, problem.n):
         raise Unsupported(f"{problem} has no dense output of [{problem.m}, {problem.n}] to check; allocate one")
-    findings = _Findings("output")
+    findings = Findings("output")
     squared = problem.family.activation is Activation.RELU2
     try:
-        for row0, acc, noise in _accumulators(problem, operands):
+        for row0, acc, noise in accumulators(problem, operands):
             low, exact, high = _storage(_bounds(acc, noise, out.dtype, squared), squared)
             findings.compare(out[row0 : row0 + acc.shape[0]], low, high, exact, row0)
-    except _Wrong as wrong:
+    except Wrong as wrong:
         return Check(False, findings.max_error, str(wrong))
-    return _passed(findings)
+    return passed(findings)
 
 
 def _storage(bounds: _Bounds, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,17 +201,17 @@ def _storage(bounds: _Bounds, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
     return (low * low, exact * exact, high * high) if squared else (low, exact, high)
 
 
-def _check_packed(problem: Problem, operands: Operands) -> Check:
+def check_packed(problem: Problem, operands: Operands) -> Check:
     """gemm_relu2_24: packed [M, N] and, where asked for, the non-zero counts [N]."""
     out = operands.out
     if not isinstance(out, Sparse24) or out.shape != (problem.m, problem.n):
         raise Unsupported(f"{problem} has no packed output of {problem.m}x{problem.n} to check; allocate one")
-    findings = _Findings("kept value")
+    findings = Findings("kept value")
     fewest = torch.zeros(problem.n, dtype=torch.int64, device=out.device)
     most = fewest.clone()
     try:
-        for row0, acc, noise in _accumulators(problem, operands):
-            packed = _unpack(out, row0, row0 + acc.shape[0])
+        for row0, acc, noise in accumulators(problem, operands):
+            packed = unpack(out, row0, row0 + acc.shape[0])
             bounds = _bounds(acc, noise, out.dtype, relu=True)
             _check_selection(packed, bounds, row0)
             low, exact, high = (t.gather(1, packed.columns) for t in _storage(bounds, squared=True))
@@ -216,17 +220,17 @@ def _check_packed(problem: Problem, operands: Operands) -> Check:
             most += (bounds.high != 0).sum(0)
         if operands.counts is not None:
             counts = operands.counts[None].long()
-            _Findings("non-zero count").require(
+            Findings("non-zero count").require(
                 (counts >= fewest) & (counts <= most),
                 0,
                 lambda i: f"{counts[i]}, expected {fewest[i[1]]}..{most[i[1]]}",
             )
-    except _Wrong as wrong:
+    except Wrong as wrong:
         return Check(False, findings.max_error, str(wrong))
-    return _passed(findings)
+    return passed(findings)
 
 
-def _check_selection(packed: _Unpacked, bounds: _Bounds, row0: int) -> None:
+def _check_selection(packed: Unpacked, bounds: _Bounds, row0: int) -> None:
     """Nothing dropped certainly comes before something kept, in the order NaN > Inf > finite, lower index first."""
     low, high = (_groups(_order_key(t)) for t in (bounds.low, bounds.high))
     position = torch.arange(4, device=low.device)
@@ -235,7 +239,7 @@ def _check_selection(packed: _Unpacked, bounds: _Bounds, row0: int) -> None:
     for d in range(4):
         before = torch.where(position > d, low[..., d : d + 1] >= high, low[..., d : d + 1] > high)
         fine &= kept[..., d] | ~(before & kept).any(-1)
-    _Findings("2:4 selection").require(
+    Findings("2:4 selection").require(
         fine,
         row0,
         lambda i: f"group keeps {packed.positions[i].tolist()} of {_groups(bounds.exact)[i].tolist()}",
@@ -257,14 +261,14 @@ def _check_sparsify24(problem: Problem, operands: Operands) -> Check:
     out, a = operands.out, operands.a
     if not isinstance(out, Sparse24) or not isinstance(a, Tensor):
         raise Unsupported(f"{problem} takes a dense input and a packed output; give both to check it")
-    findings = _Findings("kept value")
+    findings = Findings("kept value")
     rows = max(CHUNK_ELEMENTS // max(problem.n, 1) // BLOCK_ROWS, 1) * BLOCK_ROWS
     try:
         for row0 in range(0, problem.m, rows):
             expected = reference.sparsify24(a[row0 : row0 + rows], problem.family.activation)
             blocks = slice(row0 // BLOCK_ROWS, row0 // BLOCK_ROWS + expected.metadata.shape[0])
             same = (out.metadata[blocks] == expected.metadata).flatten(1)
-            _Findings("metadata, row counting blocks of 64,").require(
+            Findings("metadata, row counting blocks of 64,").require(
                 same, blocks.start, lambda _: "differs from the reference"
             )
             got, exact = out.values[row0 : row0 + rows], expected.values
@@ -273,19 +277,19 @@ def _check_sparsify24(problem: Problem, operands: Operands) -> Check:
             if problem.family.activation is Activation.RELU2:
                 bits |= exact.isnan()  # what a NaN becomes when it is squared is left open
             findings.require(bits, row0, lambda _: "has the wrong sign of zero or NaN payload")
-    except _Wrong as wrong:
+    except Wrong as wrong:
         return Check(False, findings.max_error, str(wrong))
-    return _passed(findings)
+    return passed(findings)
 
 
-def _passed(findings: _Findings) -> Check:
+def passed(findings: Findings) -> Check:
     return Check(
         True, findings.max_error, f"{findings.total} values, {findings.off} off by rounding, all within bounds"
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Unpacked:
+class Unpacked:
     """A row chunk of a packed matrix, decoded here from the layout in docs/architecture.md, not by Sparse24."""
 
     values: Tensor
@@ -306,25 +310,29 @@ class _Unpacked:
         return self.values.new_zeros(self.values.shape[0], self.width).scatter_(1, self.columns, self.values)
 
 
-def _unpack(s: Sparse24, row0: int, row1: int) -> _Unpacked:
+def unpack(s: Sparse24, row0: int, row1: int) -> Unpacked:
     """Decode rows row0 (a multiple of 64) to row1, checking every nibble of their blocks, padding included."""
     f = s.shape[1]
-    words = s.metadata[row0 // BLOCK_ROWS : -(-row1 // BLOCK_ROWS)]
-    blocks, across = words.shape[0], words.shape[1]
-    words = words.view(blocks, across, 4, 8, 4, 4)  # block row, block column, warp, g, t, word q
-    halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF))  # rows g and g + 8 of the warp's 16
-    shifts = torch.arange(0, 16, 4, device=words.device, dtype=torch.int32)
-    nibbles = (halves[..., None] >> shifts) & 0xF  # half, block row, block column, warp, g, t, q, group
-    nibbles = nibbles.permute(1, 3, 0, 4, 2, 6, 5, 7).reshape(blocks * BLOCK_ROWS, across * BLOCK_COLUMNS // 4)
-    real = nibbles[: row1 - row0, : f // 4]
+    found = nibbles(s.metadata[row0 // BLOCK_ROWS : -(-row1 // BLOCK_ROWS)])
+    real = found[: row1 - row0, : f // 4]
     positions = torch.stack((real & 3, real >> 2), -1).long()
-    _Findings("metadata nibble").require(
+    Findings("metadata nibble").require(
         positions[..., 0] < positions[..., 1], row0, lambda i: f"group holds {real[i].item():#x}, an illegal pair"
     )
-    padding = nibbles == ZERO_GROUP
+    padding = found == ZERO_GROUP
     padding[: row1 - row0, : f // 4] = True
-    _Findings("metadata padding").require(padding, row0, lambda i: f"holds {nibbles[i].item():#x} instead of 0x4")
-    return _Unpacked(s.values[row0:row1], positions, f)
+    Findings("metadata padding").require(padding, row0, lambda i: f"holds {found[i].item():#x} instead of 0x4")
+    return Unpacked(s.values[row0:row1], positions, f)
+
+
+def nibbles(metadata: Tensor) -> Tensor:
+    """E in fragment order, [blocks, vectors, 128, 4], by place: [64 blocks, 64 vectors], a nibble a group."""
+    blocks, across = metadata.shape[0], metadata.shape[1]
+    words = metadata.view(blocks, across, 4, 8, 4, 4)  # block row, block column, warp, g, t, word q
+    halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF))  # rows g and g + 8 of the warp's 16
+    shifts = torch.arange(0, 16, 4, device=words.device, dtype=torch.int32)
+    found = (halves[..., None] >> shifts) & 0xF  # half, block row, block column, warp, g, t, q, group
+    return found.permute(1, 3, 0, 4, 2, 6, 5, 7).reshape(blocks * BLOCK_ROWS, across * BLOCK_COLUMNS // 4)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from srelu24.launch import TORCH_DTYPE, Operands, Scales, allocate
 from srelu24.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
+from srelu24_gen.space import trains
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 _CHUNK_ROWS = 4096
@@ -178,7 +179,8 @@ class SharedData:
     @staticmethod
     def serves(family: Family) -> bool:
         """Whether such a kernel is one of the GEMMs of an FFN."""
-        return family.op.multiplies and not (family.scaled or family.residual or family.count_nonzeros)
+        others = trains(family) or family.scaled or family.residual or family.count_nonzeros
+        return family.op.multiplies and not others
 
     @cached_property
     def _hidden(self) -> tuple[Tensor, Sparse24]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,17 @@ import torch
 from torch import Tensor
 
 import srelu24
-from srelu24 import dense, dispatch, measure, workload
+from srelu24 import dense, dispatch, measure, record_health, verify, verify_step, workload
 from srelu24.db import Database
 from srelu24.dispatch import SPARSE
 from srelu24.peers import relative_error
+from srelu24.sparse24 import Sparse24
+from srelu24.training import kernels
 from srelu24.tune import GpuRunner
 from srelu24.tune_many import Budget, tune_shapes
-from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType
+from srelu24.workload_step import StepData
+from srelu24_gen.models import Pass, Shape
+from srelu24_gen.spec import DType, Problem
 
 SHAPES = [Shape(m, d, f) for m, d, f in ((1, 64, 256), (65, 136, 1864), (300, 512, 1024))]
 PROBLEMS = [
@@ -26,6 +31,11 @@ PROBLEMS = [
     for bias in (False, True)
     for problem in (*shape.gemms(DType.BF16, bias, bias), *shape.dense_gemms(DType.BF16, bias, bias))
 ]
+STEP = Shape(2048, 512, 2048)
+GEMMS = STEP.step_gemms(DType.BF16)
+ADDED = dataclasses.replace(GEMMS[3], family=dataclasses.replace(GEMMS[3].family, accumulate=True, out=DType.FP32))
+STEP_PROBLEMS = [*GEMMS, ADDED, *map(verify.small, Shape(16384, 4096, 14400).step_gemms(DType.BF16))]
+PROBLEMS += STEP_PROBLEMS
 Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """x, w1, w2, b1, b2"""
 
@@ -87,12 +97,27 @@ def test_torch_compile_traces_every_mode(mode: str, device: torch.device) -> Non
 @pytest.mark.parametrize("mode", dispatch.MODES)
 def test_host_time_of_a_call(mode: str, device: torch.device) -> None:
     o = operands(SHAPES[0], device, bias=False)
-    assert measure.host_us(partial(srelu24.ffn, *o, mode=mode), device=device) < 150, "generous: about 50 were measured"
+    assert measure.host_us(functools.partial(srelu24.ffn, *o, mode=mode), device=device) < 150, (
+        "generous: about 50 were measured"
+    )
 
 
 @pytest.fixture
 def db(tmp_path: Path) -> Database:
     return Database.open(tmp_path / "none", tmp_path / "tuning.sqlite")
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Database], None]]:
+    """Has the dispatcher ask another database."""
+    with monkeypatch.context() as patch:
+
+        def use(db: Database) -> None:
+            dispatch.clear_cache()
+            patch.setattr(dispatch, "_database", functools.cache(lambda: db))
+
+        yield use
+    dispatch.clear_cache()
 
 
 def test_shapes_are_tuned_with_evidence_and_then_left_alone(device: torch.device, db: Database) -> None:
@@ -123,13 +148,13 @@ def test_tuning_twice_gives_winners_within_2_percent(device: torch.device, tmp_p
     assert max(times) / min(times) < 1.02
 
 
-def test_the_choice_follows_the_records(device: torch.device, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_follows_the_records(
+    device: torch.device, db: Database, answering: Callable[[Database], None]
+) -> None:
     shape = Shape(512, 1024, 4096)
     (tuned,) = tune_shapes([shape], DType.BF16, [GpuRunner(device)], Budget(5.0), db=db)
     assert tuned.report
-    monkeypatch.setattr(dispatch, "_database", lambda: db)
-    for cached in (dispatch.choose, dispatch.choose_ffn, dispatch.ffn_way, dispatch.launcher_of):
-        cached.cache_clear()
+    answering(db)
     choice = dispatch.choose_ffn(shape, DType.BF16, False, False, dispatch.gpu_of(device))
     best = tuned.report.records[0].evidence.best_dense
     assert best
@@ -138,5 +163,57 @@ def test_the_choice_follows_the_records(device: torch.device, db: Database, monk
     o = operands(shape, device, bias=False)
     way = "sparse" if choice.way == SPARSE else "dense"
     assert torch.equal(srelu24.ffn(*o), srelu24.ffn(*o, mode=way))
-    for cached in (dispatch.choose, dispatch.choose_ffn, dispatch.ffn_way, dispatch.launcher_of):
-        cached.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------------ training steps
+
+
+@pytest.mark.parametrize("problem", STEP_PROBLEMS, ids=str)
+def test_verification_accepts_the_training_kernels_and_nothing_else(problem: Problem, device: torch.device) -> None:
+    o = StepData(Shape.of(problem), DType.BF16, 0.1, device).operands(problem.family)
+    config = dispatch.choose(problem, dispatch.gpu_of(device)).config
+    found = verify_step.verify(problem, config, o)
+    assert found.ok, found.detail
+    values = o.out.values if isinstance(o.out, Sparse24) else o.out
+    values[-1] = values[-1] * 1.05 + 1.0
+    assert not verify_step.check(problem, o).ok
+
+
+def test_a_training_step_is_tuned_and_runs_what_was_found(
+    device: torch.device, db: Database, answering: Callable[[Database], None]
+) -> None:
+    def gradients() -> list[Tensor]:
+        layer = srelu24.Recipe(warmup_steps=0).layer("ffn", leaves[1])
+        return list(torch.autograd.grad(srelu24.ffn(*leaves, recipe=layer), leaves, g))
+
+    data = workload.make_ffn(*STEP, DType.BF16, 0.1, device)
+    leaves = [t.requires_grad_() for t in (data.x, data.w1, data.w2)]
+    g = torch.randn_like(data.x)
+    answering(db)  # nothing is in it yet
+    with_defaults = gradients()
+
+    tune = functools.partial(tune_shapes, [STEP], DType.BF16, budget=Budget(10.0), passes=(Pass.BACKWARD,), db=db)
+    (tuned,) = tune([GpuRunner(device)])
+    assert tuned.error == ""
+    assert tuned.report
+    assert tuned.report.failures == []
+    assert tuned.report.tried > 5 * len(GEMMS)
+    assert [r.problem for r in tuned.report.records] == list(GEMMS)
+    assert tuned.report.pair_ms < 1.1 * tuned.report.pair_default_ms
+    assert [t.report for t in tune([GpuRunner(device)])] == [None], "it is tuned"
+
+    answering(db)
+    target = dispatch.gpu_of(device)
+    for record in tuned.report.records:
+        p = record.problem
+        assert kernels.spec_for(p.family, (p.m, p.n, p.k), target).config == record.kernel_config()
+        added = dataclasses.replace(p.family, accumulate=True, out=DType.FP32)
+        if p.family.op is ADDED.family.op:
+            assert kernels.spec_for(added, (p.m, p.n, p.k), target).config == record.kernel_config()
+    for ours, theirs in zip(gradients(), with_defaults, strict=True):
+        assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
+    gpu = record_health.GpuRunner()
+    try:
+        assert {v.outcome for v in record_health.verify(tuned.report.records, gpu)} == {"right"}
+    finally:
+        gpu.close()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fake_gpu import H200, FakeGpu, better
-from srelu24.bench_tuning import bench_tuning, summary
+from srelu24.bench_tuning import bench_search, bench_tuning, summary
 from srelu24.db import Database
 from srelu24.results import BenchFile
 from srelu24.tune_many import Budget, tune_shapes
 from srelu24_gen import space
-from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, KernelConfig, Problem
+from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Pass, Shape
+from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Problem
 
 SHAPES = [Shape(m, 1024, 4096) for m in (4096, 16384)]
 HELD_OUT = [Shape(8192, 1024, 4096)]
@@ -67,12 +70,67 @@ def test_tuned_against_default_and_the_nearest_record_against_tuning(db: Databas
     assert found["fallback"][1:] == (fallback, str(HELD_OUT[0]))
 
 
+@pytest.mark.parametrize("which", Pass)
+def test_a_search_is_timed_from_nothing_and_with_built_kernels(
+    which: Pass, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRELU24_CACHE_DIR", "mine")
+    folders: list[str] = []
+
+    class Builds(FakeGpu):
+        """Compiles for 0.2 s what is not in the folder yet."""
+
+        def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
+            folder = Path(os.environ["SRELU24_CACHE_DIR"])
+            folders.append(str(folder))
+            for spec, built in super().build(specs):
+                kernel = folder / spec.digest
+                if not kernel.exists():
+                    self.clock += 0.2
+                    kernel.parent.mkdir(exist_ok=True)
+                    kernel.touch()
+                yield spec, built
+
+    good = {unlike_the_default(p) for p in SHAPES[1].gemms_of(which, DType.BF16)}
+    path = tmp_path / "search.json"
+    file = bench_search(
+        SHAPES[1:],
+        DType.BF16,
+        lambda: Builds(lambda p, c: 0.9 if c in good else 1.0, build_seconds=0.0, overhead=0.05),
+        which=which,
+        json_path=path,
+    )
+    (row,) = BenchFile.load(path).rows
+    assert [row] == file.rows
+    cold, warm = row.candidates["from_nothing"], row.candidates["warm"]
+    assert 60 < (cold.ms or 0) / 1000 < 90
+    assert 20 < (warm.ms or 0) / 1000 < 30, "a child's start, then the budget"
+    assert 1.02 < row.speedup["warm"] < 1.15, "five GEMMs in 20 s are not searched through"
+    assert cold.samples > 0
+    assert len(set(folders)) == 1
+    assert not Path(folders[0]).exists()
+    assert os.environ["SRELU24_CACHE_DIR"] == "mine"
+
+
 def test_a_winner_that_is_the_default_is_timed_once_and_says_so(tmp_path: Path) -> None:
     db = Database.open(tmp_path / "none", tmp_path / "tuning.sqlite")
     tune_shapes(SHAPES[:1], DType.BF16, [gpu()], Budget(8.0), db=db, key=lambda spec: "")
     row = bench_tuning(SHAPES[:1], [], DType.BF16, gpu(), db=db).rows[0]
     assert row.speedup == {"default": 1.0}
     assert row.candidates["default"].note == "the same kernels"
+
+
+def test_training_steps_are_compared_in_the_same_way(tmp_path: Path) -> None:
+    db = Database.open(tmp_path / "none", tmp_path / "tuning.sqlite")
+    backward: dict[str, Any] = {"passes": (Pass.BACKWARD,), "db": db}
+    faster = [unlike_the_default(p) for p in SHAPES[1].step_gemms(DType.BF16)]
+    one = gpu(lambda p, c: 0.9 if c in faster else 1.0)
+    tune_shapes(SHAPES, DType.BF16, [one], Budget(60.0), key=lambda spec: "", **backward)
+    file = bench_tuning(SHAPES, HELD_OUT, DType.BF16, gpu(one.cost), db=db, which=Pass.BACKWARD, tune_s=60.0)
+    assert [row.op for row in file.rows] == ["tuning_step", "tuning_step", "fallback_step"]
+    assert all(row.speedup["default"] == pytest.approx(1 / 0.9, rel=0.03) for row in file.rows[:2])
+    assert file.rows[2].speedup["tuned"] == pytest.approx(1.0, abs=0.03)
+    assert set(summary(file.rows)) == {"tuning_step", "fallback_step"}
 
 
 def test_a_pair_that_fails_has_its_reason_and_no_ratio(db: Database) -> None:

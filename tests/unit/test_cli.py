@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,25 @@ def test_build_reports_each_binary_once(no_compiler: list[KernelSpec]) -> None:
     }
     assert wanted <= {spec.digest for spec in no_compiler}
     assert all(row["registers"] == 168 and row["seconds"] == 1.25 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ops"),
+    [
+        ([], {Op.GEMM_RELU2_24: 1, Op.SPGEMM: 1}),
+        (["--pass", "backward"], {Op.GEMM_RELU2_24: 1, Op.SPGEMM: 1, Op.GEMM_DRELU2_24: 1, Op.SPGEMM_TOKENS: 2}),
+        (["--pass", "all"], {Op.GEMM_RELU2_24: 2, Op.SPGEMM: 2, Op.GEMM_DRELU2_24: 1, Op.SPGEMM_TOKENS: 2}),
+    ],
+)
+def test_build_makes_the_kernels_of_a_pass(
+    arguments: list[str], ops: dict[Op, int], no_compiler: list[KernelSpec]
+) -> None:
+    srelu24("build", "--gpu", "h200", "--shape", "2048x1024x4096", *arguments)
+    assert Counter(spec.family.op for spec in no_compiler) == ops
+    one_each = len(no_compiler)
+    no_compiler.clear()
+    srelu24("build", "--gpu", "h200", "--shape", "2048x1024x4096", "--all", *arguments)
+    assert len({spec.digest for spec in no_compiler}) == len(no_compiler) > 5 * one_each
 
 
 def test_build_counts_static_and_dynamic_shared_memory(no_compiler: list[KernelSpec]) -> None:

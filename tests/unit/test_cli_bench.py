@@ -10,7 +10,7 @@ import pytest
 from command_line import SMALL, srelu24
 from srelu24 import doctor, results
 from srelu24 import run as main_job
-from srelu24_gen.models import Shape
+from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType
 from srelu24_gen.target import target_by_key
 
@@ -37,7 +37,15 @@ def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monke
     tuning = ["bench", "tuning", "--model", "nanochat", "--tokens", "16,64"]
     srelu24(*tuning, "--held-out", "32", "--held-out-model", "minitron-4b", "--tune-seconds", "9", *where)
     held = [Shape(32, 3072, 9216)]
-    assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json")
+    assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json", Pass.FORWARD)
+    srelu24(*tuning, "--pass", "backward", *where)
+    assert asked.pop()[-2:] == (tmp_path / "h200" / "tuning_step.json", Pass.BACKWARD)
+    monkeypatch.setattr(main_job, "benchmark_search", lambda *given: asked.append(given))
+    srelu24("bench", "search", "--model", "nanochat", "--tokens", "16,64", "--cold", "40", "--warm", "9", *where)
+    assert asked.pop() == (shapes, DType.BF16, 0.1, (40.0, 9.0), tmp_path / "h200" / "search.json", Pass.FORWARD)
+    srelu24("bench", "tuning", "--held-out", "32", *where)
+    assert asked.pop()[:2] == ([], [Shape(32, 6144, 24576)]), "of nemotron-4-15b"
+    assert "which shape?" in srelu24("bench", "tuning", "--held-out", "", code=2).stderr
     srelu24(*tuning, "--held-out", "")
     assert asked.pop()[1] == []
     assert "4096,16384" in srelu24(*tuning, "--held-out", "many", code=2).stderr

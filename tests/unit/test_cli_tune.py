@@ -14,7 +14,7 @@ from command_line import SMALL, srelu24
 from fake_gpu import FakeGpu
 from srelu24 import cli_tune, records, tune_many
 from srelu24.tune_many import Budget, Tuned
-from srelu24_gen.models import MODELS, Shape
+from srelu24_gen.models import MODELS, Pass, Shape
 from srelu24_gen.spec import DType
 
 
@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
         shapes: Sequence[Shape], dtype: DType, runners: object, budget: Budget, **options: Any
     ) -> list[Tuned]:
         found.append(SimpleNamespace(shapes=list(shapes), dtype=dtype, budget=budget, **options))
-        return [Tuned(shape, "h200") for shape in shapes]
+        return [Tuned(shape, which, "h200") for shape in shapes for which in options["passes"]]
 
     monkeypatch.setattr(tune_many, "tune_shapes", tune_shapes)
     monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [])
@@ -81,10 +81,24 @@ def test_widths_and_all_models(asked: list[SimpleNamespace]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "passes"),
+    [
+        ([], (Pass.FORWARD,)),
+        (["--pass", "forward"], (Pass.FORWARD,)),
+        (["--pass", "backward"], (Pass.BACKWARD,)),
+        (["--pass", "all"], (Pass.FORWARD, Pass.BACKWARD)),
+    ],
+)
+def test_passes_reach_the_tuner(arguments: list[str], passes: tuple[Pass, ...], asked: list[SimpleNamespace]) -> None:
+    out = srelu24("tune", "--shape", str(SMALL), *arguments, "--json")
+    assert asked[0].passes == passes
+    assert [row["which"] for row in json.loads(out.stdout)] == list(passes)
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        (["--pass", "backward"], 1, "the backward pass are not tuned yet"),
-        (["--pass", "all"], 1, "tune --pass forward"),
+        (["--pass", "sideways"], 2, "backward"),
         (["--budget", "10", "--total", "10"], 2, "all together, not"),
         (["--budget", "soon"], 2, "such as 90s"),
         (["--budget", "0"], 2, "at least a second"),
@@ -115,6 +129,25 @@ def test_records_are_shipped_shape_by_shape(one_gpu: None, tmp_path: Path, monke
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
     assert files == ["sm_90a/h200/gemm_relu2_24_bf16.json", "sm_90a/h200/spgemm_bf16.json"]
     assert len(records.read_records(folder)) == 4
+
+
+def test_a_training_step_ships_a_file_per_family_and_is_listed(one_gpu: None, tmp_path: Path) -> None:
+    folder = tmp_path / "tuning_db"
+    arguments = ["--shape", str(SMALL), "--pass", "all", "--total", "20", "--ship", str(folder), "--json"]
+    out = srelu24("tune", *arguments)
+    assert "2 tuned, 0 tuned before, 0 failed" in out.stderr
+    rows = json.loads(out.stdout)
+    assert [(row["which"], len(row["report"]["records"])) for row in rows] == [("forward", 2), ("backward", 5)]
+    training = {
+        "gemm_relu2_24_bf16_count_tokens_permuted",
+        "spgemm_bf16_permuted",
+        "gemm_drelu2_24_bf16_tokens_permuted",
+        "spgemm_tokens_bf16",
+        "spgemm_tokens_bf16_transposed",
+    }
+    assert {path.stem for path in folder.rglob("*.json")} == training | {"gemm_relu2_24_bf16", "spgemm_bf16"}
+    listed = {row["family"]["op"] for row in json.loads(srelu24("db", "list", "--json").stdout) if row["m"] == SMALL.m}
+    assert listed >= {"gemm_relu2_24", "spgemm", "gemm_drelu2_24"}
 
 
 def test_a_shape_that_fails_ends_with_1(one_gpu: None) -> None:

@@ -142,3 +142,18 @@ def test_8_bits_take_about_half_the_time_and_wide_results_cost_bytes() -> None:
     e4m3 = shape.gemms(DType.E4M3)[0]
     to_bf16 = dataclasses.replace(e4m3, family=dataclasses.replace(e4m3.family, out=DType.BF16))
     assert us(e4m3, space.default(e4m3, H200)) <= us(to_bf16, space.default(to_bf16, H200))
+
+
+def test_a_training_step_is_ranked_by_what_its_kernels_multiply_and_move() -> None:
+    hidden, product, gradient, dw1, dw2 = Shape(16384, 4096, 16384).step_gemms(DType.BF16)
+    times = {p: us(p, space.default(p, H200)) for p in (hidden, product, gradient, dw1, dw2)}
+    for dense in (hidden, gradient):
+        for sparse in (product, dw1, dw2):
+            assert 1.5 < times[dense] / times[sparse] < 2.2
+    adds = dataclasses.replace(dw1, family=dataclasses.replace(dw1.family, accumulate=True, out=DType.FP32))
+    few = dataclasses.replace(adds, k=64)  # little to multiply: the output counts
+    assert us(few, space.default(few, H200)) > 1.5 * us(dataclasses.replace(dw1, k=64), space.default(dw1, H200))
+    small = [dataclasses.replace(p, k=64) for p in (hidden, gradient)]
+    forward, _ = Shape(16384, 64, 16384).gemms(DType.BF16)
+    bytes_moved = [us(p, space.default(p, H200)) for p in (forward, *small)]
+    assert bytes_moved == sorted(bytes_moved), "a form along tokens, then S besides"

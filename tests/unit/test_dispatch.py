@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import timeit
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from srelu24 import dispatch
 from srelu24.db import Database
 from srelu24.records import Evidence, TuningRecord
+from srelu24.training import kernels
 from srelu24_gen import paths, space
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import TARGETS
 
@@ -122,6 +125,14 @@ def test_choices_are_remembered_until_the_cache_is_cleared(database: Database) -
     assert dispatch.choose(PROBLEM, H200).source == "exact"
 
 
+def test_a_choice_costs_less_than_5_us_after_the_first() -> None:
+    for problem in (PROBLEM, DW2):
+        once = min(timeit.repeat(lambda problem=problem: dispatch.choose(problem, H200), number=1000, repeat=20)) / 1000  # type: ignore[misc]
+        assert once < 5e-6
+    sizes = (DW2.m, DW2.n, DW2.k)
+    assert min(timeit.repeat(lambda: kernels.spec_for(DW2.family, sizes, H200), number=1000, repeat=20)) < 5e-3
+
+
 def test_what_no_kernel_computes_is_refused_with_the_problem_named() -> None:
     with pytest.raises(Unsupported, match=r"spgemm_bf16 4096x4100x16384: N = 4100 is not a multiple of 8"):
         dispatch.choose(dataclasses.replace(PROBLEM, n=4100), H200)
@@ -130,3 +141,75 @@ def test_what_no_kernel_computes_is_refused_with_the_problem_named() -> None:
 def test_a_cpu_has_no_kernels() -> None:
     with pytest.raises(Unsupported, match="cpu has no kernels"):
         dispatch.gpu_of(torch.device("cpu"))
+
+
+# --- the kernels of a training step ---
+
+STEP = Shape(4096, 2048, 8192)
+HIDDEN, PRODUCT, GRADIENT, DW1, DW2 = STEP.step_gemms(DType.BF16)
+
+
+def in_training(problem: Problem) -> KernelConfig:
+    """What the training kernels launch."""
+    return kernels.spec_for(problem.family, (problem.m, problem.n, problem.k), H200).config
+
+
+@pytest.mark.parametrize("problem", [HIDDEN, PRODUCT, GRADIENT, DW1, DW2], ids=str)
+def test_training_runs_what_was_tuned_for_it(problem: Problem, database: Database) -> None:
+    assert in_training(problem) == space.default(problem, H200)
+    dispatch.clear_cache()
+    database.put(record(problem))
+    assert in_training(problem) == TUNED
+    assert dispatch.choose(problem, H200).source == "exact"
+
+
+@pytest.mark.parametrize(
+    ("plain", "options"),
+    [
+        (DW1, {"accumulate": True}),
+        (DW1, {"accumulate": True, "out": DType.FP32}),
+        (DW1, {"dtype": DType.FP16}),
+        (DW2, {"accumulate": True, "out": DType.FP32}),
+        (HIDDEN, {"bias": True}),
+        (PRODUCT, {"bias": True}),
+        (GRADIENT, {"dtype": DType.FP16}),
+    ],
+)
+def test_variants_share_the_record_of_their_kernel(
+    plain: Problem, options: dict[str, object], database: Database
+) -> None:
+    variant = dataclasses.replace(plain, family=dataclasses.replace(plain.family, **options))  # type: ignore[arg-type]
+    database.put(record(plain))
+    choice = dispatch.choose(variant, H200)
+    assert (choice.config, choice.source, choice.record) == (TUNED, "nearest", record(plain))
+    assert in_training(variant) == TUNED
+
+
+def test_the_nearest_number_of_tokens_answers_where_tokens_are_summed_over(database: Database) -> None:
+    for tokens, config in ((1024, TUNED), (16384, KernelConfig(stages=2))):
+        database.put(record(STEP._replace(m=tokens).step_gemms(DType.BF16)[3], config=config))
+    # Another layer of the same sizes but for which of them counts tokens: K of the sum, not M or N.
+    database.put(record(dataclasses.replace(DW1, n=4096), config=KernelConfig(stages=3, raster_group=1)))
+    choices = {m: in_training(STEP._replace(m=m).step_gemms(DType.BF16)[3]) for m in (512, 2048, 8192, 32768)}
+    assert choices == {512: TUNED, 2048: TUNED, 8192: KernelConfig(stages=2), 32768: KernelConfig(stages=2)}
+    near = database.of_widths(DW1, H200)
+    assert [r.k for r in near] == [1024, 16384], "the same widths, sorted by tokens"
+
+
+def test_gradients_of_the_two_weights_are_tuned_apart(database: Database) -> None:
+    other = KernelConfig(stages=2)
+    database.put(record(DW1))
+    database.put(record(DW2, config=other))
+    assert (in_training(DW1), in_training(DW2)) == (TUNED, other)
+
+
+def test_inference_and_training_prefer_their_own_records(database: Database) -> None:
+    other = KernelConfig(stages=2)
+    inference = STEP.gemms(DType.BF16)
+    database.put(record(HIDDEN, config=other))
+    assert dispatch.choose(inference[0], H200).config == other, "better than none"
+    dispatch.clear_cache()
+    near = dataclasses.replace(inference[0], m=2048)
+    database.put(record(near))
+    assert dispatch.choose(inference[0], H200).record == record(near)
+    assert dispatch.choose(HIDDEN, H200).config == other

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.models import MODELS, TOKENS, Model, Shape, model, shapes
+from srelu24_gen.models import MODELS, TOKENS, Model, Pass, Shape, model, shapes
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 from srelu24_gen.target import target_by_key
 
@@ -117,3 +117,16 @@ def test_a_key_without_neighbours_is_told_all(key: str) -> None:
     with pytest.raises(Unsupported) as error:
         model(key)
     assert all(known in str(error.value) for known in MODELS)
+
+
+@pytest.mark.parametrize("which", Pass)
+def test_every_gemm_of_a_pass_names_its_shape_and_is_of_a_family_of_its_own(which: Pass) -> None:
+    shape = Shape(4096, 2048, 8192)
+    gemms = shape.gemms_of(which, DType.BF16)
+    assert [Shape.of(p) for p in gemms] == [shape] * len(gemms)
+    assert [Shape.of(p) for p in shape.dense_gemms(DType.BF16)] == [shape] * 2
+    assert len({p.family for p in gemms}) == len(gemms) == {Pass.FORWARD: 2, Pass.BACKWARD: 5}[which]
+    for problem in gemms:
+        assert problem.tokens == shape.m
+        assert sorted(problem.widths) == [shape.d, shape.f]
+        assert space.supports_problem(problem, target_by_key("h200")).ok

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fake_gpu import DEFAULTS, OTHERS
 from srelu24 import noise
-from srelu24.noise import choose_pair, speedup
+from srelu24.noise import choose_chain, speedup
 
 
 def paired(rng: random.Random, rounds: int, factors: Sequence[float], sigma: float = 0.02) -> list[list[float]]:
@@ -26,7 +26,7 @@ def test_equal_candidates_are_hardly_ever_told_apart() -> None:
     for _ in range(300):
         times = paired(rng, 30, [1.0] * 9)
         pairs = [(DEFAULTS[0], c) for c in [DEFAULTS[1], *OTHERS[1][:8]]]
-        wrong += choose_pair(dict(zip(pairs, times, strict=True)), pairs[0])[0] != pairs[0]
+        wrong += choose_chain(dict(zip(pairs, times, strict=True)), pairs[0])[0] != pairs[0]
     assert wrong <= 6  # 1 % of 300 is 3
 
 
@@ -56,7 +56,7 @@ def test_the_interval_holds_the_median_and_turns_around(samples: list[float]) ->
 def test_a_tiny_gain_is_not_worth_a_change() -> None:
     pair = (DEFAULTS[0], OTHERS[1][0])
     tiny = 1 / (1 + (noise.MIN_GAIN - 1) / 2)
-    assert choose_pair({DEFAULTS: [1.0] * 40, pair: [tiny] * 40}, DEFAULTS)[0] == DEFAULTS
+    assert choose_chain({DEFAULTS: [1.0] * 40, pair: [tiny] * 40}, DEFAULTS)[0] == DEFAULTS
 
 
 def test_of_equals_the_one_nearest_to_the_default_is_kept() -> None:
@@ -64,5 +64,5 @@ def test_of_equals_the_one_nearest_to_the_default_is_kept() -> None:
     near = (DEFAULTS[0], dataclasses.replace(DEFAULTS[1], raster_group=4))
     far = (dataclasses.replace(DEFAULTS[0], raster_group=4, stages=3), near[1])
     default, a, b, c = paired(rng, 40, [1.0, 0.94, 0.9399, 0.8])
-    assert choose_pair({DEFAULTS: default, far: b, near: a}, DEFAULTS)[0] == near
-    assert choose_pair({DEFAULTS: default, far: c, near: a}, DEFAULTS)[0] == far
+    assert choose_chain({DEFAULTS: default, far: b, near: a}, DEFAULTS)[0] == near
+    assert choose_chain({DEFAULTS: default, far: c, near: a}, DEFAULTS)[0] == far

@@ -12,7 +12,7 @@ from srelu24.records import DenseTime, Evidence, TuningRecord
 from srelu24.results import BenchFile, Candidate, Row
 from srelu24_gen import paths, space
 from srelu24_gen.errors import RecordError
-from srelu24_gen.models import MODELS, Shape
+from srelu24_gen.models import MODELS, Pass, Shape
 from srelu24_gen.spec import DType
 from srelu24_gen.target import TARGETS
 
@@ -57,6 +57,19 @@ def test_tuning_and_fallback_tables_name_mean_and_worst(tmp_path: Path) -> None:
     assert tables["sweep"] == tables["ffn"] == ""
 
 
+def test_search_table_has_times_in_seconds(tmp_path: Path) -> None:
+    def search(op: str, shape: str, cold: float, warm: float) -> Row:
+        found = row(op, shape, {"srelu24": 1.0, "from_nothing": 1000 * cold, "warm": 1000 * warm})
+        del found.candidates["srelu24"]
+        found.speedup = {"from_nothing": 1.05, "warm": 1.04}
+        return found
+
+    shape = "512x64x256"
+    table = report.tables(saved(tmp_path, search("search", shape, 64.2, 24.4), search("search_step", shape, 80, 30)))
+    assert "| FFN | bf16 | 512x64x256 | 64 s | 9 | 1.050x | 24 s | 9 | 1.040x |" in table["search"]
+    assert "| training step | bf16 | 512x64x256 | 80 s | 9 | 1.050x | 30 s | 9 | 1.040x |" in table["search"]
+
+
 def sweep(m: int, sparse: float, chosen: str) -> Row:
     ms = {"sparse": sparse, "cublas": 2.0, "mixed": 1.9, "gemm": 2.2, "torch_compile": 2.1}
     return row("sweep", f"{m}x64x256", {"srelu24": ms[chosen], **ms}, note=chosen)
@@ -67,6 +80,7 @@ def test_sweep_table_and_plot(tmp_path: Path) -> None:
     table = report.tables(folder)["sweep"]
     assert "| bf16 | 16x64x256 | 10% | 1.900 | 0.88x | 1.11x | 1.11x | mixed |" in table
     assert "| bf16 | 4096x64x256 | 10% | 1.500 | 1.40x | 1.11x | 1.40x | sparse |" in table
+    assert "(results/sweep.svg)" in table, "bench report draws it there"
     pytest.importorskip("matplotlib")
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     plots.plot_sweep(folder, first)
@@ -78,7 +92,7 @@ def test_sweep_table_and_plot(tmp_path: Path) -> None:
         plots.plot_sweep(saved(tmp_path / "none", row("tuning", "1x8x8", {"srelu24": 1.0})), first)
 
 
-def records(shape: Shape, dense: dict[str, DenseTime]) -> list[TuningRecord]:
+def records(shape: Shape, dense: dict[str, DenseTime], which: Pass = Pass.FORWARD) -> list[TuningRecord]:
     evidence = Evidence(
         ms=1.0,
         default_ms=1.1,
@@ -102,7 +116,7 @@ def records(shape: Shape, dense: dict[str, DenseTime]) -> list[TuningRecord]:
             density=0.1,
             evidence=evidence,
         )
-        for p in shape.gemms(DType.BF16)
+        for p in shape.gemms_of(which, DType.BF16)
     ]
 
 
@@ -121,7 +135,24 @@ def test_coverage_names_every_model_and_the_evidence_every_pair() -> None:
     assert "h200, bf16: 4 of 72." in tables["coverage"]
     assert len([line for line in tables["evidence"].splitlines() if "x" in line and line.startswith("| ")]) == 3
     assert "| 2.000 | 1.100x | 2.500 (gemm) | 1.240 | 20 | 1500 | 01234567 | 2026-01-01 |" in tables["evidence"]
-    assert coverage.tables([]) == {"coverage": "", "evidence": ""}
+    assert set(tables) == {"coverage", "evidence", "step_coverage", "step_evidence"}
+    assert not tables["step_coverage"]
+    assert not any(coverage.tables([]).values())
+
+
+def test_training_steps_are_tables_of_their_own() -> None:
+    full = records(Shape(2048, 4096, 16384), {}, Pass.BACKWARD)
+    half = records(Shape(8192, 768, 3072), {}, Pass.BACKWARD)[:4]
+    tables = coverage.tables([*full, *half])
+    assert not tables["coverage"] + tables["evidence"]
+    lines = tables["step_coverage"].splitlines()
+    assert "| paper-7b | 4096x16384 | - | 1.100x | - | - |" in lines
+    assert "| nanochat | 768x3072 | - | - | - | - |" in lines, "four of five GEMMs are no step"
+    head, _, only = (line.split(" | ") for line in tables["step_evidence"].splitlines() if line.startswith("| "))
+    assert len(head) == len(only)
+    assert head[1:6] == ["hidden", "product", "hidden gradient", "dW1", "dW2"]
+    assert only[0] == "| 2048x4096x16384"
+    assert only[-6:] == ["2.000", "1.100x", "20", "1500", "01234567", "2026-01-01 |"]
 
 
 def test_the_page_about_tuning_is_what_records_and_results_give(tmp_path: Path) -> None:

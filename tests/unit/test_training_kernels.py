@@ -10,6 +10,7 @@ import torch
 
 from srelu24 import reference
 from srelu24.launch import Arguments
+from srelu24.sparse24 import Sparse24
 from srelu24.training import kernels
 from srelu24.training.order import token_order
 from srelu24.training.packed import TokenSparse24
@@ -130,6 +131,71 @@ def test_operands_along_tokens_are_loaded_by_position(tile_m: int, cluster_m: in
                 for i in range(64)
             ]
             assert columns.load(0, 0, 0, k // 16, first // 64) == expected
+
+
+def packed_along_features(m: int, f: int) -> Sparse24:
+    return Sparse24.empty(m, f, torch.bfloat16, CPU)
+
+
+def test_every_tensor_of_a_launch_has_its_place_in_the_arguments() -> None:
+    m, d, f = 208, 64, 128
+    x, g = (torch.empty(m, d, dtype=torch.bfloat16) for _ in range(2))
+    w1, w2 = torch.empty(f, d + 8, dtype=torch.bfloat16)[:, :d], torch.empty(d, f, dtype=torch.bfloat16)
+    s, dy1 = packed_along_features(m, f), packed_along_features(m, f)
+    along = TokenSparse24.empty(m, f, torch.bfloat16, CPU)
+    bias, counts = torch.empty(f, dtype=torch.bfloat16), torch.empty(f, dtype=torch.int32)
+    steps = kernels.row_steps(m, None)
+    nothing = dict.fromkeys(("metadata", "out_metadata", "bias", "residual", "counts", "partials", "flags"), 0)
+    nothing["residual_stride"] = 0
+
+    def given(o: kernels.TrainingOperands) -> dict[str, object]:
+        return {name: value for name, value in kernels._arguments(o)._asdict().items() if name != "scales"}
+
+    tokens = (along.values.data_ptr(), along.metadata.data_ptr())
+    assert given(kernels.TrainingOperands(x, w1, s, None, bias, counts, along)) == nothing | {
+        "a": x.data_ptr(),
+        "b": w1.data_ptr(),
+        "out": s.values.data_ptr(),
+        "out_metadata": s.metadata.data_ptr(),
+        "bias": bias.data_ptr(),
+        "counts": counts.data_ptr(),
+        **{"m": m, "n": f, "k": d, "a_stride": d, "b_stride": d + 8, "out_stride": s.values.stride(0)},
+        "tokens": (*tokens, 0, 0, f, 0, *steps),
+    }
+    shared = Sparse24(dy1.values, s.metadata, s.shape)
+    assert given(kernels.TrainingOperands(g, w1, shared, None, along_tokens=along, saved=s)) == nothing | {
+        "a": g.data_ptr(),
+        "b": w1.data_ptr(),
+        "out": dy1.values.data_ptr(),
+        **{"m": m, "n": f, "k": d, "a_stride": d, "b_stride": d + 8, "out_stride": dy1.values.stride(0)},
+        "tokens": (*tokens, s.values.data_ptr(), s.metadata.data_ptr(), f, s.values.stride(0), *steps),
+    }
+    y = torch.empty(m, d, dtype=torch.bfloat16)
+    assert given(kernels.TrainingOperands(s, w2, y, 1)) == nothing | {
+        "a": s.values.data_ptr(),
+        "metadata": s.metadata.data_ptr(),
+        "b": w2.data_ptr(),
+        "out": y.data_ptr(),
+        **{"m": m, "n": d, "k": f, "a_stride": s.values.stride(0), "b_stride": f, "out_stride": d},
+        "tokens": (0, 0, 0, 0, 0, 0, *kernels.row_steps(m, 1)),
+    }
+    gradient = torch.empty(d, f)
+    assert given(kernels.TrainingOperands(along, g, gradient, None)) == nothing | {
+        "a": along.values.data_ptr(),
+        "metadata": along.metadata.data_ptr(),
+        "b": g.data_ptr(),
+        "out": gradient.data_ptr(),
+        **{"m": f, "n": d, "k": m, "a_stride": f, "b_stride": d, "out_stride": f},
+        "tokens": (0, 0, 0, 0, 0, 0, *steps),
+    }
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_without_tokens_nothing_is_launched(accumulate: bool) -> None:
+    along, x = TokenSparse24.empty(0, 64, torch.bfloat16, CPU), torch.empty(0, 64, dtype=torch.bfloat16)
+    out = torch.ones(64, 64) if accumulate else None
+    found = kernels.weight_gradient(along, x, None, out=out)
+    assert (found == (1 if accumulate else 0)).all()
 
 
 def test_the_packed_form_along_tokens_is_that_of_the_transpose() -> None:

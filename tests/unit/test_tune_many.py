@@ -18,12 +18,13 @@ from fake_gpu import H200, FakeGpu
 from srelu24 import tune, worker
 from srelu24.db import Database
 from srelu24.tune_events import Event, ShapeEnded, ShapeStarted
-from srelu24.tune_many import Budget, Tuned, tune_shapes, weight
+from srelu24.tune_many import Budget, Tuned, Work, tune_shapes, weight
 from srelu24.worker import Job, Outcome
-from srelu24_gen.models import Shape
+from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType, KernelSpec
 from srelu24_gen.target import TARGETS
 
+FORWARD, BACKWARD = Pass
 SHAPES = [Shape(m, d, f) for d, f in ((512, 2048), (1024, 4096)) for m in (256, 1024, 4096)]
 
 
@@ -84,7 +85,9 @@ def test_a_total_is_shared_out_by_how_long_the_kernels_run(db: Database) -> None
     seconds = {e.shape: e.seconds for e in events if isinstance(e, ShapeStarted)}
     assert seconds[shapes[0]] > 1.5 * seconds[shapes[1]]
     assert one.now() == pytest.approx(60, rel=0.3)
-    assert weight(shapes[0], DType.BF16, H200) > weight(shapes[2], DType.BF16, H200) >= 1
+    wide, narrow, step = (Work(shapes[i], which) for i, which in ((0, FORWARD), (2, FORWARD), (2, BACKWARD)))
+    assert weight(wide, DType.BF16, H200) > weight(narrow, DType.BF16, H200) >= 1
+    assert weight(step, DType.BF16, H200) > 2 * weight(narrow, DType.BF16, H200), "five GEMMs, not two"
 
 
 @pytest.mark.parametrize("seconds", [6.0, 30.0])
@@ -112,6 +115,16 @@ def test_what_is_tuned_is_left_out_until_something_changes(db: Database) -> None
     assert tuned(density=0.5, budget=Budget(9.0)) == 0
     assert tuned(density=0.5, budget=Budget(40.0)) == 6, "a deeper search is another thing"
     assert len(tune_shapes(SHAPES, DType.BF16, [gpu()], Budget(8.0), density=0.5, db=db, key=lambda spec: "other")) == 6
+
+
+def test_every_pass_of_every_shape_is_tuned_once(db: Database) -> None:
+    found = run(db, gpu(), gpu(seed=1), shapes=SHAPES[:2], passes=(FORWARD, BACKWARD))
+    assert [(t.shape, t.which) for t in found] == [(s, which) for s in SHAPES[:2] for which in (FORWARD, BACKWARD)]
+    assert all(t.report for t in found)
+    assert recorded(db) == {("h200", s): 2 + 5 for s in SHAPES[:2]}
+    again = run(db, gpu(), shapes=SHAPES[:3], passes=(BACKWARD,))
+    assert [t.report is None for t in again] == [True, True, False], "no dense times are missed in training"
+    assert [t.report is None for t in run(db, gpu(), shapes=SHAPES[:3])] == [True, True, False]
 
 
 def test_a_shape_that_fails_is_reported_and_the_others_go_on(db: Database) -> None:
@@ -171,7 +184,7 @@ def test_the_live_view_draws_many_shapes(db: Database, capsys: pytest.CaptureFix
         run(db, gpu(), shapes=[SHAPES[0]], on_event=draw)
     shown = " ".join(capsys.readouterr().err.split())
     assert "failed: 256x12x64" in shown
-    assert f"{SHAPES[0]} is tuned on h200 already" in shown
+    assert f"{SHAPES[0]} forward is tuned on h200 already" in shown
     assert "the sparse pair is 1.500x as fast" in shown or "Dense at best" in shown
 
 
@@ -225,4 +238,4 @@ def test_budgets_share_what_is_left() -> None:
     assert Budget(100, per_shape=False).of(1.0, 3.0, 20.0) == pytest.approx(20)
     assert Budget(100, per_shape=False).of(1.0, 3.0, 200.0) == 1.0
     assert Budget(7.0).of(1.0, 3.0, 200.0) == 7.0
-    assert weight(Shape(8, 12, 64), DType.BF16, H200) < 0.1
+    assert weight(Work(Shape(8, 12, 64), FORWARD), DType.BF16, H200) < 0.1

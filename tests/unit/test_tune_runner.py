@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 import cpu_session
-from fake_gpu import GEMM2, H200, OTHERS, FakeGpu
+from fake_gpu import GEMM2, H200, OTHERS
+from on_the_cpu import OnTheCpu
 from rows import record
 from srelu24 import tune
 from srelu24.db import Database
 from srelu24.dense import WAYS
 from srelu24.search import FEWEST
 from srelu24.tune import tune_ffn
-from srelu24.worker import Job, Outcome, Worker
 from srelu24_gen import space
 from srelu24_gen.errors import CompileError
 from srelu24_gen.models import Shape
@@ -55,26 +54,6 @@ def test_builds_come_as_they_are_done_and_stop_when_nobody_waits(monkeypatch: py
     monkeypatch.setattr(tune, "build_many", fails)
     with pytest.raises(CompileError, match="nothing can be built"):
         list(gpu.build(specs))
-
-
-class OnTheCpu(FakeGpu):
-    """The real worker, session, data, verification and clock; only kernels and compiler are made up."""
-
-    def __init__(self) -> None:
-        super().__init__(build_seconds=0.0)
-        self.child = Worker("cpu", command=(sys.executable, str(cpu_session.__file__)))
-
-    def start(self) -> None:
-        self.child.start()
-
-    def run(self, job: Job) -> Iterator[Outcome]:
-        return self.child.run(job)
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def close(self) -> None:
-        self.child.close()
 
 
 def test_the_whole_chain_on_a_cpu(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from srelu24.training.order import BLOCK, NATURAL, widest_stride
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.errors import LaunchError, Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.target import GpuTarget
 
 
 def dense_hidden(x: Tensor, w1: Tensor, b1: Tensor | None, out: Tensor) -> None:
@@ -69,17 +71,7 @@ def pruned_hidden(
         tokens=True,
         permuted=True,
     )
-    _launch(
-        family,
-        (m, f, x.shape[1]),
-        a=x,
-        b=w1,
-        bias=b1,
-        out=s.values,
-        out_metadata=s.metadata,
-        counts=counts,
-        tokens=(*_pointers(along_tokens), 0, 0, f, 0, *row_steps(m, token_stride)),
-    )
+    _launch(family, TrainingOperands(x, w1, s, token_stride, b1, counts, along_tokens))
     return s, along_tokens, counts
 
 
@@ -94,19 +86,13 @@ def hidden_gradient(
     Raises:
         As :func:`pruned_hidden`.
     """
-    m, f = s.shape
-    values = torch.empty_like(s.values)
-    along_tokens = TokenSparse24.empty(m, f, g.dtype, g.device)
-    saved = (s.values.data_ptr(), s.metadata.data_ptr())
+    dy1 = Sparse24(torch.empty_like(s.values), s.metadata, s.shape)
+    along_tokens = TokenSparse24.empty(*s.shape, g.dtype, g.device)
     _launch(
         Family(Op.GEMM_DRELU2_24, DTYPES[g.dtype], tokens=True, permuted=True),
-        (m, f, g.shape[1]),
-        a=g,
-        b=w2_transposed,
-        out=values,
-        tokens=(*_pointers(along_tokens), *saved, f, s.values.stride(0), *row_steps(m, token_stride)),
+        TrainingOperands(g, w2_transposed, dy1, token_stride, along_tokens=along_tokens, saved=s),
     )
-    return Sparse24(values, s.metadata, s.shape), along_tokens
+    return dy1, along_tokens
 
 
 def product(s: Sparse24, w: Tensor, bias: Tensor | None, token_stride: int | None) -> Tensor:
@@ -115,18 +101,9 @@ def product(s: Sparse24, w: Tensor, bias: Tensor | None, token_stride: int | Non
     Raises:
         As :func:`pruned_hidden`.
     """
-    m, n = s.shape[0], w.shape[0]
-    out = torch.empty(m, n, dtype=w.dtype, device=w.device)
-    _launch(
-        Family(Op.SPGEMM, DTYPES[w.dtype], bias=bias is not None, permuted=True),
-        (m, n, s.shape[1]),
-        a=s.values,
-        metadata=s.metadata,
-        b=w,
-        bias=bias,
-        out=out,
-        tokens=(0,) * 6 + row_steps(m, token_stride),
-    )
+    out = torch.empty(s.shape[0], w.shape[0], dtype=w.dtype, device=w.device)
+    family = Family(Op.SPGEMM, DTYPES[w.dtype], bias=bias is not None, permuted=True)
+    _launch(family, TrainingOperands(s, w, out, token_stride, bias))
     return out
 
 
@@ -146,11 +123,10 @@ def weight_gradient(
     Raises:
         As :func:`pruned_hidden`.
     """
-    m, f = a.shape
     accumulate = out is not None
     if out is None:
-        shape = (b.shape[1], f) if transposed else (f, b.shape[1])
-        out = torch.empty(shape, dtype=b.dtype, device=b.device)
+        shape = (a.shape[1], b.shape[1])
+        out = torch.empty(shape[::-1] if transposed else shape, dtype=b.dtype, device=b.device)
     family = Family(
         Op.SPGEMM_TOKENS,
         DTYPES[b.dtype],
@@ -158,15 +134,7 @@ def weight_gradient(
         accumulate=accumulate,
         transposed=transposed,
     )
-    _launch(
-        family,
-        (f, b.shape[1], m),
-        a=a.values,
-        metadata=a.metadata,
-        b=b,
-        out=out,
-        tokens=(0,) * 6 + row_steps(m, token_stride),
-    )
+    _launch(family, TrainingOperands(a, b, out, token_stride))
     return out
 
 
@@ -197,10 +165,44 @@ def fixed_config(config: KernelConfig) -> Iterator[None]:
         _fixed.reset(token)
 
 
-def _launcher(family: Family, sizes: tuple[int, int, int], device: torch.device) -> TrainingLauncher:
-    target = dispatch.gpu_of(device)
-    config = _fixed.get() or dispatch.choose(Problem(family, *sizes), target).config
-    return launcher_for(KernelSpec(family, config, target.arch), device.index)
+@dataclass(slots=True)
+class TrainingOperands:
+    """The tensors of one launch. Shapes as in :class:`srelu24_gen.spec.Op`, rows in the order that the module says.
+
+    a: [M, K]; packed for spgemm; for spgemm_tokens [K, M], packed along tokens.
+    b: [N, K]; [K, N] for spgemm_tokens.
+    out: [M, N], or [N, M] where the family is transposed; packed for a GEMM that packs. Of gemm_drelu2_24 only the
+        values are written, its metadata is that of ``saved``.
+    counts: int32 [N], added to.
+    along_tokens: what a GEMM that packs packs along tokens as well, [M, N].
+    saved: S [M, N], for gemm_drelu2_24.
+    """
+
+    a: Tensor | Sparse24 | TokenSparse24
+    b: Tensor
+    out: Tensor | Sparse24
+    token_stride: int | None
+    bias: Tensor | None = None
+    counts: Tensor | None = None
+    along_tokens: TokenSparse24 | None = None
+    saved: Sparse24 | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, N and K."""
+        if isinstance(self.a, TokenSparse24):
+            return self.a.shape[1], self.b.shape[1], self.a.shape[0]
+        return self.a.shape[0], self.b.shape[0], self.a.shape[1]
+
+
+def run(spec: KernelSpec, o: TrainingOperands) -> None:
+    """Launch this very kernel on the current stream, without synchronising.
+
+    Raises:
+        Unsupported: the stride is none of the kernels'.
+        CompileError, LaunchError: the kernel could not be built or launched.
+    """
+    launcher_for(spec, o.b.device.index).launch(_arguments(o))
 
 
 @functools.cache
@@ -215,54 +217,57 @@ def launcher_for(spec: KernelSpec, device: int) -> TrainingLauncher:
     return TrainingLauncher(spec, device)
 
 
-def _launch(
-    family: Family,
-    sizes: tuple[int, int, int],
-    *,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    tokens: tuple[int, ...],
-    metadata: Tensor | None = None,
-    out_metadata: Tensor | None = None,
-    bias: Tensor | None = None,
-    counts: Tensor | None = None,
-) -> None:
+def spec_for(family: Family, sizes: tuple[int, int, int], target: GpuTarget) -> KernelSpec:
+    """The kernel that answers: by the tuning records, unless a configuration is fixed.
+
+    Raises:
+        Unsupported: no kernel takes these sizes.
+    """
+    config = _fixed.get() or dispatch.choose(Problem(family, *sizes), target).config
+    return KernelSpec(family, config, target.arch)
+
+
+def _launch(family: Family, o: TrainingOperands) -> None:
+    sizes = o.sizes
     if min(sizes) == 0:  # no tokens: a product of nothing
         if family.op is Op.SPGEMM_TOKENS and not family.accumulate:
-            out.zero_()
+            assert isinstance(o.out, Tensor)
+            o.out.zero_()
         return
-    launcher = _launcher(family, sizes, b.device)
-    launcher.launch(
-        Arguments(
-            a=a.data_ptr(),
-            b=b.data_ptr(),
-            out=out.data_ptr(),
-            metadata=_address(metadata),
-            out_metadata=_address(out_metadata),
-            bias=_address(bias),
-            residual=0,
-            counts=_address(counts),
-            partials=0,
-            flags=0,
-            m=sizes[0],
-            n=sizes[1],
-            k=sizes[2],
-            a_stride=row_stride(a),
-            b_stride=row_stride(b),
-            out_stride=row_stride(out),
-            residual_stride=0,
-            tokens=tokens,
-        )
+    run(spec_for(family, sizes, dispatch.gpu_of(o.b.device)), o)
+
+
+def _arguments(o: TrainingOperands) -> Arguments:
+    m, n, k = o.sizes
+    a = o.a if isinstance(o.a, Tensor) else o.a.values
+    out = o.out.values if isinstance(o.out, Sparse24) else o.out
+    along, saved = o.along_tokens, o.saved
+    return Arguments(
+        a=a.data_ptr(),
+        b=o.b.data_ptr(),
+        out=out.data_ptr(),
+        metadata=0 if isinstance(o.a, Tensor) else o.a.metadata.data_ptr(),
+        out_metadata=o.out.metadata.data_ptr() if isinstance(o.out, Sparse24) and saved is None else 0,
+        bias=0 if o.bias is None else o.bias.data_ptr(),
+        residual=0,
+        counts=0 if o.counts is None else o.counts.data_ptr(),
+        partials=0,
+        flags=0,
+        m=m,
+        n=n,
+        k=k,
+        a_stride=row_stride(a),
+        b_stride=row_stride(o.b),
+        out_stride=row_stride(out),
+        residual_stride=0,
+        tokens=(
+            *((0, 0) if along is None else (along.values.data_ptr(), along.metadata.data_ptr())),
+            *((0, 0) if saved is None else (saved.values.data_ptr(), saved.metadata.data_ptr())),
+            0 if along is None else n,
+            0 if saved is None else saved.values.stride(0),
+            *row_steps(o.a.shape[0], o.token_stride),
+        ),
     )
-
-
-def _pointers(x: TokenSparse24) -> tuple[int, int]:
-    return x.values.data_ptr(), x.metadata.data_ptr()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 class TrainingLauncher(GemmLauncher):
