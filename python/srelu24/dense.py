@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 
 from srelu24.dispatch import family_of, launcher_of
 from srelu24.kept_memory import allocate_kept
-from srelu24.launch import Operands, stream
+from srelu24.launch import Operands
+from srelu24.loader import stream
 from srelu24_gen.spec import Activation, Op
 
 WAYS = {

@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srelu24.arguments import Arguments as Arguments
 from srelu24.arguments import encode_mma_sync, plan_mma_sync, raster_params
-from srelu24.kept_memory import allocate_kept
-from srelu24.loader import ArgumentBlock, LoadedKernel, load
+from srelu24.loader import ArgumentBlock, LoadedKernel, load, stream
 from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.tensor_map import tensor_map
 from srelu24.work_plan import fast_divmod, plan_work
+from srelu24.workspace import Workspace, workspace
 from srelu24_gen.bindings import PACKING_OPS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
@@ -122,34 +122,6 @@ def launcher_for(spec: KernelSpec, device: int) -> Launcher:
     return _LAUNCHERS.get(spec.family.op, _GEMM_LAUNCHERS[spec.instructions])(spec, device)
 
 
-class _Workspace(NamedTuple):
-    """What stream-K passes between clusters: fp32 sums, and int32 flags that are zero between launches."""
-
-    partials: Tensor
-    flags: Tensor
-
-
-_workspaces: dict[tuple[int, int], _Workspace] = {}
-
-
-def workspace(flags: int, floats: int, device: torch.device) -> _Workspace:
-    """The workspace of the current stream, whose launches take turns; inside a CUDA graph one of the graph's own."""
-
-    def new() -> _Workspace:
-        return _Workspace(
-            torch.empty(floats, dtype=torch.float32, device=device),
-            torch.zeros(flags, dtype=torch.int32, device=device),
-        )
-
-    if torch.cuda.is_current_stream_capturing():
-        return new()
-    key = (device.index, stream(device.index))
-    found = _workspaces.get(key)
-    if found is None or found.flags.numel() < flags or found.partials.numel() < floats:
-        found = _workspaces[key] = _Workspace(*allocate_kept(new, device))
-    return found
-
-
 class GemmLauncher:
     """gemm, gemm_relu2_24 and spgemm of one spec on one device: the wgmma kernels."""
 
@@ -201,7 +173,7 @@ class GemmLauncher:
             self._blocks[key] = found
         return found
 
-    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
+    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> Workspace | None:
         """Room for the partial sums of stream-K: one slot a consumer warpgroup; None where no tile is split."""
         c = self.spec.config
         plan = plan_work(c, m, n, k, self.sm_count)
@@ -281,7 +253,7 @@ class GemmLauncher:
 class MmaSyncLauncher(GemmLauncher):
     """The same for the mma.sync kernels, which read their operands by plain addresses."""
 
-    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> _Workspace | None:
+    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> Workspace | None:
         """Room for the sums of every slice but the last of each tile; None where no tile is split."""
         c, (plan, slices) = self.spec.config, plan_mma_sync(self.spec, m, n, k, self.sm_count)
         if slices == 1:
@@ -374,11 +346,6 @@ class SquareLauncher:
             )
         )
         self.kernel.launch(m, block.address, stream(self.kernel.device))
-
-
-def stream(device: int) -> int:
-    """The current stream's handle; torch's public way builds an object first, for 3 us."""
-    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def row_stride(matrix: Tensor) -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from srelu24 import dispatch
-from srelu24.launch import DTYPES, Arguments, GemmLauncher, Operands, row_stride, stream
+from srelu24.launch import DTYPES, Arguments, GemmLauncher, Operands, row_stride
+from srelu24.loader import stream
 from srelu24.sparse24 import Sparse24
 from srelu24.tensor_map import tensor_map
 from srelu24.training.order import BLOCK, NATURAL, widest_stride

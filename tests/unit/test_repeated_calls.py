@@ -1,0 +1,94 @@
+"""An equal call finds everything from the one before: its launchers, its parameter blocks, its workspace.
+
+The allocator here hands out the same memory for the same request, as torch's does on a GPU; kernels are not run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from srelu24 import dispatch, launch, library, operands, workspace
+from srelu24.launch import GemmLauncher, Operands
+from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op
+from srelu24_gen.target import TARGETS
+
+H200 = TARGETS["h200"]
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often something was launched, encoded or allocated to be kept."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, result: Any = None) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return result(*args) if callable(result) else result
+
+        return call
+
+    memory: dict[object, Tensor] = {}
+    empty = torch.empty
+
+    def same_memory(*size: Any, **kind: Any) -> Tensor:
+        key = (size, *sorted(kind.items(), key=lambda item: item[0]))
+        return memory.setdefault(key, empty(*size, **kind))
+
+    kernel = SimpleNamespace(device=0, launch=counted("launched"))
+    monkeypatch.setattr(torch, "empty", same_memory)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=H200.sm_count)
+    )
+    monkeypatch.setattr(launch, "build", counted("built"))
+    monkeypatch.setattr(launch, "load", lambda *_, **__: kernel)
+    for module in (launch, workspace):
+        monkeypatch.setattr(module, "stream", lambda device: 0)
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(workspace, "allocate_kept", counted("kept", lambda make, device: make()))
+    monkeypatch.setattr(launch, "ArgumentBlock", counted("encoded", lambda content: SimpleNamespace(address=1)))
+    monkeypatch.setattr(launch, "tensor_map", lambda *_, **__: b"")
+    for module in (dispatch, operands):
+        monkeypatch.setattr(module, "gpu_of", lambda device: H200)
+    launch.launcher_for.cache_clear()
+    dispatch.clear_cache()
+    yield counts
+    launch.launcher_for.cache_clear()
+    dispatch.clear_cache()
+
+
+def test_an_equal_ffn_encodes_and_allocates_nothing_anew(done: Counter[str]) -> None:
+    x, w1, w2 = (torch.zeros(size, dtype=torch.bfloat16) for size in ((64, 768), (3072, 768), (768, 3072)))
+    for _ in range(2):  # the second kernel may make the workspace grow, which the first then sees in its next call
+        library._ffn_cuda(x, w1, w2, None, None, "sparse")
+    assert done["built"] == 2
+    assert 2 <= done["encoded"] <= 3
+    before, looked_up = Counter(done), dispatch.launcher_of.cache_info().misses
+    for _ in range(20):
+        library._ffn_cuda(x, w1, w2, None, None, "sparse")
+    assert done - before == Counter(launched=40)
+    assert dispatch.launcher_of.cache_info().misses == looked_up
+
+
+def test_kernels_that_split_tiles_do_not_take_the_workspace_from_each_other(done: Counter[str]) -> None:
+    """One needs more room for sums, the other more flags: together they need the larger of both, once."""
+    calls = []
+    for tile_n, n in ((256, 768), (128, 640)):
+        config = KernelConfig(tile_m=128, tile_n=tile_n, cluster_m=1, stream_k=True)
+        launcher = GemmLauncher(KernelSpec(Family(Op.GEMM, DType.BF16), config), 0)
+        a, b, out = (torch.zeros(size, dtype=torch.bfloat16) for size in ((128, 4096), (n, 4096), (128, n)))
+        calls.append((launcher, Operands(a=a, b=b, out=out)))
+    for _ in range(10):
+        for launcher, o in calls:
+            launcher(o)
+    assert done == Counter(built=2, launched=20, kept=2, encoded=3)
+    (space,) = workspace._workspaces.values()
+    assert (space.flags.numel(), space.partials.numel()) == (40, 24 * 128 * 128)
+    assert not space.flags.any()
