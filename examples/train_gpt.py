@@ -43,16 +43,22 @@ class Curve:
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=20 if gpu else 2)
-    parser.add_argument("--width", type=int, default=1280 if gpu else 64, help="the hidden width is 4 times that")
-    parser.add_argument("--heads", type=int, default=10 if gpu else 2)
-    parser.add_argument("--context", type=int, default=2048 if gpu else 64)
-    parser.add_argument("--batch", type=int, default=8 if gpu else 4)
-    parser.add_argument("--steps", type=int, default=400 if gpu else 24)
+    parser.add_argument("--layers", type=positive, default=20 if gpu else 2)
+    parser.add_argument("--width", type=positive, default=1280 if gpu else 64, help="the hidden width is 4 times that")
+    parser.add_argument("--heads", type=positive, default=10 if gpu else 2)
+    parser.add_argument("--context", type=positive, default=2048 if gpu else 64)
+    parser.add_argument("--batch", type=positive, default=8 if gpu else 4)
+    parser.add_argument("--steps", type=positive, default=400 if gpu else 24)
     parser.add_argument("--warmup", type=int, default=100 if gpu else 12, help="dense steps of the recipe")
-    parser.add_argument("--every", type=int, default=10 if gpu else 4, help="steps between two readings")
+    parser.add_argument("--every", type=positive, default=10 if gpu else 4, help="steps between two readings")
     parser.add_argument("--plot", type=Path, default=Path("train_gpt.svg"))
     args = parser.parse_args()
+    if args.warmup < 0:
+        parser.error(f"--warmup is {args.warmup}; a number of steps from 0 is needed")
+    if args.width % (2 * args.heads):
+        parser.error(f"--width {args.width} and --heads {args.heads} do not fit; heads need the same even width")
+    if args.every > args.steps:
+        parser.error(f"--every {args.every} is more than --steps {args.steps}; nothing would be read")
     device = torch.device("cuda" if gpu else "cpu")
 
     text = corpus.load() if gpu else corpus.load(limit=1 << 20, roots=[Path(sysconfig.get_path("stdlib"))])
@@ -110,6 +116,13 @@ def main() -> None:
         print("without a GPU the recipe runs on its reference, which is there to be right, not fast")
     plot(args.plot, curves, args.warmup)
     print(f"plot: {args.plot}")
+
+
+def positive(text: str) -> int:
+    """An option's number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def adamw(model: Transformer) -> torch.optim.Optimizer:

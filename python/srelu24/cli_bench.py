@@ -85,9 +85,7 @@ def bench_tuning(
     ] = HELD_OUT_TOKENS,
     held_out_model: Annotated[str, typer.Option(metavar="MODEL", help="The model of --held-out.")] = "nemotron-4-15b",
     dtype: options.Dtype = DType.BF16,
-    which: Annotated[
-        Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")
-    ] = Pass.FORWARD,
+    which: options.WhichPass = Pass.FORWARD,
     density: options.Density = 0.1,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of timing, per shape.")] = 3.0,
     tune_seconds: Annotated[float, typer.Option(min=1, help="Of tuning, per held-out number of tokens.")] = 30.0,
@@ -113,9 +111,7 @@ def bench_search(
     model: options.Models = None,
     tokens: options.Tokens = None,
     dtype: options.Dtype = DType.BF16,
-    which: Annotated[
-        Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")
-    ] = Pass.FORWARD,
+    which: options.WhichPass = Pass.FORWARD,
     density: options.Density = 0.1,
     cold: Annotated[float, typer.Option(min=1, help="Seconds of searching without a built kernel.")] = 60.0,
     warm: Annotated[float, typer.Option(min=1, help="Seconds of searching with what that has built.")] = 20.0,

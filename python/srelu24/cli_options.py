@@ -96,12 +96,15 @@ FromModule = Annotated[
 def _storage_dtype(dtype: DType) -> DType:
     if dtype.bytes == 1:
         raise typer.BadParameter(f"{dtype.value} has recipes and scales (docs/fp8.md); give bf16 or fp16")
+    if dtype is DType.FP32:
+        raise typer.BadParameter("fp32 is a type of weight gradients alone; give bf16 or fp16")
     return dtype
 
 
 def _tuned_dtype(dtype: DType) -> DType:
-    if dtype is DType.E5M2:
-        raise typer.BadParameter("e5m2 is a type of weights beside e4m3; give bf16, fp16 or e4m3")
+    if dtype in (DType.E5M2, DType.FP32):
+        what = "weights beside e4m3" if dtype is DType.E5M2 else "weight gradients alone"
+        raise typer.BadParameter(f"{dtype.value} is a type of {what}; give bf16, fp16 or e4m3")
     return dtype
 
 
@@ -110,6 +113,7 @@ TunedDtype = Annotated[DType, typer.Option("--dtype", help="Type of the operands
 WhichPasses = Annotated[
     Passes, typer.Option("--pass", help="The GEMMs of inference, those of a training step, or all.")
 ]
+WhichPass = Annotated[Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")
 ]

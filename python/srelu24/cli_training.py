@@ -34,7 +34,7 @@ def bench_training(
     known = [v.value for v in Variant]
     for name in variant or []:
         if name not in known:
-            raise typer.BadParameter(f"there is no variant {name!r}; there are {', '.join(known)}")
+            raise typer.BadParameter(f"there is no variant {name!r}; there are {', '.join(map(repr, known))}")
     small = {"layers": 2, "width": 32, "hidden": 128, "heads": 2, "context": 32, "batch": 4, "validation_batches": 2}
     setup = Setup(
         steps=steps,

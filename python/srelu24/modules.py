@@ -63,8 +63,8 @@ class SquaredReLUFFN(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if min(d_model, d_ff) < 1:
-            raise Unsupported(f"d_model is {d_model} and d_ff {d_ff}; both must be positive.")
+        if not all(isinstance(width, int) and width > 0 for width in (d_model, d_ff)):
+            raise Unsupported(f"d_model is {d_model!r} and d_ff {d_ff!r}; both must be positive whole numbers.")
         up = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
         self._adopt(up, nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype), names, mode)
         if recipe is not None:
@@ -98,7 +98,8 @@ class SquaredReLUFFN(nn.Module):
         self.mode = check_mode(mode, "run")
         self.input_name = input_name
         self.recipe = None
-        if len(names) != 2 or names[0] == names[1] or any(not name or "." in name for name in names):
+        two = isinstance(names, tuple | list) and len(names) == 2 and names[0] != names[1]
+        if not two or any(not isinstance(name, str) or not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
         if not are_free(names):
             raise Unsupported(f"names are {names}, and a SquaredReLUFFN has something else of that name; give others.")

@@ -59,11 +59,14 @@ def test_names_are_checked() -> None:
         SquaredReLUFFN(32, 96, names=("fc", "fc"))
     with pytest.raises(Unsupported, match="two different names"):
         SquaredReLUFFN(32, 96, names=("fc",))  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match="two different names"):
+        SquaredReLUFFN(32, 96, names=None)  # type: ignore[arg-type]
     for taken in (("down", "up"), ("forward", "fc"), ("fc", "mode")):
         with pytest.raises(Unsupported, match="something else of that name"):
             SquaredReLUFFN(32, 96, names=taken)
-    with pytest.raises(Unsupported, match="must be positive"):
-        SquaredReLUFFN(0, 96)
+    for width in (0, 32.0, "32"):
+        with pytest.raises(Unsupported, match="must be positive whole numbers"):
+            SquaredReLUFFN(width, 96)  # type: ignore[arg-type]
     with pytest.raises(Unsupported, match="do not follow each other"):
         SquaredReLUFFN.of(nn.Linear(8, 16), nn.Linear(8, 16))
 

@@ -18,6 +18,24 @@ SAYS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--layers", "0"], "'0' is not a whole number from 1"),
+        (["--width", "65"], "heads need the same even width"),
+        (["--warmup", "-1"], "--warmup is -1"),
+        (["--steps", "3"], "nothing would be read"),
+    ],
+)
+def test_the_training_example_refuses_what_it_cannot_do(options: list[str], why: str) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(EXAMPLES / "train_gpt.py"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert why in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(SAYS)
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8")

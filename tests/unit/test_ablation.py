@@ -73,6 +73,8 @@ def test_batches_are_pieces_of_the_text(text: Corpus) -> None:
     assert batch.shape == (3, 21)
     whole = bytes(text.train.tolist())
     assert all(bytes(row.tolist()) in whole for row in batch)
+    with pytest.raises(Unsupported, match="longer than the text, which has"):
+        corpora.batch(text.train, 3, len(text.train), torch.Generator())
 
 
 def test_the_model_sees_nothing_of_the_future(text: Corpus) -> None:

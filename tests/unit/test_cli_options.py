@@ -101,10 +101,12 @@ def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], 
         (["--model", "nemotron-4-16b"], "nemotron-4-15b"),
         (["--tokens", "4096"], "--model"),
         (["--tokens", "4096", "--shape", str(SMALL)], "--model"),
+        (["--shape", str(SMALL), "--dtype", "fp32"], "gradients alone"),
+        (["--shape", str(SMALL), "--dtype", "e5m2"], "e5m2"),
         *[([*MINITRON, "--tokens", tokens], "4096,16384") for tokens in ("", "4k", "8,", "8 16", "-8", "0", "8.0")],
     ],
 )
-def test_wrong_models_and_token_counts_are_refused(
+def test_wrong_models_types_and_token_counts_are_refused(
     command: list[str], arguments: list[str], reason: str, asked_shapes: list[Shape]
 ) -> None:
     result = srelu24(*command, *arguments, code=2)

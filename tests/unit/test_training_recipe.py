@@ -93,6 +93,19 @@ def test_a_checkpoint_of_another_model_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    "change", [{"steps": "x"}, {"steps": -1}, {"layers": 3}, {"layers": {"a": {}}}, {"layers": {"a": None}}]
+)
+def test_what_is_no_checkpoint_changes_nothing(change: dict[str, Any]) -> None:
+    recipe = srelu24.Recipe()
+    layer_of(recipe).count(torch.ones(F, dtype=torch.int32), 1)
+    damaged = recipe.state_dict() | change
+    for saved in (damaged, {}, None, {"layers": {"a": dict.fromkeys(("counts", "rows", "dense_features"), 1)}}):
+        with pytest.raises(Unsupported, match="not the state of a recipe"):
+            recipe.load_state_dict(saved)  # type: ignore[arg-type]
+    assert (recipe.steps, int(recipe.layers["a"].rows)) == (0, 1)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"warmup_steps": -1}, "warmup_steps is -1"),
@@ -100,7 +113,9 @@ def test_a_checkpoint_of_another_model_changes_nothing() -> None:
         ({"refresh": 0}, "refresh is 0"),
         ({"dense_features": 1.5}, "dense_features is 1.5"),
         ({"dense_features": float("nan")}, "dense_features is nan"),
+        ({"dense_features": "0.1"}, "dense_features is '0.1'"),
         ({"token_stride": -2}, "token_stride is -2"),
+        ({"kernels": "no"}, "kernels is 'no'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -116,6 +131,10 @@ def test_layers_are_checked() -> None:
     for shape in ((12, 8), (0, 8), (8,)):
         with pytest.raises(Unsupported, match="multiple of 8"):
             recipe.layer("b", torch.empty(shape))
+    with pytest.raises(Unsupported, match="w1 is a int"):
+        recipe.layer("b", 3)  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match="name of a layer is 3"):
+        layer_of(recipe, 3)  # type: ignore[arg-type]
 
 
 def test_buffers_are_checked() -> None:
@@ -125,6 +144,8 @@ def test_buffers_are_checked() -> None:
         layer.accumulate_into(w1_grad, None)
     with pytest.raises(Unsupported, match="F = 256 are needed"):
         layer.accumulate_into(w2_grad, w1_grad)
+    with pytest.raises(Unsupported, match="w2_grad is a int"):
+        layer.accumulate_into(w1_grad, 3)
     with pytest.raises(Unsupported, match="requires a gradient"):
         layer.accumulate_into(w1_grad.requires_grad_(), w2_grad)
     assert layer.w1_grad is None

@@ -70,7 +70,13 @@ def load(limit: int = 64 << 20, roots: Iterable[Path] | None = None) -> Corpus:
 
 
 def batch(part: Tensor, size: int, context: int, random: torch.Generator) -> Tensor:
-    """``size`` pieces at random places: int64 [size, context + 1], on the device of ``part``."""
+    """``size`` pieces at random places: int64 [size, context + 1], on the device of ``part``.
+
+    Raises:
+        Unsupported: the text is not longer than a piece.
+    """
+    if context >= len(part):
+        raise Unsupported(f"a context of {context} bytes is longer than the text, which has {len(part)}; shorten it.")
     starts = torch.randint(len(part) - context, (size, 1), generator=random)
     places = starts + torch.arange(context + 1)
     return part[places.to(part.device, non_blocking=True)].long()

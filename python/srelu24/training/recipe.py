@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srelu24.operands import check_tensor
 from srelu24.training.metrics import Metrics, Observation
 from srelu24.training.order import check_stride
 from srelu24_gen.errors import Unsupported
@@ -62,9 +63,11 @@ class Recipe:
             raise Unsupported(f"warmup_steps is {warmup_steps!r}; a number of steps from 0 is needed.")
         if not _is_count(refresh) or refresh < 1:
             raise Unsupported(f"refresh is {refresh!r}; a number of steps from 1 is needed.")
-        if not 0 <= dense_features <= 1:
+        if not isinstance(dense_features, int | float) or not 0 <= dense_features <= 1:
             raise Unsupported(f"dense_features is {dense_features!r}; a share from 0 to 1 is needed.")
         check_stride(token_stride)
+        if not isinstance(kernels, bool):
+            raise Unsupported(f"kernels is {kernels!r}; True or False is needed.")
         self.warmup_steps = warmup_steps
         self.dense_features = dense_features
         self.token_stride = token_stride
@@ -94,8 +97,11 @@ class Recipe:
         """The state of a new layer, on the device of its first weight ``w1`` [F, D].
 
         Raises:
-            Unsupported: F is not a multiple of 8, or the name is taken.
+            Unsupported: F is not a multiple of 8, w1 is no tensor, or the name is no string or taken.
         """
+        if not isinstance(name, str):
+            raise Unsupported(f"the name of a layer is {name!r}; a string is needed.")
+        check_tensor("w1", w1)
         if name in self.layers:
             raise Unsupported(f"the recipe has a layer {name!r} already; give every layer a name of its own.")
         if w1.dim() != 2 or w1.shape[0] < 8 or w1.shape[0] % 8:
@@ -157,9 +163,9 @@ class Recipe:
         """Inverse of :meth:`state_dict`, into layers of the same names and widths; in place.
 
         Raises:
-            Unsupported: other layers, or a tensor of another size; nothing is changed then.
+            Unsupported: not a recipe's state, other layers, or a tensor of another size; nothing is changed then.
         """
-        layers = saved["layers"]
+        steps, layers = _parts(saved)
         if set(layers) != set(self.layers):
             raise Unsupported(
                 f"the saved recipe has layers {sorted(layers)} and this one {sorted(self.layers)}; "
@@ -178,7 +184,7 @@ class Recipe:
                 )
         for _, mine, theirs in pairs:
             mine.copy_(theirs)
-        self.steps = int(saved["steps"])
+        self.steps = steps
         self.sparse_flag.fill_(self.sparse)
 
 
@@ -253,6 +259,8 @@ class LayerState:
         if (w1_grad is None) != (w2_grad is None):
             raise Unsupported("one gradient buffer was given; give those of both weights, or None for both.")
         if w1_grad is not None and w2_grad is not None:
+            check_tensor("w1_grad", w1_grad)
+            check_tensor("w2_grad", w2_grad)
             f = len(self.counts)
             if w1_grad.dim() != 2 or w1_grad.shape[0] != f or w2_grad.shape != (w1_grad.shape[1], f):
                 raise Unsupported(
@@ -287,6 +295,19 @@ class LayerState:
     def sizes(self) -> tuple[int, int]:
         """Features, and how many of them are dense."""
         return len(self.counts), len(self.dense_features)
+
+
+def _parts(saved: Mapping[str, Any]) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    """The step and the layers of a saved state; raise Unsupported where it is none."""
+    try:
+        steps = saved["steps"]
+        layers = {layer: {name: state[name] for name in _TENSORS} for layer, state in saved["layers"].items()}
+    except (AttributeError, KeyError, TypeError):
+        steps, layers = None, {}
+    tensors = [tensor for state in layers.values() for tensor in state.values()]
+    if not _is_count(steps) or steps < 0 or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise Unsupported("what is loaded is not the state of a recipe; give what Recipe.state_dict() returned.")
+    return steps, layers
 
 
 def _is_count(value: object) -> bool:
