@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 GPU_TESTS = Path(__file__).parent / "gpu"
-PORTABLE_MODULES = ("test_kernels", "test_large", "test_ops", "test_runtime", "test_fp8", "test_cutlass_oracle_sm80")
+PORTABLE_MODULES = (
+    "test_kernels",
+    "test_large",
+    "test_ops",
+    "test_runtime",
+    "test_fp8",
+    "test_fp8_forward",
+    "test_cutlass_oracle_sm80",
+)
 """What is the same for both kernel families. The rest is about tuning and training, which are Hopper's."""
 
 
