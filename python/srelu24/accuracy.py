@@ -20,7 +20,7 @@ from srelu24 import reference
 from srelu24.fp8 import reference as fp8
 from srelu24.fp8.quantize import QuantizedWeight, inverse_scale, quantize_rows, quantize_weight, scale
 from srelu24.fp8.recipes import Predicted, Rowwise, Static
-from srelu24.report import markdown_table
+from srelu24.report_tables import markdown_table
 from srelu24.results import ResultFile
 from srelu24.sparse24 import Sparse24
 from srelu24.workload import make_ffn

@@ -167,14 +167,15 @@ def bench_report(
 ) -> None:
     """Fill the tables of the pages and draw the plots from the result files."""
     from srelu24 import plots, report
+    from srelu24.results import load_results, of_recipes
 
     for each in page:
         report.update_page(each, results)
     plots.plot_ffn(results, results / "ffn.svg")
-    found = report.load_results(results)
+    found = load_results(results)
     if any(row.row.op == "sweep" for row in found):
         plots.plot_sweep(results, results / "sweep.svg")
-    if report.of_recipes(found):
+    if of_recipes(found):
         plots.plot_recipes(results, results / "fp8.svg")
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from srelu24.figures import figure
-from srelu24.report import PEERS, load_results, of_op, of_recipes, over_compile
-from srelu24.results import Row
+from srelu24.report_tables import PEERS, over_compile
+from srelu24.results import Row, load_results, of_op, of_recipes
 from srelu24_gen.errors import RecordError
 
 

@@ -1,9 +1,13 @@
-"""Result files: what a benchmark measured, as JSON. ``docs/results/<gpu>/<name>.json``."""
+"""Result files: what a benchmark measured, as JSON, and all that a folder of them holds.
+
+``docs/results/<gpu>/<name>.json``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,3 +117,55 @@ class BenchFile(ResultFile, kw_only=True):
     rows: list[Row]
     python_overhead_us: dict[str, float] | UnsetType = UNSET
     """Host time per eager FFN call on a small shape, by candidate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A row and the run it comes from."""
+
+    row: Row
+    file: BenchFile
+
+    @property
+    def gpu(self) -> str:
+        return str(self.file.env.get("gpu"))
+
+    @property
+    def date(self) -> str:
+        return str(self.file.env.get("date"))
+
+    @property
+    def case(self) -> tuple[str, str, float, tuple[int, ...]]:
+        """GPU, type, density and shape: the order of tables."""
+        return self.gpu, self.row.dtype, self.row.density, tuple(int(size) for size in self.row.shape.split("x"))
+
+
+def load_results(results_dir: Path) -> list[Result]:
+    """All rows of all ``*.json`` under a folder, in the order of tables; of one case and op only the newest.
+
+    Those named ``training_*`` hold training runs and have tables of their own (:mod:`srelu24.ablation.report`).
+
+    Raises:
+        RecordError: a file is no result file.
+    """
+    newest: dict[tuple[object, ...], Result] = {}
+    for path in sorted(results_dir.rglob("*.json")):
+        if path.name.startswith("training_"):
+            continue
+        file = BenchFile.load(path)
+        for row in file.rows:
+            result = Result(row, file)
+            known = newest.get((*result.case, row.op, row.recipe))
+            if known is None or known.date <= result.date:
+                newest[*result.case, row.op, row.recipe] = result
+    return sorted(newest.values(), key=lambda result: result.case)
+
+
+def of_op(results: Iterable[Result], op: str) -> list[Result]:
+    """Those of one op, in their order."""
+    return [result for result in results if result.row.op == op]
+
+
+def of_recipes(results: Iterable[Result]) -> list[Result]:
+    """The 8-bit FFNs that were timed beside the dense one."""
+    return [r for r in of_op(results, "ffn_forward") if r.row.recipe is not None and "torch_compile" in r.row.speedup]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from srelu24.report import filled, markdown_table
+from srelu24.report import filled
+from srelu24.report_tables import markdown_table
 from srelu24_gen import space
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, instructions_of
 from srelu24_gen.target import TARGETS, GpuTarget

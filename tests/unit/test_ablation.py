@@ -18,7 +18,8 @@ from srelu24.ablation.model import Transformer
 from srelu24.ablation.results import AblationFile, Grouping, Run, Setup
 from srelu24.ablation.variants import Variant, attach
 from srelu24.cli import app
-from srelu24.report import load_results, tables
+from srelu24.report import tables
+from srelu24.results import load_results
 from srelu24_gen.errors import RecordError, Unsupported
 
 SETUP = Setup(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from srelu24 import plots, report
-from srelu24.results import BenchFile, Candidate, Row
+from srelu24.results import BenchFile, Candidate, Row, load_results
 from srelu24_gen.errors import RecordError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_ffn_table(tmp_path: Path) -> None:
 def test_the_newest_row_of_a_case_wins_whatever_its_file_is_called(tmp_path: Path) -> None:
     write(tmp_path, "b.json", [ffn_row("8x8x8", ms=1.0)], date="2026-01-01T00:00:00+00:00")
     write(tmp_path, "a.json", [ffn_row("8x8x8", ms=2.0)], date="2026-01-03T00:00:00+00:00")
-    (result,) = report.load_results(tmp_path)
+    (result,) = load_results(tmp_path)
     assert result.row.candidates["srelu24"].ms == 2.0
 
 
