@@ -56,3 +56,14 @@ def built(request: pytest.FixtureRequest, device: torch.device, no_user_records:
 def warn_again() -> None:
     """A fallback warns once per process: let every test see it."""
     fallback.warn_again()
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile has seen nothing yet, and counts from zero."""
+    from torch._dynamo.utils import counters  # slow to import, and most modules compile nothing
+
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import srelu24.pruned_linear  # registers linear24
 from srelu24.launch import TORCH_DTYPE
 from srelu24.modules import SquaredReLUFFN
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 D, F = 256, 1024
 TOKENS = (300, 64, 128, 257, 512)
@@ -55,14 +56,6 @@ class Net(nn.Module):
 def net(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     return Net().to(device, torch.bfloat16).eval()
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def tokens(m: int, device: torch.device) -> Tensor:

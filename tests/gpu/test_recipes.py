@@ -19,6 +19,8 @@ from srelu24.fp8 import kernels
 from srelu24.fp8.quantize import E4M3
 from srelu24_gen.errors import Unsupported
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 D, F = 256, 1024
 TOKENS = (300, 64, 128, 257, 512)
 RECIPES = ("rowwise", "predicted", "static")
@@ -61,14 +63,6 @@ class Net(nn.Module):
 def net(device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     return Net().to(device, torch.bfloat16).eval()
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture
