@@ -123,8 +123,13 @@ def test_no_tile_is_cut_into_many_pieces(m: int, n8: int, k8: int, sm_count: int
     plan = plan_work(KernelConfig(tile_m=64, tile_n=128, cluster_m=1, stream_k=True), 8 * m, 8 * n8, 8 * k8, sm_count)
     pieces = Counter((p.m, p.n) for cluster in range(plan.clusters) for p in work_of(plan, cluster))
     split = [pieces[raster(plan, index)] for index in range(plan.first_tile, plan.tiles)]
+    if len(split) > sm_count:  # the last whole wave too: every share is at least a tile
+        assert max(split) <= 2
+        return
     most = 4 if plan.tiles >= sm_count else math.isqrt(plan.tile_units) + 1  # each cluster's share ends one piece more
     assert sum(split) <= most * len(split)
+    if split:  # and none much finer than the others: shares differ by the one unit that is the least piece
+        assert max(split) <= -(-plan.tile_units // max(1, plan.units)) + 1
 
 
 def test_a_band_stays_on_one_group_of_rows_and_turns_round_at_its_end() -> None:

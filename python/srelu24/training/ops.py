@@ -99,25 +99,13 @@ def _forward(
         return step.forward(x, w1, w2, b1, b2, pruning)
 
 
-def _ffn_train(
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    b1: Tensor | None,
-    b2: Tensor | None,
-    sparse: Tensor,
-    dense_features: Tensor,
-    token_stride: int | None,
-    kernels: bool,
-    w1_grad: Tensor | None,
-    w2_grad: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    done = _forward(x, w1, w2, b1, b2, sparse, dense_features, token_stride, kernels)
+def _ffn_train(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    done = _forward(*operands[:-2])  # the buffers for gradients are the backward pass's
     return done.y, done.hidden, done.counts
 
 
-def _ffn_recipe(x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> Tensor:
-    return _forward(x, w1, w2, *rest).y
+def _ffn_recipe(*operands: Any) -> Tensor:
+    return _forward(*operands).y
 
 
 def _gradients(

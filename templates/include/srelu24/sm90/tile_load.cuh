@@ -94,8 +94,8 @@ struct TileLoader {
   }
 };
 
-/// A consumer thread that also loads, a k-block per step of its mainloop. What it loads next is in registers: read back
-/// from shared memory in every step it made the kernel 15 % slower, presumably behind the tensor cores' own reads.
+/// A consumer thread that also loads, a k-block per step of its mainloop. What it loads next is in registers, since what
+/// it reads back from shared memory in a step presumably waits behind the tensor cores' own reads (performance-log.md).
 /// Works are worked out between tiles, where registers are free, and wait in shared memory for their turn.
 template <class Config>
 struct ProducerThread {
