@@ -1,9 +1,9 @@
 // Shared memory to accumulators: one warp's kWarpM x 64 part of the tile, in strips of 16 rows.
 //
-// An MMA takes 32 bytes of K of A, packed or not. The operands come from shared memory just ahead of it: those of B one
-// `item` ahead, an item being what one ldmatrix brings (16 columns x 32 bytes of K; under a sparse MMA 8 columns x 64),
-// those of A one K of an MMA ahead. This goes on across k-blocks, so the tensor cores find work on both sides of the
-// barrier between two of them. The copies of a later k-block are spread over the steps.
+// An MMA takes 32 bytes of K of A, packed or not. The operands come from shared memory ahead of it: those of B by kAhead
+// `items`, an item being what one ldmatrix brings (16 columns x 32 bytes of K; under a sparse MMA 8 columns x 64), those
+// of A with the first of B. This goes on across k-blocks: behind the barrier between two of them the tensor cores have
+// the MMAs of kAhead items to do while all warps load at once. The copies of a later k-block are spread over the steps.
 #pragma once
 
 #include <srelu24/sm80/mma.cuh>
@@ -26,6 +26,8 @@ struct Mainloop {
   static constexpr int kSteps = kRowBytesB / kMmaBytesB;                         // of a k-block
   static constexpr int kItemColumns = Config::kSparse ? 8 : 16;
   static constexpr int kItems = Config::kWarpN / kItemColumns;  // of a step
+  static constexpr int kSlots = 4, kAhead = kSlots - 1;         // of B in registers; there is room for no more
+  static_assert(kItems % kSlots == 0);
   static constexpr int kStageBytesA = Config::kTileM * kRowBytesA, kStageBytesB = Config::kTileN * kRowBytesB;
   static constexpr int kStageBytes = kStageBytesA + kStageBytesB;
   using Element = typename Config::Element;
@@ -79,12 +81,13 @@ struct Mainloop {
       load_matrices(b, ((stage + lane_b) ^ (step * kMmaBytesB)) + item * kItemColumns * kRowBytesB);
     };
 
-    uint32_t a[2][kStrips][4], b[2][4];
+    uint32_t a[2][kStrips][4], b[kSlots][4];
     E e(p, at.row + at.warp_row, at.k_begin, at.k_end);
     uint32_t stage = ring, free_stage = ring + kLast;
     arrive();
     load_a(a[0], stage, 0);
-    load_b(b[0], stage, 0, 0);
+#pragma unroll
+    for (int item = 0; item < kAhead; ++item) load_b(b[item], stage, 0, item);
     for (int block = at.k_begin; block < at.k_end;) {
 #pragma unroll
       for (int q = 0; q < E::kBlocks; ++q) {
@@ -94,16 +97,15 @@ struct Mainloop {
           e.take(q, step);
 #pragma unroll
           for (int item = 0; item < kItems; ++item) {
-            bool const last_of_step = item == kItems - 1, last = last_of_step && step == kSteps - 1;
-            int const next_step = (step + 1) % kSteps;
-            if (last) {
+            int const later = item + kAhead, later_step = (step + later / kItems) % kSteps;
+            bool const crosses = step == kSteps - 1 && later >= kItems;
+            if (crosses && later == kItems) {
               commit();
               arrive();  // the next block; and all warps have read this one, its stage is free
             }
-            if (last_of_step) load_a(a[(step + 1) % 2], last ? next : stage, next_step);
-            load_b(b[(item + 1) % 2], last ? next : stage, last_of_step ? next_step : step,
-                   last_of_step ? 0 : item + 1);
-            multiply<Config>(acc, a[step % 2], b[item % 2], e, step, item);
+            if (later == kItems) load_a(a[(step + 1) % 2], crosses ? next : stage, later_step);
+            load_b(b[later % kSlots], crosses ? next : stage, later_step, later % kItems);
+            multiply<Config>(acc, a[step % 2], b[item % kSlots], e, step, item);
             if (item == 0) copy(free_stage, step * kCopiesOfStep, kCopiesOfStep);
           }
         }
