@@ -10,6 +10,7 @@ from srelu24_gen.bindings import (
     E_VECTOR_COLUMNS,
     K_BLOCK_BYTES,
     PACKING_OPS,
+    SPARSE_OPS,
     footprint,
     load_block,
     loads_ragged_n,
@@ -26,6 +27,9 @@ _ACCUMULATOR_OVERHEAD = 32
 """Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
 _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (2, 4, _DEFAULT_GROUP, 16)
+_SPLIT_PAYS_FROM = {"dense": 16, "sparse": 26}
+"""k-blocks of the last wave that stream-K has to save: its partial sums, to L2 and back, take about 13 us on an H200
+(docs/performance-log.md)."""
 
 
 def supports_family(family: Family, target: GpuTarget) -> Verdict:
@@ -117,17 +121,23 @@ def configs(problem: Problem, target: GpuTarget) -> Iterator[KernelConfig]:
 
 
 def default(problem: Problem, target: GpuTarget) -> KernelConfig:
-    """A tile every kernel is at its fastest or near it with, split along K where it would leave a wave short. One CTA
-    a cluster where a second would find no rows."""
+    """A tile every kernel is at its fastest or near it with, split along K where that fills a wave that is short enough
+    to pay for it. One CTA a cluster where a second would find no rows."""
     family = problem.family
     config = KernelConfig(
         tile_m=128,
         tile_n=min(_TILES_N) if family.promote else max(_TILES_N),
         tile_k=_tile_k(family),
         cluster_m=2 if problem.m > 128 else 1,
-        stream_k=True,
     )
-    return dataclasses.replace(config, stages=max_stages(family, config, target.smem_per_block))
+    clusters = target.sm_count // config.cluster_m
+    tiles = -(-problem.m // (config.tile_m * config.cluster_m)) * -(-problem.n // config.tile_n)
+    saved = -tiles % clusters / clusters * -(-problem.k // config.tile_k)  # k-blocks, of every cluster
+    return dataclasses.replace(
+        config,
+        stages=max_stages(family, config, target.smem_per_block),
+        stream_k=saved >= _SPLIT_PAYS_FROM["sparse" if family.op in SPARSE_OPS else "dense"],
+    )
 
 
 def batch_invariant(config: KernelConfig) -> KernelConfig:
