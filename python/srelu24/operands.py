@@ -70,26 +70,33 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
     """Raise Unsupported unless x [..., D], w1 [F, D], w2 [D, F], b1 [F] and b2 [D] fit together."""
-    if b1 is None and b2 is None and isinstance(w1, Tensor) and isinstance(w2, Tensor) and w1.dim() == 2:
-        (f, d), dtype, device = w1.shape, x.dtype, x.device
-        if (  # the usual case at once: this runs before every launch
-            w2.shape == (d, f)
-            and x.shape[-1:] == (d,)
-            and w1.dtype == dtype
-            and w2.dtype == dtype
-            and w1.device == device
-            and w2.device == device
-            and dtype in FLOATS
-        ):
-            return
-    if x.dim() < 1:
-        raise Unsupported("x has no dimensions; it must be [..., D].")
-    check_tensor("w1", w1)
-    d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
-    check_matrix("w1", w1, (None, d), x)
-    check_matrix("w2", w2, (d, f), x)
-    check_vector("b1", b1, f, x)
-    check_vector("b2", b2, d, x)
+    if not _fit(x, w1, w2):  # so one of these checks says what is wrong
+        if x.dim() < 1:
+            raise Unsupported("x has no dimensions; it must be [..., D].")
+        check_tensor("w1", w1)
+        d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
+        check_matrix("w1", w1, (None, d), x)
+        check_matrix("w2", w2, (d, f), x)
+    if b1 is not None:
+        check_vector("b1", b1, w1.shape[0], x)
+    if b2 is not None:
+        check_vector("b2", b2, w2.shape[0], x)
+
+
+def _fit(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
+    """Whether the matrices of an FFN fit together, asked in few words: this runs before every launch."""
+    if not (isinstance(w1, Tensor) and isinstance(w2, Tensor) and w1.dim() == 2):
+        return False
+    (f, d), dtype, device = w1.shape, x.dtype, x.device
+    return (
+        w2.shape == (d, f)
+        and x.shape[-1:] == (d,)
+        and w1.dtype == dtype
+        and w2.dtype == dtype
+        and w1.device == device
+        and w2.device == device
+        and dtype in FLOATS
+    )
 
 
 def check_mode(mode: str, deterministic: str) -> str:
