@@ -42,7 +42,7 @@ def library_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activati
 
 def _own(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     m, (n, k) = x.shape[0], w.shape
-    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     family = family_of(Op.GEMM, x.dtype, activation, bias is not None)
     launcher_of(family, m, n, k, x.device)(Operands(a=x, b=w, bias=bias, out=out))
     return out

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from srelu24.db import Database
-from srelu24.launch import DTYPES, Launcher, launcher_for
+from srelu24.launch import DTYPES, GemmLauncher, Launcher, launcher_for
+from srelu24.pair import Pair
 from srelu24.records import TuningRecord
 from srelu24_gen import cost, space
 from srelu24_gen.errors import Unsupported
@@ -211,8 +212,25 @@ def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, ba
     return launcher_for(KernelSpec(family, choice.config, target.arch), device.index)
 
 
+@functools.lru_cache(maxsize=_CACHED_CHOICES)
+def pair_of(
+    dtype: torch.dtype, b1: bool, b2: bool, m: int, d: int, f: int, device: torch.device, batch: bool = False
+) -> Pair:
+    """What answers an FFN that runs sparse: one dictionary look-up once it is known.
+
+    Raises:
+        Unsupported, CompileError, LaunchError: as of :func:`launcher_of`.
+    """
+    first = launcher_of(family_of(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1), m, f, d, device, batch)
+    second = launcher_of(family_of(Op.SPGEMM, dtype, bias=b2), m, d, f, device, batch)
+    assert isinstance(first, GemmLauncher)
+    assert isinstance(second, GemmLauncher)
+    return Pair(first, second, Shape(m, d, f), dtype, device)
+
+
 def clear_cache() -> None:
     """Forget every choice, so that new tuning records count. Kernels already loaded stay loaded."""
+    pair_of.cache_clear()
     launcher_of.cache_clear()
     choose.cache_clear()
     ffn_way.cache_clear()

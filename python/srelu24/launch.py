@@ -167,22 +167,26 @@ class GemmLauncher:
         """The parameter block of these arguments, and the grid."""
         found = self._blocks.get(key)
         if found is None:
-            found = self._encode(Arguments(*key))
+            found = self.encode(Arguments(*key))
             if len(self._blocks) >= _CACHED_BLOCKS:
                 self._blocks.clear()
             self._blocks[key] = found
         return found
 
     def _workspace(self, m: int, n: int, k: int, device: torch.device) -> Workspace | None:
-        """Room for the partial sums of stream-K: one slot a consumer warpgroup; None where no tile is split."""
+        flags, floats = self.workspace_size(m, n, k)
+        return workspace(flags, floats, device) if flags else None
+
+    def workspace_size(self, m: int, n: int, k: int) -> tuple[int, int]:
+        """Flags, and floats for partial sums, of stream-K: one slot a consumer warpgroup; none if no tile is split."""
         c = self.spec.config
         plan = plan_work(c, m, n, k, self.sm_count)
         if plan.first_tile == plan.tiles:
-            return None
+            return 0, 0
         slots = plan.clusters * c.cluster_m * self.size.consumers
-        return workspace(slots, slots * c.tile_n // 2 * WARPGROUP_THREADS, device)
+        return slots, slots * c.tile_n // 2 * WARPGROUP_THREADS
 
-    def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
+    def encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
         """GemmParams of ``params.cuh``, and the grid."""
         c = self.spec.config
         plan = plan_work(c, x.m, x.n, x.k, self.sm_count)
@@ -253,14 +257,14 @@ class GemmLauncher:
 class MmaSyncLauncher(GemmLauncher):
     """The same for the mma.sync kernels, which read their operands by plain addresses."""
 
-    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> Workspace | None:
-        """Room for the sums of every slice but the last of each tile; None where no tile is split."""
+    def workspace_size(self, m: int, n: int, k: int) -> tuple[int, int]:
+        """Flags, and floats for the sums of every slice but the last of each tile; none if no tile is split."""
         c, (plan, slices) = self.spec.config, plan_mma_sync(self.spec, m, n, k, self.sm_count)
         if slices == 1:
-            return None
-        return workspace(plan.tiles, plan.tiles * (slices - 1) * c.tile_m * c.tile_n, device)
+            return 0, 0
+        return plan.tiles, plan.tiles * (slices - 1) * c.tile_m * c.tile_n
 
-    def _encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
+    def encode(self, x: Arguments) -> tuple[ArgumentBlock, int]:
         return encode_mma_sync(self.spec, x, self.sm_count)
 
 

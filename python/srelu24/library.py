@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srelu24 import dense, reference
-from srelu24.dispatch import BATCH, SPARSE, family_of, ffn_way, launcher_of
+from srelu24.dispatch import BATCH, SPARSE, family_of, ffn_way, launcher_of, pair_of
 from srelu24.fallback import warn_dense
 from srelu24.launch import DTYPES, Operands
 from srelu24.operands import ALIGNMENT, kernel_reason
@@ -35,17 +35,15 @@ def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
         return fallback_ffn(reason, mode, x, w1, w2, b1, b2)
-    batch = mode == BATCH
     m, (f, d) = x.shape[0], w1.shape
-    if mode != SPARSE and not batch and m:
-        way = ffn_way(mode, x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
+    if m == 0:
+        return x.new_empty((0, d))
+    kind = (x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
+    if mode not in (SPARSE, BATCH):
+        way = ffn_way(mode, *kind)
         if way != SPARSE:
             return dense.ffn(way, x, w1, w2, b1, b2)
-    s = Sparse24.empty(m, f, x.dtype, x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2, batch)
-    out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
-    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=b2, out=out), batch=batch)
-    return out
+    return pair_of(*kind, mode == BATCH)(x, w1, w2, b1, b2)
 
 
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -53,7 +51,7 @@ def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> 
     if reason is not None:
         warn_dense(reason)
         return dense_linear(x, w, bias, activation)
-    out = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
     _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
     return out
 
@@ -86,19 +84,19 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
     if reason is not None:
         warn_dense(reason)
         return _matmul_dense(s, w2, bias, residual)
-    out = torch.empty((s.shape[0], w2.shape[0]), dtype=s.dtype, device=s.device)
+    out = torch.empty(s.shape[0], w2.shape[0], dtype=s.dtype, device=s.device)
     _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
     return out
 
 
-def _run(op: Op, o: Operands, activation: Activation = Activation.NONE, batch: bool = False) -> None:
+def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
     """Choose and launch the kernel of ``op`` for operands that :func:`kernel_reason` accepts."""
     m, width = o.a.shape
     if m == 0:
         return
     n, k = (width, 0) if o.b is None else o.b.shape
     options = (o.bias is not None, o.residual is not None, o.counts is not None)
-    launcher_of(family_of(op, o.out.dtype, activation, *options), m, n, k, o.out.device, batch)(o)
+    launcher_of(family_of(op, o.out.dtype, activation, *options), m, n, k, o.out.device)(o)
 
 
 # ------------------------------------------------------------------------------------- CPU reference and fake kernels

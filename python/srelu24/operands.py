@@ -44,7 +44,7 @@ def transformed() -> bool:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else x.device.type  # the short way to the usual case
     return kind != "meta" and torch.is_autocast_enabled(kind)  # it knows no "meta"
 
 
@@ -70,27 +70,33 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
     """Raise Unsupported unless x [..., D], w1 [F, D], w2 [D, F], b1 [F] and b2 [D] fit together."""
-    if (  # the usual case at once: this runs before every launch
-        b1 is None
-        and b2 is None
-        and isinstance(w1, Tensor)
-        and isinstance(w2, Tensor)
-        and w1.dim() == 2
-        and w2.shape == (w1.shape[1], w1.shape[0])
-        and x.shape[-1:] == w1.shape[1:]
-        and x.dtype == w1.dtype == w2.dtype
-        and x.device == w1.device == w2.device
-        and x.dtype in FLOATS
-    ):
-        return
-    if x.dim() < 1:
-        raise Unsupported("x has no dimensions; it must be [..., D].")
-    check_tensor("w1", w1)
-    d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
-    check_matrix("w1", w1, (None, d), x)
-    check_matrix("w2", w2, (d, f), x)
-    check_vector("b1", b1, f, x)
-    check_vector("b2", b2, d, x)
+    if not _fit(x, w1, w2):  # so one of these checks says what is wrong
+        if x.dim() < 1:
+            raise Unsupported("x has no dimensions; it must be [..., D].")
+        check_tensor("w1", w1)
+        d, f = x.shape[-1], w1.shape[0] if w1.dim() else 0
+        check_matrix("w1", w1, (None, d), x)
+        check_matrix("w2", w2, (d, f), x)
+    if b1 is not None:
+        check_vector("b1", b1, w1.shape[0], x)
+    if b2 is not None:
+        check_vector("b2", b2, w2.shape[0], x)
+
+
+def _fit(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
+    """Whether the matrices of an FFN fit together, asked in few words: this runs before every launch."""
+    if not (isinstance(w1, Tensor) and isinstance(w2, Tensor) and w1.dim() == 2):
+        return False
+    (f, d), dtype, device = w1.shape, x.dtype, x.device
+    return (
+        w2.shape == (d, f)
+        and x.shape[-1:] == (d,)
+        and w1.dtype == dtype
+        and w2.dtype == dtype
+        and w1.device == device
+        and w2.device == device
+        and dtype in FLOATS
+    )
 
 
 def check_mode(mode: str, deterministic: str) -> str:
@@ -140,22 +146,26 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
         return "SRELU24_DISABLE is set"
     if first.dtype not in DTYPES:
         return f"the type is {first.dtype}, and the kernels take bfloat16 and float16"
-    if first.is_cuda:
+    on_gpu = first.is_cuda
+    if on_gpu:
         try:
             gpu_of(first.device)
         except Unsupported as error:
             return str(error).rstrip(".")
-    size = first.element_size()
     for tensor in tensors:
         if tensor is None:
             continue
-        width, strides = tensor.shape[-1], tensor.stride()
+        width = tensor.shape[-1]
         if width % 8 or width == 0:
             return f"a width of {width} is not a positive multiple of 8"
+        if on_gpu and tensor.data_ptr() % ALIGNMENT:
+            return f"a tensor of shape {list(tensor.shape)} does not start at a multiple of {ALIGNMENT} bytes"
+        if tensor.is_contiguous():  # so its rows are of ``width``
+            continue
+        strides = tensor.stride()
         if strides[-1] != 1:
             return f"a tensor of shape {list(tensor.shape)} is not contiguous in its last dimension"
-        if first.is_cuda and tensor.data_ptr() % ALIGNMENT:
-            return f"a tensor of shape {list(tensor.shape)} does not start at a multiple of {ALIGNMENT} bytes"
-        if len(strides) == 2 and tensor.shape[0] > 1 and (strides[0] * size % ALIGNMENT or strides[0] < width):
-            return f"a row stride of {strides[0]} elements is not a multiple of {ALIGNMENT} bytes"
+        row = strides[0] if len(strides) == 2 and tensor.shape[0] > 1 else width
+        if row * first.itemsize % ALIGNMENT or row < width:
+            return f"a row stride of {row} elements is not a multiple of {ALIGNMENT} bytes"
     return None

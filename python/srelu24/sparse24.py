@@ -127,7 +127,7 @@ class Sparse24:
         """
         order = order or FragmentOrder.of(dtype)
         values = _empty_values(m, f, dtype, device, order)
-        return _unchecked(values, torch.empty(metadata_shape(m, f), dtype=torch.int32, device=device), (m, f), order)
+        return _unchecked(values, torch.empty(*metadata_shape(m, f), dtype=torch.int32, device=device), (m, f), order)
 
     def with_room_for(self, dtype: torch.dtype) -> Sparse24:
         """Uninitialised values of another type at the same places; E is shared.

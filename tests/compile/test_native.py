@@ -68,7 +68,7 @@ def test_the_host_packs_as_many_bytes_as_the_kernels_read(
     launcher = launch.GemmLauncher.__new__(launch.GemmLauncher)
     launcher.spec, launcher.sm_count = KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()), 132
     numbers = dict.fromkeys(launch.Arguments._fields, 1) | {"m": 1024, "n": 1024, "k": 64}
-    launcher._encode(launch.Arguments(**numbers | {"scales": (), "tokens": ()}))  # type: ignore[arg-type]
+    launcher.encode(launch.Arguments(**numbers | {"scales": (), "tokens": ()}))  # type: ignore[arg-type]
     (content,) = packed
     built = build_rendered(
         rendered(

@@ -97,6 +97,19 @@ def test_ffn(dtype: DType, m: int, b1: bool, b2: bool, device: torch.device, ker
     assert found.ok, found.detail
 
 
+@pytest.mark.parametrize("m", [1, 65])
+def test_what_memory_held_before_does_not_matter(m: int, device: torch.device, kernels_only: None) -> None:
+    """Nobody clears what lies between the two kernels, nor the padding of its rows: F/2 is no multiple of 16 bytes."""
+    layer = Layer(device, m=m)
+    expected = srelu24.ffn(layer.x, *layer.weights, mode="sparse")
+    torch.use_deterministic_algorithms(True)  # torch.empty gives NaN, and bytes that are one as bf16
+    try:
+        y = srelu24.ffn(layer.x, *layer.weights, mode="sparse")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(y, expected)
+
+
 def test_batch_invariance(device: torch.device, kernels_only: None) -> None:
     """Rows alone, in small batches and in a large one whose tiles stream-K would split: the same bits."""
     layer = Layer(device, m=5000, d=1024, f=2048)

@@ -5,6 +5,7 @@ The allocator here hands out the same memory for the same request, as torch's do
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,9 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from srelu24 import dispatch, launch, library, operands, workspace
-from srelu24.launch import GemmLauncher, Operands
-from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op
+from srelu24 import dispatch, launch, library, operands, pair, workspace
+from srelu24.launch import Arguments, GemmLauncher, Operands
+from srelu24.pair import Pair
+from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
@@ -49,7 +53,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     )
     monkeypatch.setattr(launch, "build", counted("built"))
     monkeypatch.setattr(launch, "load", lambda *_, **__: kernel)
-    for module in (launch, workspace):
+    for module in (launch, pair, workspace):
         monkeypatch.setattr(module, "stream", lambda device: 0)
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(workspace, "allocate_kept", counted("kept", lambda make, device: make()))
@@ -66,15 +70,49 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 def test_an_equal_ffn_encodes_and_allocates_nothing_anew(done: Counter[str]) -> None:
     x, w1, w2 = (torch.zeros(size, dtype=torch.bfloat16) for size in ((64, 768), (3072, 768), (768, 3072)))
-    for _ in range(2):  # the second kernel may make the workspace grow, which the first then sees in its next call
-        library._ffn_cuda(x, w1, w2, None, None, "sparse")
-    assert done["built"] == 2
-    assert 2 <= done["encoded"] <= 3
-    before, looked_up = Counter(done), dispatch.launcher_of.cache_info().misses
+    library._ffn_cuda(x, w1, w2, None, None, "sparse")
+    assert done - Counter(kept=1) == Counter(built=2, encoded=2, launched=2)
+    before = Counter(done)
     for _ in range(20):
         library._ffn_cuda(x, w1, w2, None, None, "sparse")
     assert done - before == Counter(launched=40)
-    assert dispatch.launcher_of.cache_info().misses == looked_up
+    assert dispatch.pair_of.cache_info().misses == 1
+
+
+@pytest.mark.parametrize("m", [1, 64, 200])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("stream_k", [False, True])
+def test_a_pair_gives_its_kernels_what_two_launches_would(
+    m: int, biases: bool, stream_k: bool, done: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d, f, dtype, cpu = 512, 648, torch.bfloat16, torch.device("cpu")
+    x = torch.zeros(m, d + 8, dtype=dtype)[:, :d]
+    w1, w2, *both = (torch.zeros(size, dtype=dtype) for size in ((f, d), (d, f), (f,), (d,)))
+    b1, b2 = both if biases else (None, None)
+    config = KernelConfig(tile_m=128, tile_n=128, cluster_m=1, stream_k=stream_k)
+    families = (
+        Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2, biases),
+        Family(Op.SPGEMM, DType.BF16, bias=biases),
+    )
+    first, second = (GemmLauncher(KernelSpec(family, config), 0) for family in families)
+    given: list[Arguments] = []
+
+    def record(launcher: GemmLauncher, arguments: Arguments) -> tuple[object, int]:
+        given.append(arguments)
+        return SimpleNamespace(address=1), 1
+
+    monkeypatch.setattr(GemmLauncher, "encode", record)
+    out = Pair(first, second, Shape(m, d, f), dtype, cpu)(x, w1, w2, b1, b2)
+    # Again one by one, with the S that lies in the pair's memory: metadata, then values in padded rows.
+    metadata_bytes, stride = 4 * math.prod(metadata_shape(m, f)), row_stride(f)
+    memory = torch.empty(metadata_bytes + 2 * m * stride, dtype=torch.uint8, device=cpu)
+    metadata = memory[:metadata_bytes].view(torch.int32).view(metadata_shape(m, f))
+    s = Sparse24(memory[metadata_bytes:].view(dtype).view(m, stride)[:, : f // 2], metadata, (m, f))
+    first(Operands(a=x, b=w1, bias=b1, out=s))
+    second(Operands(a=s, b=w2, bias=b2, out=out))
+    assert given[:2] == given[2:]
+    assert [bool(arguments.partials) for arguments in given[:2]] == [stream_k, stream_k]
+    assert done == Counter(built=2, launched=4) + Counter(kept=int(stream_k))
 
 
 def test_kernels_that_split_tiles_do_not_take_the_workspace_from_each_other(done: Counter[str]) -> None:
