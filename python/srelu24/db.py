@@ -44,13 +44,13 @@ _OTHER_SHAPE = math.log(2)
 
 def distance(a: Problem, b: Problem) -> float:
     """How unlike two problems are: sum of |log ratio| of the widths and half of the tokens' (one binary serves any
-    number), and a constant where the kernels walk memory differently."""
+    number), and a constant where the kernels walk memory differently. Rounded, so that what is equally far is equal."""
 
     def log_ratio(x: int, y: int) -> float:
         return abs(math.log(max(x, 1) / max(y, 1)))
 
     sizes = log_ratio(a.tokens, b.tokens) / 2 + sum(map(log_ratio, a.widths, b.widths))
-    return sizes + _OTHER_SHAPE * (_walk(a.family) != _walk(b.family))
+    return round(sizes + _OTHER_SHAPE * (_walk(a.family) != _walk(b.family)), 9)
 
 
 class Database:
