@@ -77,12 +77,13 @@ class Database:
     def shipped_records(self) -> list[TuningRecord]:
         """The records that came with the package. A damaged file is skipped with a warning."""
         if self._shipped is None:
-            self._shipped = []
+            records: list[TuningRecord] = []
             for file in sorted(self.shipped_folder.glob("*/*/*.json")):
                 try:
-                    self._shipped += read_file(file)
+                    records += read_file(file)
                 except RecordError as error:
                     warn_once(str(error))
+            self._shipped = records  # whole: another thread may ask in the meantime
         return self._shipped
 
     def user_records(self) -> list[TuningRecord]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rows import CONFIG, H200, PROBLEM, SPGEMM, evidence, record, ship
+from srelu24 import db as db_module
 from srelu24 import user_store
 from srelu24.db import Database
 from srelu24.records import TuningRecord
@@ -53,6 +55,31 @@ def test_this_gpu_comes_before_another_one(db: Database) -> None:
     assert found
     assert (found.how, found.record.gpu) == ("nearest", "h200")
     assert db.find(PROBLEM, dataclasses.replace(H200, arch="sm_100a")) is None
+
+
+def test_a_thread_that_asks_while_another_reads_gets_the_same_answer(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship(db, [record(gpu="h100"), record()])  # a file each, that of the other GPU first
+    reading, asked = threading.Event(), threading.Event()
+    read = db_module.read_file
+
+    def read_slowly(file: Path) -> list[TuningRecord]:
+        found = read(file)
+        if threading.current_thread() is not threading.main_thread() and "h200" in file.parts:
+            reading.set()
+            assert asked.wait(10)
+        return found
+
+    monkeypatch.setattr(db_module, "read_file", read_slowly)
+    thread = threading.Thread(target=db.shipped_records)
+    thread.start()
+    assert reading.wait(10)
+    found = db.find(PROBLEM, H200)
+    asked.set()
+    thread.join()
+    assert found
+    assert found.how == "exact"
 
 
 multiples = st.integers(1, 4096).map(lambda i: 8 * i)
