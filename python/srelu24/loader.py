@@ -51,7 +51,7 @@ class LoadedKernel:
             with torch.cuda.device(self.device):
                 self.launch(grid, arguments, stream)
             return
-        _make_context_current()
+        make_context_current()
         status = driver.cuLaunchKernel(
             self.function, grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, arguments, 0
         )[0]
@@ -66,7 +66,7 @@ def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) ->
         LaunchError: the driver refuses the cubin, for example one for another architecture.
     """
     name = built.spec.name
-    _make_context_current()
+    make_context_current()
     library = check(
         driver.cuLibraryLoadData(built.cubin, [], [], 0, [], [], 0),
         f"loading the cubin of {name} on {torch.cuda.get_device_name(device)}",
@@ -90,8 +90,8 @@ def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) ->
 _thread = threading.local()
 
 
-def _make_context_current() -> None:
-    """A launch needs a primary context current in this thread; torch binds the current device's, once."""
+def make_context_current() -> None:
+    """Launches and tensor maps need a primary context current in this thread; torch binds the current device's, once."""
     if not getattr(_thread, "bound", False):
         torch.cuda.set_device(torch.cuda.current_device())
         _thread.bound = True

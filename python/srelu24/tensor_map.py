@@ -6,7 +6,7 @@ import ctypes
 
 from cuda.bindings import driver
 
-from srelu24.loader import check
+from srelu24.loader import check, make_context_current
 from srelu24_gen.spec import DType
 
 _TMA_DTYPE = {
@@ -37,6 +37,7 @@ def tensor_map(
     Raises:
         LaunchError: the driver refused the description.
     """
+    make_context_current()  # a thread's first call may take its output from torch's free list, and bind no context
     rank = len(dims)
     encoded = check(
         driver.cuTensorMapEncodeTiled(

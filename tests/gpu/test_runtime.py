@@ -128,14 +128,16 @@ def test_many_threads_at_once(loaded: bool, data: workload.FFNData, device: torc
 
 
 def test_a_thread_that_launches_before_it_touches_torch(data: workload.FFNData) -> None:
-    # Its output comes from the allocator's free list, so nothing but the launch itself needs the device's context.
+    # Its output comes from the allocator's free list, so nothing but our own calls of the driver needs the device's
+    # context: the launch, and before it the description of an input at a new address.
     expected = ffn(data.x[:500], data)
+    x = data.x[:500].clone()
     torch.cuda.synchronize()
     found: list[Tensor | Exception] = []
 
     def work() -> None:
         try:
-            found.append(ffn(data.x[:500], data))
+            found.append(ffn(x, data))
         except Exception as error:
             found.append(error)
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cuda.bindings import driver
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srelu24 import launch, work_plan
+from srelu24 import launch, tensor_map, work_plan
 from srelu24.launch import GemmLauncher
 from srelu24.work_plan import WorkPlan, plan_work
 from srelu24_gen.bindings import load_block
+from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 
 MOST = 2**31 - 1
@@ -209,6 +211,21 @@ def test_b_lands_in_the_order_of_its_load(op: Op, cluster_m: int, n: int, monkey
 
 
 # --------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_a_tensor_is_described_in_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A thread that has used torch for nothing but memory from the free list has none, and the driver refuses.
+    events: list[str] = []
+
+    def refuse(*_: object) -> tuple[driver.CUresult, None]:
+        events.append("description")
+        return driver.CUresult.CUDA_ERROR_INVALID_VALUE, None
+
+    monkeypatch.setattr(tensor_map, "make_context_current", lambda: events.append("context"))
+    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", refuse)
+    with pytest.raises(LaunchError, match=r"describing a tensor of \(64, 8\) elements"):
+        tensor_map.tensor_map(DType.BF16, 0, dims=(64, 8), strides=(64,), box=(64, 8), swizzle_bytes=128)
+    assert events == ["context", "description"]
 
 
 def test_the_row_stride_of_a_single_row_is_made_up() -> None:
