@@ -91,7 +91,7 @@ _thread = threading.local()
 
 
 def make_context_current() -> None:
-    """Launches and tensor maps need a primary context current in this thread; torch binds the current device's, once."""
+    """Launches and tensor maps need a primary context current in this thread; torch binds the device's, once."""
     if not getattr(_thread, "bound", False):
         torch.cuda.set_device(torch.cuda.current_device())
         _thread.bound = True

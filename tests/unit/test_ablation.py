@@ -184,6 +184,7 @@ def made_up() -> AblationFile:
         )
 
     runs_ = [run(Variant.DENSE, 0, 1.0), run(Variant.DENSE, 1, 1.2), run(Variant.NO_MASK_REUSE, 0, None)]
+    runs_ += [run(Variant.RECIPE, 1, 1.3), run(Variant.REFERENCE, 1, 1.4), run(Variant.REFERENCE, 0, 1.5)]
     drops = {None: 0.01, 0: 0.3}
     groups = [
         Grouping(seed=0, layer=layer, stride=stride, dropped=drop, dropped_with_dense_features=drop / 2)
@@ -198,6 +199,10 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     made = report.tables(made_up())
     assert "| dense | 2 | 1.1000 | 1.0000 .. 1.2000 | +0.0000 | 10.0% | 5.0 |" in made["training_ablation"]
     assert "| no mask reuse | 1, 1 diverged | - | - | - | 10.0% | 5.0 |" in made["training_ablation"]
+    # Over the dense run of its own seed.
+    assert "| recipe | 1 | 1.3000 | 1.3000 .. 1.3000 | +0.1000 | 10.0% | 5.0 |" in made["training_ablation"]
+    assert "| 20 | 1.3000, 1.4000 | -0.1000 | 0.0000 |" in made["training_agreement"]
+    assert "seed 0" not in made["training_agreement"]
     assert "| widest | 1.00% | 0.50% | 1.00% | 1.00% |" in made["token_groups"]
     pytest.importorskip("matplotlib")
     report.plot(made_up(), tmp_path / "plot.svg")
@@ -218,7 +223,7 @@ def test_the_report_fills_a_page_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path, page = tmp_path / "gpu" / "training_ablation.json", tmp_path / "page.md"
     made_up().save(path)
-    marks = ("step", "split", "training_ablation", "token_groups")
+    marks = ("step", "split", "training_ablation", "training_agreement", "token_groups")
     page.write_text("".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in marks))
     arguments = ["bench", "training-report", "--json", str(path), "--results", str(tmp_path), "--page", str(page)]
     assert CliRunner().invoke(app, arguments).exit_code == 0

@@ -13,12 +13,17 @@ from srelu24_gen.errors import RecordError
 
 
 def tables(file: AblationFile) -> dict[str, str]:
-    """Markdown by name: ``training_ablation``, ``token_groups``."""
-    return {"training_ablation": _ablation_table(file), "token_groups": _groups_table(file.groupings)}
+    """Markdown by name: ``training_ablation``, ``training_agreement``, ``token_groups``."""
+    return {
+        "training_ablation": _ablation_table(file),
+        "training_agreement": _agreement_table(file),
+        "token_groups": _groups_table(file.groupings),
+    }
 
 
 def plot(file: AblationFile, out_svg: Path) -> None:
-    """Training loss over the steps, validation loss at the end with every seed, and what groupings drop.
+    """Training loss over the steps of the seeds that all variants have, validation loss at the end with every seed, and
+    what groupings drop.
 
     Raises:
         RecordError: no run is in the file.
@@ -27,11 +32,13 @@ def plot(file: AblationFile, out_svg: Path) -> None:
     runs = _by_variant(file)
     if not runs:
         raise RecordError("the ablation has no runs to plot; run `srelu24 bench training` first")
+    shared = set.intersection(*({run.seed for run in of_variant} for of_variant in runs.values()))
     with figure(out_svg, 12, 3.6) as drawn:
         curves, finals, groups = drawn.subplots(1, 3)
         for index, (variant, of_variant) in enumerate(runs.items()):
-            steps = [step for step, _ in min((run.losses for run in of_variant), key=len)]
-            losses = [mean(run.losses[i][1] for run in of_variant) for i in range(len(steps))]
+            drawn_runs = [run for run in of_variant if run.seed in shared] or of_variant
+            steps = [step for step, _ in min((run.losses for run in drawn_runs), key=len)]
+            losses = [mean(run.losses[i][1] for run in drawn_runs) for i in range(len(steps))]
             curves.plot(steps, losses, label=variant.value, linewidth=1)
             seeds = [run.final_loss for run in of_variant if run.final_loss is not None]
             finals.plot([index] * len(seeds), seeds, "o", markersize=4)
@@ -48,7 +55,7 @@ def _ablation_table(file: AblationFile) -> str:
     runs = _by_variant(file)
     if not runs:
         return ""
-    dense = _finals(runs.get(Variant.DENSE, []))
+    dense = {run.seed: run.final_loss for run in runs.get(Variant.DENSE, [])}
     lines = [
         "| variant | seeds | validation loss | lowest .. highest | over dense | density | ms per step |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -61,18 +68,51 @@ def _ablation_table(file: AblationFile) -> str:
             cells += [f"{mean(finals):.4f}", f"{min(finals):.4f} .. {max(finals):.4f}"]
         else:
             cells += ["-", "-"]
-        cells.append(f"{mean(finals) - mean(dense):+.4f}" if finals and dense else "-")
+        over = [
+            run.final_loss - other
+            for run in of_variant
+            if run.final_loss is not None and (other := dense.get(run.seed)) is not None
+        ]
+        cells.append(f"{mean(over):+.4f}" if over else "-")
         cells.append(f"{mean(density for run in of_variant for density in run.densities):.1%}")
         cells.append(f"{median(run.ms_per_step for run in of_variant):.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     s, env = file.setup, file.env
     parameters = file.runs[0].parameters / 1e6
+    commits = " and ".join(dict.fromkeys(run.commit[:10] for run in file.runs if run.commit))
     head = (
-        f"{env.get('gpu') or 'CPU'}, PyTorch {env.get('torch')}, {str(env.get('date'))[:10]}: {parameters:.1f} M "
+        f"{env.get('gpu') or 'CPU'}, PyTorch {env.get('torch')}, "
+        f"{f'commit {commits}, ' if commits else ''}{str(env.get('date'))[:10]}: {parameters:.1f} M "
         f"parameters, {s.layers} layers of {s.width} and {s.hidden}, {s.steps} steps of {s.tokens} bytes, "
         f"{s.warmup_steps} dense ones in the warm-up, {file.corpus_bytes / 1e6:.0f} MB of text:"
     )
     return "\n\n".join((head, "\n".join(lines))) + "\n"
+
+
+def _agreement_table(file: AblationFile) -> str:
+    """Training losses of the recipe on the kernels and on the reference, by seed: at quarters of the steps."""
+    runs = _by_variant(file)
+    kernels, reference = (
+        {run.seed: dict(run.losses) for run in runs.get(v, [])} for v in (Variant.RECIPE, Variant.REFERENCE)
+    )
+    seeds = sorted(kernels.keys() & reference.keys())
+    steps = sorted(set.intersection(*(set(kernels[seed]) & set(reference[seed]) for seed in seeds))) if seeds else []
+    if not steps:
+        return ""
+    head = ["step", *(f"seed {seed}: kernels, reference" for seed in seeds), "mean difference", "spread of the seeds"]
+    lines = [head, ["---"] * len(head)]
+    for step in [steps[(quarter * len(steps) - 1) // 4] for quarter in range(1, 5)]:
+        pairs = [(kernels[seed][step], reference[seed][step]) for seed in seeds]
+        spread = max(loss for _, loss in pairs) - min(loss for _, loss in pairs)
+        lines.append(
+            [
+                str(step),
+                *(f"{ours:.4f}, {theirs:.4f}" for ours, theirs in pairs),
+                f"{mean(ours - theirs for ours, theirs in pairs):+.4f}",
+                f"{spread:.4f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _groups_table(groupings: list[Grouping]) -> str:

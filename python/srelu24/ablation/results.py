@@ -47,6 +47,8 @@ class Run(Struct, kw_only=True):
     """Wall clock, median over the steps after the warm-up."""
     densities: list[float]
     """Non-zero share of every layer's hidden activations on validation text."""
+    commit: str | None = None
+    """That ran it: a file may be filled over several versions."""
 
 
 class Grouping(Struct, kw_only=True):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,8 @@ def ablate(
     _check(setup, variants, seeds)
     check_writable(path)
     corpus = (corpora.load() if corpus is None else corpus).to(device)
-    file = _open(path, setup, corpus, device)
+    env = environment(device)
+    file, commit = _open(path, setup, corpus, env), env["commit"]
     done = {(run.variant, run.seed) for run in file.runs}
     for seed in seeds:
         for variant in variants:
@@ -68,6 +70,7 @@ def ablate(
                 on_event(f"stopped before {variant}, seed {seed}: the next run would pass {seconds:g} s")
                 return file
             run, groupings = train(setup, variant, seed, corpus, device)
+            run.commit = commit
             file.runs.append(run)
             file.groupings += groupings
             file.save(path)
@@ -188,8 +191,7 @@ def _schedule(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - up) / max(1, steps - up))
 
 
-def _open(path: Path, setup: Setup, corpus: Corpus, device: torch.device) -> AblationFile:
-    env = environment(device)
+def _open(path: Path, setup: Setup, corpus: Corpus, env: dict[str, Any]) -> AblationFile:
     size = len(corpus.train) + len(corpus.validation)
     if not path.exists():
         return AblationFile(env=env, setup=setup, corpus_bytes=size, corpus_digest=corpus.digest, runs=[], groupings=[])
