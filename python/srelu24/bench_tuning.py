@@ -22,7 +22,7 @@ from srelu24.search import Runner
 from srelu24.tune import Lent, tune_ffn
 from srelu24.worker import Candidate as Chained
 from srelu24.worker import Failed, Job, Step, Timed
-from srelu24_gen import space
+from srelu24_gen import cost
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType, KernelSpec, Problem
@@ -67,7 +67,7 @@ def bench_tuning(
             _recorded(gemms, runner, db, "exact" if number < len(shapes) else "nearest")
             for number, (_, gemms) in enumerate(every)
         ]
-        defaults = [tuple(space.default(problem, runner.target) for problem in gemms) for _, gemms in every]
+        defaults = [tuple(cost.best(problem, runner.target) for problem in gemms) for _, gemms in every]
         _build(runner, [gemms for _, gemms in every] * 2, [*recorded, *defaults])
         for number, ((shape, gemms), ours, default) in enumerate(zip(every, recorded, defaults, strict=True)):
             held = number >= len(shapes)

@@ -25,7 +25,7 @@ import msgspec
 from srelu24 import catalogue, whole_file
 from srelu24.db import Database
 from srelu24.records import TuningRecord, decode_file, encode_file
-from srelu24_gen import __version__, space
+from srelu24_gen import __version__, cost, space
 from srelu24_gen import compile as compiler
 from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
 from srelu24_gen.models import Shape
@@ -104,7 +104,7 @@ def pack(
         problems += [_biased(p) for p in problems if p.family.op is not Op.SPARSIFY24]
     near = [(p.family, r) for p in problems for r in db.of_widths(p, target)]
     records = {r.key: r for _, r in near}
-    configs = [(p.family, space.default(p, target)) for p in problems]
+    configs = [(p.family, cost.best(p, target)) for p in problems]
     for problem in problems:
         chosen = catalogue.choose(problem, target).config
         configs.append((problem.family, chosen))

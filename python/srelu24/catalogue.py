@@ -46,7 +46,7 @@ def choose(problem: Problem, target: GpuTarget) -> Chosen:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        return Chosen(problem, space.default(problem, target), "default")
+        return Chosen(problem, cost.best(problem, target), "default")
     choice = dispatch.choose(problem, target)
     return Chosen(problem, choice.config, choice.source)
 
@@ -119,7 +119,7 @@ def specs_for(
         for problem in problems:
             configs = [choose(problem, target).config]
             if every_candidate and problem.family.op is not Op.GEMM:  # dense GEMMs are timed as they would run
-                configs += [space.default(problem, target), *space.candidates(problem, target)]
+                configs += space.candidates(problem, target)
             for config in configs:
                 spec = KernelSpec(problem.family, config, target.arch)
                 found.setdefault(spec.digest, spec)

@@ -112,9 +112,9 @@ def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
         if config == choice.config:
             return choice
         return dataclasses.replace(choice, config=config, why=f"{choice.why}; made batch-invariant")
-    default = space.default(problem, target)
     match = _database().find(problem, target)
     if match is None:
+        default = cost.best(problem, target)
         return Choice(default, "default", None, "default for this size, untuned: no record helps")
     why = _HOW[match.how]
     if match.how != "exact":

@@ -33,7 +33,7 @@ from srelu24.records import Trial
 from srelu24.shortlist import Shortlist, shortlist
 from srelu24.tune_events import Advanced, Event, Failure, Stage, StageStarted, TuneReport
 from srelu24.worker import Candidate, Failed, Job, Outcome, Progressed, Step, Timed
-from srelu24_gen import cost, space
+from srelu24_gen import cost
 from srelu24_gen.errors import LaunchError, Srelu24Error
 from srelu24_gen.spec import KernelConfig, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
@@ -141,7 +141,7 @@ class Search:
 
     def _most(self, problem: Problem) -> int:
         """Candidates that the time for screening is enough for: rounds of short samples, or of one call."""
-        ms = max(SAMPLE_MS["screen"], cost.cost(problem, space.default(problem, self.target), self.target).us / 1000)
+        ms = max(SAMPLE_MS["screen"], cost.cost(problem, cost.best(problem, self.target), self.target).us / 1000)
         each = (CALLS_BEFORE + MIN_ROUNDS["screen"]) * 1.25 * ms / 1000 + 0.02  # a lead to a sample; verification
         return max(FEWEST, int(SCREEN_SHARE * self.budget_s / len(self.chain) / each))
 

@@ -48,7 +48,7 @@ def shortlist(problem: Problem, target: GpuTarget, db: Database, most: int) -> S
     Raises:
         Unsupported: no kernel computes the problem on ``target``.
     """
-    default = space.default(problem, target)
+    default = cost.best(problem, target)
     winners, pruned = _winners(problem, target, db)
     ranked = cost.rank(problem, target)
     usual = default.runtime_fields()

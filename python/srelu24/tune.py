@@ -35,7 +35,7 @@ from srelu24.tune_events import (
     TuneReport,
 )
 from srelu24.worker import Job, Outcome, Step, Worker
-from srelu24_gen import space
+from srelu24_gen import cost
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Pass, Shape
@@ -118,7 +118,7 @@ def dense_ways(shape: Shape, dtype: DType, bias: bool, target: GpuTarget, db: Da
 
     def own(problem: Problem) -> Step:
         match = db.find(problem, target)
-        return Step(problem, match.config if match else space.default(problem, target))
+        return Step(problem, match.config if match else cost.best(problem, target))
 
     return {
         "cublas": (Step(first, None), Step(second, None)),

@@ -14,7 +14,7 @@ from srelu24.dispatch import clear_cache
 from srelu24.search import Runner
 from srelu24.tune import Lent, dispatcher_chooses, tune_ffn
 from srelu24.tune_events import Event, ShapeEnded, ShapeStarted, Stopped, TuneReport
-from srelu24_gen import cost, space
+from srelu24_gen import cost
 from srelu24_gen.compile import key_of
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Pass, Shape
@@ -50,7 +50,7 @@ def weight(work: Work, dtype: DType, target: GpuTarget) -> float:
     """How much of a common budget a search gets: a fixed part for each GEMM, and more the longer they run."""
     gemms = work.shape.gemms_of(work.which, dtype)
     try:
-        us = sum(cost.cost(p, space.default(p, target), target).us for p in gemms)
+        us = sum(cost.cost(p, cost.best(p, target), target).us for p in gemms)
     except Unsupported:
         return 0.01  # refused at once
     return 0.5 * len(gemms) + us / 10_000

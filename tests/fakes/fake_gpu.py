@@ -19,6 +19,7 @@ from srelu24.worker import (
     Timed,
 )
 from srelu24_gen import space
+from srelu24_gen.cost import best
 from srelu24_gen.errors import CompileError, Srelu24Error
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import TARGETS
@@ -27,7 +28,7 @@ H200 = TARGETS["h200"]
 M, D, F = 4096, 2048, 8192
 GEMM1 = Problem(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2), M, F, D)
 GEMM2 = Problem(Family(Op.SPGEMM, DType.BF16), M, D, F)
-DEFAULTS = (space.default(GEMM1, H200), space.default(GEMM2, H200))
+DEFAULTS = (best(GEMM1, H200), best(GEMM2, H200))
 OTHERS = tuple([c for c in space.candidates(p, H200) if c != d] for p, d in zip((GEMM1, GEMM2), DEFAULTS, strict=True))
 NEXT = shortlist(GEMM1, H200, Database.open(Path("/nonexistent"), Path("/nonexistent/tuning.sqlite")), 8).first[0]
 """The first of GEMM1 to be tried after the default."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -17,9 +19,10 @@ from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Proble
 from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
+FAMILIES = {p.family.name: p.family for dtype in (DType.BF16, DType.E4M3) for p in Shape(64, 64, 64).gemms(dtype)}
 MEASURED: list[dict[str, Any]] = json.loads(
-    (Path(__file__).parents[2] / "docs" / "measurements" / "stream_k.json").read_text()
-)
+    (Path(__file__).parents[2] / "docs" / "measurements" / "trials_h200.json").read_text()
+)["problems"]
 sizes = st.integers(1, 512).map(lambda i: 64 * i)
 
 
@@ -40,39 +43,44 @@ def problems(shape: Shape) -> dict[str, Problem]:
 # --- what was measured ---
 
 
-def measured(entry: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """Name, milliseconds as measured and as predicted."""
+def measured(entry: dict[str, Any]) -> list[tuple[float, float, float]]:
+    """Of every configuration tried for a problem: us as measured, its speed beside the others', us as predicted."""
+    problem = Problem(FAMILIES[entry["family"]], entry["m"], entry["n"], entry["k"])
+    tile_k = 128 // problem.family.dtype.bytes
     found = []
-    for name, ms in entry["ms"].items():
-        which, _, variant = name.partition("_")
-        if which in ("g1", "g2", "dense"):
-            problem = problems(Shape(*entry["shape"]))[which]
-            tile, producer = int(variant[:3]), Producer.THREAD if "th" in variant else Producer.WARPGROUP
-            chosen = config(problem, tile, producer, stream_k=variant.endswith("_sk"))
-            found.append((name, ms, us(problem, chosen) / 1000))
+    for tile_m, tile_n, cluster_m, producer, stream_k, group, ms, speed in entry["trials"]:
+        plain = KernelConfig(tile_m, tile_n, tile_k, cluster_m, producer=Producer(producer), stream_k=stream_k)
+        deep = dataclasses.replace(plain, raster_group=group, stages=space.max_stages(problem.family, plain, H200))
+        found.append((1000 * ms, speed, us(problem, deep)))
     return found
 
 
-@pytest.mark.parametrize("entry", MEASURED, ids=lambda e: "x".join(map(str, e["shape"])))
-def test_predictions_are_near_the_measured_times(entry: dict[str, Any]) -> None:
-    for name, ms, predicted in measured(entry):
-        assert predicted == pytest.approx(ms, rel=0.125), name
+def test_predictions_are_near_the_measured_times() -> None:
+    errors = [math.log(predicted / us) for entry in MEASURED for us, _, predicted in measured(entry)]
+    assert len(errors) > 1000
+    assert math.sqrt(mean(error**2 for error in errors)) < 0.1
+    assert abs(mean(errors)) < 0.02
 
 
-@pytest.mark.parametrize("entry", MEASURED, ids=lambda e: "x".join(map(str, e["shape"])))
-@pytest.mark.parametrize("which", ["g1", "g2", "dense"])
-def test_clear_differences_are_ranked_as_measured(entry: dict[str, Any], which: str) -> None:
-    times = [(ms, predicted) for name, ms, predicted in measured(entry) if name.startswith(which)]
-    for ms, predicted in times:
-        for other_ms, other in times:
-            if ms < 0.9 * other_ms:
-                assert predicted < other
+def test_what_is_ranked_first_is_nearly_the_fastest() -> None:
+    behind = []
+    for entry in MEASURED:
+        tried = measured(entry)
+        _, speed, _ = min(tried, key=lambda each: each[2])
+        behind.append(math.log(max(each[1] for each in tried) / speed))
+    assert mean(behind) < 0.01
+    assert sum(each > 0.05 for each in behind) <= 3
 
 
-def test_stream_k_helps_where_the_last_wave_is_short() -> None:
-    for which in ("g1", "g2"):
-        problem = problems(Shape(4096, 8192, 8192))[which]
-        assert us(problem, config(problem, stream_k=True)) < us(problem, config(problem, stream_k=False))
+def test_clear_differences_are_ranked_as_measured() -> None:
+    right = [
+        predicted < other
+        for entry in MEASURED
+        for (_, speed, predicted), (_, other_speed, other) in itertools.permutations(measured(entry), 2)
+        if speed > 1.1 * other_speed
+    ]
+    assert len(right) > 500
+    assert mean(right) > 0.92
 
 
 # --- what must hold of any such model ---
@@ -124,7 +132,7 @@ def test_ranking_is_of_the_whole_space_and_sorted() -> None:
 
 def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_no_kernels() -> None:
     gains = [cost.ffn_gain(Shape(m, 4096, 16384), DType.BF16, H200) for m in (16, 128, 512, 2048, 16384)]
-    assert gains[0] < 1 < gains[-1]
+    assert gains[0] < 1.02 < 1.15 < gains[-1]
     assert max(gains) < 1.5, "GEMM1 stays dense"
     assert cost.ffn_gain(Shape(512, 12, 64), DType.BF16, H200) == 0
 

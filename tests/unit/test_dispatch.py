@@ -13,7 +13,7 @@ from srelu24 import dispatch
 from srelu24.db import Database
 from srelu24.records import Evidence, TuningRecord
 from srelu24.training import kernels
-from srelu24_gen import paths, space
+from srelu24_gen import cost, paths, space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
@@ -56,7 +56,7 @@ def record(problem: Problem = PROBLEM, gpu: str = "h200", config: KernelConfig =
 
 def test_without_records_it_is_the_default() -> None:
     choice = dispatch.choose(PROBLEM, H200)
-    assert (choice.config, choice.source, choice.record) == (space.default(PROBLEM, H200), "default", None)
+    assert (choice.config, choice.source, choice.record) == (cost.best(PROBLEM, H200), "default", None)
     assert "untuned" in choice.why
 
 
