@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import srelu24
+from interruption import Interrupted, at_every_line
 from srelu24 import fallback
 from srelu24.fallback import FallbackWarning
 from srelu24.fp8.recipes import ScaleRecipe
@@ -132,6 +133,28 @@ def test_calibration_of_a_module_with_two_layers(layer: Layer) -> None:
     assert srelu24.calibrate(model, [layer.x]) == list(model.recipes)
     assert model.recipes[1].amax != 5.0
     assert model(layer.x).isfinite().all()
+
+
+CPU = torch.device("cpu")
+
+
+def test_threads_whose_first_calls_meet_count_in_one_place() -> None:
+    def check(interrupted: Interrupted, recipe: ScaleRecipe) -> None:
+        others: list[Tensor] = []
+        mine = interrupted(lambda: recipe.counter(CPU), lambda: others.append(recipe.counter(CPU)))
+        assert mine is others[0]
+
+    for interrupted in at_every_line(ScaleRecipe.counter):
+        check(interrupted, srelu24.Rowwise())
+
+
+def test_a_calibration_during_a_call_counts_for_the_next() -> None:
+    def check(interrupted: Interrupted, static: srelu24.Static) -> None:
+        assert interrupted(lambda: static.scales_on(CPU), lambda: static.calibrated(2.0)).isfinite().all()
+        assert torch.equal(static.scales_on(CPU), srelu24.Static(2.0).scales_on(CPU))
+
+    for interrupted in at_every_line(srelu24.Static.scales_on):
+        check(interrupted, srelu24.Static(1.0))
 
 
 def test_calibration_that_cannot_work(layer: Layer) -> None:
