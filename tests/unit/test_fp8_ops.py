@@ -14,6 +14,7 @@ import srelu24
 from interruption import Interrupted, at_every_line
 from srelu24 import fallback
 from srelu24.fallback import FallbackWarning
+from srelu24.fp8 import plain
 from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.workload import make_ffn
 from srelu24_gen.errors import Unsupported
@@ -146,6 +147,15 @@ def test_threads_whose_first_calls_meet_count_in_one_place() -> None:
 
     for interrupted in at_every_line(ScaleRecipe.counter):
         check(interrupted, srelu24.Rowwise())
+
+
+def test_a_weight_that_changes_while_it_is_quantised_is_quantised_again() -> None:
+    def check(interrupted: Interrupted, w: Tensor) -> None:
+        interrupted(lambda: plain.quantized(w), lambda: w.mul_(2))
+        assert torch.equal(plain.quantized(w).scale, srelu24.quantize_weight(w).scale)
+
+    for interrupted in at_every_line(plain.quantized):
+        check(interrupted, torch.randn(32, 64).bfloat16())
 
 
 def test_a_calibration_during_a_call_counts_for_the_next() -> None:
