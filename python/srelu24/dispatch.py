@@ -98,7 +98,7 @@ def gpu_of(device: torch.device) -> GpuTarget:
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
-    """The best known configuration: the tuning database's answer, else the default.
+    """The best known configuration: the tuning database's answer, else :func:`srelu24_gen.cost.best`.
 
     Args:
         batch: the batch-invariant configuration most like it.
