@@ -14,7 +14,7 @@ import srelu24
 from interruption import Interrupted, at_every_line
 from srelu24 import fallback
 from srelu24.fallback import FallbackWarning
-from srelu24.fp8 import plain
+from srelu24.fp8 import plain, recipes
 from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.workload import make_ffn
 from srelu24_gen.errors import Unsupported
@@ -165,6 +165,15 @@ def test_a_calibration_during_a_call_counts_for_the_next() -> None:
 
     for interrupted in at_every_line(srelu24.Static.scales_on):
         check(interrupted, srelu24.Static(1.0))
+
+
+def test_a_call_may_outlive_the_calibration_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(interrupted: Interrupted, static: srelu24.Static) -> None:
+        monkeypatch.setattr(recipes, "_observed", {static: torch.tensor(1.0)})
+        interrupted(lambda: recipes.observe(static, torch.ones(3)), lambda: setattr(recipes, "_observed", None))
+
+    for interrupted in at_every_line(recipes.observe):
+        check(interrupted, srelu24.Static())
 
 
 def test_calibration_that_cannot_work(layer: Layer) -> None:

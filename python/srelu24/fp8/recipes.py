@@ -204,10 +204,11 @@ def calibrating() -> bool:
 
 def observe(recipe: Static, amax: Tensor) -> None:
     """Tell the calibration under way the largest magnitudes of a layer's S, fp32 [M]."""
-    if _observed is None or amax.numel() == 0:
+    seen = _observed
+    if seen is None or amax.numel() == 0:
         return
     largest = amax.amax()
-    _observed[recipe] = torch.maximum(_observed[recipe], largest) if recipe in _observed else largest
+    seen[recipe] = torch.maximum(seen[recipe], largest) if recipe in seen else largest
 
 
 def _positive(amax: float) -> float:
