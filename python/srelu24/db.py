@@ -76,15 +76,16 @@ class Database:
 
     def shipped_records(self) -> list[TuningRecord]:
         """The records that came with the package. A damaged file is skipped with a warning."""
-        if self._shipped is None:
-            records: list[TuningRecord] = []
+        records = self._shipped
+        if records is None:
+            records = []
             for file in sorted(self.shipped_folder.glob("*/*/*.json")):
                 try:
                     records += read_file(file)
                 except RecordError as error:
                     warn_once(str(error))
             self._shipped = records  # whole: another thread may ask in the meantime
-        return self._shipped
+        return records
 
     def user_records(self) -> list[TuningRecord]:
         """The records of the user's own store."""
@@ -93,10 +94,10 @@ class Database:
 
     def _user_records_cached(self) -> list[TuningRecord]:
         """The user's records, read again only after their file has changed: the dispatcher asks for every new M."""
-        stamp = self._store.stamp()
-        if stamp != self._user[0]:
-            self._user = (stamp, self.user_records())
-        return self._user[1]
+        stamp, kept = self._store.stamp(), self._user
+        if stamp != kept[0]:
+            kept = self._user = (stamp, self.user_records())
+        return kept[1]
 
     def find(self, problem: Problem, target: GpuTarget) -> Match | None:
         """The best answer for a problem on a GPU.
@@ -132,9 +133,10 @@ class Database:
     def _of_kind(self, arch: str, family: Family) -> list[tuple[int, TuningRecord]]:
         """Records that may answer for a family, the user's with 0 and the shipped with 1: kept until one is written."""
         user, shipped = self._user_records_cached(), self.shipped_records()
-        if self._kinds[0] is not user or self._kinds[1] is not shipped:
-            self._kinds = (user, shipped, {})
-        kinds = self._kinds[2]
+        kept = self._kinds
+        if kept[0] is not user or kept[1] is not shipped:
+            kept = self._kinds = (user, shipped, {})
+        kinds = kept[2]  # of these very records, whatever another thread has put in their place
         key = (arch, family.op, family.dtype, family.activation)
         if key not in kinds:
             kinds[key] = [

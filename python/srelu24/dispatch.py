@@ -98,7 +98,7 @@ def gpu_of(device: torch.device) -> GpuTarget:
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
-    """The best known configuration: the tuning database's answer, else the default.
+    """The best known configuration: the tuning database's answer, else :func:`srelu24_gen.cost.best`.
 
     Args:
         batch: the batch-invariant configuration most like it.
@@ -230,12 +230,9 @@ def pair_of(
 
 def clear_cache() -> None:
     """Forget every choice, so that new tuning records count. Kernels already loaded stay loaded."""
-    pair_of.cache_clear()
-    launcher_of.cache_clear()
-    choose.cache_clear()
-    ffn_way.cache_clear()
-    choose_ffn.cache_clear()
-    _database.cache_clear()
+    # What others are made from comes first: a call of another thread in between keeps nothing of what was.
+    for cached in (_database, choose, choose_ffn, ffn_way, launcher_of, pair_of):
+        cached.cache_clear()
 
 
 @functools.cache

@@ -166,6 +166,8 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
         if strides[-1] != 1:
             return f"a tensor of shape {list(tensor.shape)} is not contiguous in its last dimension"
         row = strides[0] if len(strides) == 2 and tensor.shape[0] > 1 else width
-        if row * first.itemsize % ALIGNMENT or row < width:
+        if row < width:
+            return f"a row stride of {row} elements lets rows of {width} overlap"
+        if row * first.itemsize % ALIGNMENT:
             return f"a row stride of {row} elements is not a multiple of {ALIGNMENT} bytes"
     return None

@@ -201,7 +201,7 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert "| no mask reuse | 1, 1 diverged | - | - | - | 10.0% | 5.0 |" in made["training_ablation"]
     # Over the dense run of its own seed.
     assert "| recipe | 1 | 1.3000 | 1.3000 .. 1.3000 | +0.1000 | 10.0% | 5.0 |" in made["training_ablation"]
-    assert "| 20 | 1.3000, 1.4000 | -0.1000 | 0.0000 |" in made["training_agreement"]
+    assert made["training_agreement"].count("| 20 | 1.3000, 1.4000 | -0.1000 | 0.0000 |") == 1
     assert "seed 0" not in made["training_agreement"]
     assert "| widest | 1.00% | 0.50% | 1.00% | 1.00% |" in made["token_groups"]
     pytest.importorskip("matplotlib")

@@ -13,6 +13,7 @@ from typing import Any
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from srelu24.dispatch import PREDICTED_MARGIN
 from srelu24_gen import cost, space
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
@@ -20,9 +21,11 @@ from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
 FAMILIES = {p.family.name: p.family for dtype in (DType.BF16, DType.E4M3) for p in Shape(64, 64, 64).gemms(dtype)}
-MEASURED: list[dict[str, Any]] = json.loads(
-    (Path(__file__).parents[2] / "docs" / "measurements" / "trials_h200.json").read_text()
-)["problems"]
+ROOT = Path(__file__).parents[2]
+MEASURED: list[dict[str, Any]] = json.loads((ROOT / "docs/measurements/trials_h200.json").read_text())["problems"]
+SHIPPED: list[dict[str, Any]] = json.loads((ROOT / "tuning_db/sm_90a/h200/gemm_relu2_24_bf16.json").read_text())[
+    "records"
+]
 sizes = st.integers(1, 512).map(lambda i: 64 * i)
 
 
@@ -81,6 +84,39 @@ def test_clear_differences_are_ranked_as_measured() -> None:
     ]
     assert len(right) > 500
     assert mean(right) > 0.92
+
+
+def test_the_gain_of_pruning_is_near_the_measured_one() -> None:
+    # The trials have no dense GEMM; these are the times of whole FFNs, sparse beside the best dense way.
+    errors = []
+    for record in SHIPPED:
+        measured = min(time["speedup"] for time in record["evidence"]["dense"].values())
+        gain = cost.ffn_gain(Shape(record["m"], record["k"], record["n"]), DType.BF16, H200)
+        errors.append(math.log(gain / measured))
+        assert measured > 1 or gain < PREDICTED_MARGIN
+    assert len(errors) > 50
+    assert math.sqrt(mean(error**2 for error in errors)) < 0.05
+
+
+# --- what runs without a record ---
+
+
+def test_without_a_record_the_forward_runs_what_is_ranked_first() -> None:
+    for shape in (Shape(16, 4096, 16384), Shape(2048, 3072, 9216)):
+        for problem in (*shape.gemms(DType.BF16), *shape.dense_gemms(DType.BF16), *shape.gemms(DType.E4M3)):
+            assert cost.best(problem, H200) == cost.rank(problem, H200)[0]
+            assert space.supports(problem, cost.best(problem, H200), H200).ok
+
+
+def test_where_the_model_is_not_fitted_it_is_one_plain_tile() -> None:
+    shape = Shape(512, 2048, 2048)
+    portable = TARGETS["rtx4090"]
+    cases = [(p, H200) for p in shape.step_gemms(DType.BF16) if p.family.op is not Op.SPGEMM]
+    cases += [(Problem(Family(Op.SPGEMM, DType.E4M3, out=DType.BF16, promote=True), *shape), H200)]
+    cases += [(p, portable) for p in shape.gemms(DType.BF16)]
+    for problem, target in cases:
+        assert cost.best(problem, target) == space.default(problem, target)
+    assert sum(cost.rank(problem, target)[0] != space.default(problem, target) for problem, target in cases) >= 5
 
 
 # --- what must hold of any such model ---

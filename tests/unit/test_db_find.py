@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from interruption import Interrupted, at_every_line
 from rows import CONFIG, H200, PROBLEM, SPGEMM, evidence, record, ship
 from srelu24 import db as db_module
 from srelu24 import user_store
@@ -80,6 +81,41 @@ def test_a_thread_that_asks_while_another_reads_gets_the_same_answer(
     thread.join()
     assert found
     assert found.how == "exact"
+
+
+def test_what_is_written_during_a_look_up_is_found_by_the_next(tmp_path: Path) -> None:
+    another_kind = dataclasses.replace(PROBLEM, family=Family(Op.GEMM, DType.BF16))
+
+    def check(interrupted: Interrupted, db: Database) -> None:
+        def another_thread() -> None:
+            db.put(record())
+            db.find(another_kind, H200)
+
+        interrupted(lambda: db.find(PROBLEM, H200), another_thread)
+        assert db.find(PROBLEM, H200)
+
+    for number, interrupted in enumerate(at_every_line(Database._of_kind)):
+        check(interrupted, Database.open(tmp_path / "shipped", tmp_path / f"{number}.sqlite"))
+
+
+def test_a_thread_that_read_before_does_not_take_from_another_what_it_read_since(tmp_path: Path) -> None:
+    def check(interrupted: Interrupted, db: Database) -> None:
+        db.find(PROBLEM, H200)
+        before = db._user
+        db.put(record())
+        assert interrupted(lambda: db.find(PROBLEM, H200), lambda: setattr(db, "_user", before))
+
+    for number, interrupted in enumerate(at_every_line(Database._user_records_cached)):
+        check(interrupted, Database.open(tmp_path / "shipped", tmp_path / f"{number}.sqlite"))
+
+
+def test_an_export_during_a_look_up_takes_no_records_away(tmp_path: Path) -> None:
+    def check(interrupted: Interrupted, db: Database) -> None:
+        db.put(record())
+        assert interrupted(lambda: db.find(PROBLEM, H200), lambda: db.export(db.shipped_folder))
+
+    for number, interrupted in enumerate(at_every_line(Database.shipped_records)):
+        check(interrupted, Database.open(tmp_path / "shipped", tmp_path / f"{number}.sqlite"))
 
 
 multiples = st.integers(1, 4096).map(lambda i: 8 * i)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import srelu24
+from interruption import at_every_line
 from srelu24 import dense, dispatch, explanation, reference
 from srelu24.db import Database
 from srelu24.dispatch import MARGIN, SPARSE, choose_ffn
@@ -81,6 +82,23 @@ def test_without_a_measurement_a_cautious_model_decides() -> None:
     assert (many.way, many.source) == (SPARSE, "model")
     assert "nothing measured" in few.why
     assert choice(1024, 512, 2048).way == "cublas", "too little to be sure of"
+
+
+def test_a_call_while_choices_are_forgotten_keeps_no_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "gpu_of", lambda device: H200)
+
+    def way() -> str:
+        return dispatch.ffn_way("auto", torch.bfloat16, False, False, 16384, D, F, torch.device("cuda:0"))
+
+    for interrupted in at_every_line(dispatch.clear_cache):
+        for record in records(16384, {"cublas": 1.3}):
+            Database.open().put(record)
+        dispatch.clear_cache()
+        assert way() == SPARSE
+        for record in records(16384, {"cublas": 0.8}):
+            Database.open().put(record)
+        interrupted(dispatch.clear_cache, way)
+        assert way() == "cublas"
 
 
 def test_the_portable_kernels_are_dense_until_they_are_measured() -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import srelu24
+from interruption import Interrupted, at_every_line
 from srelu24 import fallback
 from srelu24.fallback import FallbackWarning
+from srelu24.fp8 import plain, recipes
 from srelu24.fp8.recipes import ScaleRecipe
 from srelu24.workload import make_ffn
 from srelu24_gen.errors import Unsupported
@@ -132,6 +134,46 @@ def test_calibration_of_a_module_with_two_layers(layer: Layer) -> None:
     assert srelu24.calibrate(model, [layer.x]) == list(model.recipes)
     assert model.recipes[1].amax != 5.0
     assert model(layer.x).isfinite().all()
+
+
+CPU = torch.device("cpu")
+
+
+def test_threads_whose_first_calls_meet_count_in_one_place() -> None:
+    def check(interrupted: Interrupted, recipe: ScaleRecipe) -> None:
+        others: list[Tensor] = []
+        mine = interrupted(lambda: recipe.counter(CPU), lambda: others.append(recipe.counter(CPU)))
+        assert mine is others[0]
+
+    for interrupted in at_every_line(ScaleRecipe.counter):
+        check(interrupted, srelu24.Rowwise())
+
+
+def test_a_weight_that_changes_while_it_is_quantised_is_quantised_again() -> None:
+    def check(interrupted: Interrupted, w: Tensor) -> None:
+        interrupted(lambda: plain.quantized(w), lambda: w.mul_(2))
+        assert torch.equal(plain.quantized(w).scale, srelu24.quantize_weight(w).scale)
+
+    for interrupted in at_every_line(plain.quantized):
+        check(interrupted, torch.randn(32, 64).bfloat16())
+
+
+def test_a_calibration_during_a_call_counts_for_the_next() -> None:
+    def check(interrupted: Interrupted, static: srelu24.Static) -> None:
+        assert interrupted(lambda: static.scales_on(CPU), lambda: static.calibrated(2.0)).isfinite().all()
+        assert torch.equal(static.scales_on(CPU), srelu24.Static(2.0).scales_on(CPU))
+
+    for interrupted in at_every_line(srelu24.Static.scales_on):
+        check(interrupted, srelu24.Static(1.0))
+
+
+def test_a_call_may_outlive_the_calibration_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(interrupted: Interrupted, static: srelu24.Static) -> None:
+        monkeypatch.setattr(recipes, "_observed", {static: torch.tensor(1.0)})
+        interrupted(lambda: recipes.observe(static, torch.ones(3)), lambda: setattr(recipes, "_observed", None))
+
+    for interrupted in at_every_line(recipes.observe):
+        check(interrupted, srelu24.Static())
 
 
 def test_calibration_that_cannot_work(layer: Layer) -> None:

@@ -101,7 +101,7 @@ def _agreement_table(file: AblationFile) -> str:
         return ""
     head = ["step", *(f"seed {seed}: kernels, reference" for seed in seeds), "mean difference", "spread of the seeds"]
     lines = [head, ["---"] * len(head)]
-    for step in [steps[(quarter * len(steps) - 1) // 4] for quarter in range(1, 5)]:
+    for step in dict.fromkeys(steps[(quarter * len(steps) - 1) // 4] for quarter in range(1, 5)):
         pairs = [(kernels[seed][step], reference[seed][step]) for seed in seeds]
         spread = max(loss for _, loss in pairs) - min(loss for _, loss in pairs)
         lines.append(

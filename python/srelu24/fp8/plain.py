@@ -98,9 +98,11 @@ def quantized(w: Tensor) -> QuantizedWeight:
         if torch.cuda.is_current_stream_capturing():
             raise Unsupported("a weight has to be quantised, and a CUDA graph is captured; run the layer once before.")
         torch.cuda.current_stream(w.device).synchronize()  # the weight may still be written
+    # Before it is read: what changes meanwhile is seen by the next call.
+    storage, version = StorageWeakRef(w.untyped_storage()), None if w.is_inference() else w._version
     weight = QuantizedWeight(*allocate_kept(lambda: _quantized(w), w.device))
-    if not w.is_inference():
-        _kept[w] = _Kept(StorageWeakRef(w.untyped_storage()), w._version, weight)
+    if version is not None:
+        _kept[w] = _Kept(storage, version, weight)
     return weight
 
 

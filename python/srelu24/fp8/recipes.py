@@ -37,7 +37,7 @@ class ScaleRecipe:
                 made = torch.zeros((), dtype=torch.int64, device=device)
             if type(made) is not Tensor:  # made up by a tracer
                 return made
-            self._counters[device] = made
+            self._counters.setdefault(device, made)  # another thread may have been first
         return self._counters[device]
 
     def prepare(self, device: torch.device) -> None:
@@ -100,16 +100,17 @@ class Static(ScaleRecipe):
         Raises:
             Unsupported: not calibrated yet.
         """
-        if self._amax is None:
+        kept, value = self._on_device, self._amax  # in this order: a calibration in between replaces both
+        if value is None:
             raise Unsupported("this Static recipe has no scale yet; run srelu24.calibrate on some data first")
-        if device not in self._on_device:
+        if device not in kept:
             with torch.inference_mode(False):
-                amax = torch.tensor(self._amax)
+                amax = torch.tensor(value)
                 made = torch.stack((scale(amax), inverse_scale(amax))).to(device)
             if type(made) is not Tensor:  # made up by a tracer
                 return made
-            self._on_device[device] = made
-        return self._on_device[device]
+            kept[device] = made
+        return kept[device]
 
     def prepare(self, device: torch.device) -> None:
         """Its counter, and its scale where that is known."""
@@ -119,8 +120,7 @@ class Static(ScaleRecipe):
 
     def calibrated(self, amax: float) -> None:
         """Set the scale anew."""
-        self._amax = _positive(amax)
-        self._on_device.clear()
+        self._amax, self._on_device = _positive(amax), {}
 
     def __repr__(self) -> str:
         return f"Static(amax={self._amax})"
@@ -204,10 +204,11 @@ def calibrating() -> bool:
 
 def observe(recipe: Static, amax: Tensor) -> None:
     """Tell the calibration under way the largest magnitudes of a layer's S, fp32 [M]."""
-    if _observed is None or amax.numel() == 0:
+    seen = _observed
+    if seen is None or amax.numel() == 0:
         return
     largest = amax.amax()
-    _observed[recipe] = torch.maximum(_observed[recipe], largest) if recipe in _observed else largest
+    seen[recipe] = torch.maximum(seen[recipe], largest) if recipe in seen else largest
 
 
 def _positive(amax: float) -> float:
