@@ -31,6 +31,8 @@ from srelu24_gen.target import GpuTarget
 FITTED = Instructions.WGMMA
 """The kernel family whose times the constants are fitted to. For another the model still ranks configurations, but what
 it says of sparse against dense is worth nothing."""
+LEAST_WIDTH = 768
+"""Of D and F in the trials; what the model says of narrower layers nothing was held against."""
 FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
 """What the constants are fitted for. Of gemm there are no trials: it counts as gemm_relu2_24 with a larger output."""
 CLOCK_HZ = 1.5e9

@@ -81,7 +81,10 @@ def test_without_a_measurement_a_cautious_model_decides() -> None:
     assert (few.way, few.source) == ("cublas", "model")
     assert (many.way, many.source) == (SPARSE, "model")
     assert "nothing measured" in few.why
-    assert choice(1024, 512, 2048).way == "cublas", "too little to be sure of"
+    assert choice(512, 768, 3072).way == "cublas", "too little to be sure of"
+    narrow = choice(16384, 64, 256)
+    assert (narrow.way, narrow.source) == ("cublas", "unknown"), "a narrow layer gains nothing that anybody measured"
+    assert "narrower than 768" in narrow.why
 
 
 def test_a_call_while_choices_are_forgotten_keeps_no_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
