@@ -32,7 +32,7 @@ FITTED = Instructions.WGMMA
 """The kernel family whose times the constants are fitted to. For another the model still ranks configurations, but what
 it says of sparse against dense is worth nothing."""
 LEAST_WIDTH = 768
-"""Of D and F in the trials; what the model says of narrower layers nothing was held against."""
+"""Of D and F in the trials. Narrower layers gain nothing by this model, since nothing holds it to the truth there."""
 FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
 """What the constants are fitted for. Of gemm there are no trials: it counts as gemm_relu2_24 with a larger output."""
 CLOCK_HZ = 1.5e9
@@ -148,7 +148,8 @@ def best(problem: Problem, target: GpuTarget) -> KernelConfig:
 def ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     """How many times faster than the best dense FFN the sparse one is, by this model; 0 where no kernel computes it.
 
-    M counts as the next multiple of 64, the rows of a warpgroup: what varies in between is not worth another answer.
+    1 below :data:`LEAST_WIDTH`. M counts as the next multiple of 64, the rows of a warpgroup: what varies in between is
+    not worth another answer.
     """
     return _ffn_gain(shape._replace(m=-(-max(shape.m, 1) // 64) * 64), dtype, target)
 
@@ -160,7 +161,7 @@ def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
         dense = sum(cost(p, best(p, target), target).us for p in shape.dense_gemms(dtype))
     except Unsupported:
         return 0.0
-    return dense / sparse
+    return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0
 
 
 def _steps(config: KernelConfig, tiles: int, clusters: int, k_blocks: int) -> tuple[float, bool]:

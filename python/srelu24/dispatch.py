@@ -145,9 +145,6 @@ def choose_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget
             f"default, untuned: no time of this D and F on this GPU; srelu24 tune --shape {shape} finds what is faster"
         )
         return FfnChoice("cublas", "cublas", 1.0, "unknown", why)
-    if not points and min(shape.d, shape.f) < cost.LEAST_WIDTH:
-        why = f"default, untuned: no time of this D and F, and no layer narrower than {cost.LEAST_WIDTH} was measured"
-        return FfnChoice("cublas", "cublas", 1.0, "unknown", why)
     if not points:
         gain = cost.ffn_gain(shape, dtype, target)
         return _ffn_choice("cublas", gain, "model", "nothing measured for this D and F; the cost model expects")

@@ -83,8 +83,7 @@ def test_without_a_measurement_a_cautious_model_decides() -> None:
     assert "nothing measured" in few.why
     assert choice(512, 768, 3072).way == "cublas", "too little to be sure of"
     narrow = choice(16384, 64, 256)
-    assert (narrow.way, narrow.source) == ("cublas", "unknown"), "a narrow layer gains nothing that anybody measured"
-    assert "narrower than 768" in narrow.why
+    assert (narrow.way, narrow.gain) == ("cublas", 1.0), "a narrow layer gains nothing that anybody measured"
 
 
 def test_a_call_while_choices_are_forgotten_keeps_no_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
