@@ -50,7 +50,7 @@ PICOJOULES = {"dense": 0.65, "sparse": 0.37, "l2": 25.0, "dram": 20.0}
 STATIC_WATTS = 130
 FIXED_US = 3.0
 """Launch, the first load, the last epilogue."""
-SPLIT_US = 10.0
+SPLIT_US = 9.0
 """More where tiles are split along K: partial sums through L2, and waiting for them."""
 UNIT = 256
 """Of K: stream-K cuts no finer."""

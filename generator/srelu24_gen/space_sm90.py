@@ -28,7 +28,7 @@ _ACCUMULATOR_OVERHEAD = 32
 _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (2, 4, _DEFAULT_GROUP, 16)
 _SPLIT_PAYS_FROM = {"dense": 16, "sparse": 26}
-"""k-blocks of the last wave that stream-K has to save: its partial sums, to L2 and back, take about 13 us on an H200
+"""k-blocks of the last wave that stream-K has to save: there it breaks even, with what partial sums take to L2 and back
 (docs/performance-log.md)."""
 
 
