@@ -167,7 +167,15 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
                                             Scaling<Config, Params> const& scaling) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
-  auto* out = static_cast<Element*>(p.out);
+  auto start_of = [&](int h) {  // of what this thread stores of its row; the rest is at constants from there
+    int64_t place = at.row + 8 * h;
+    if constexpr (Config::kPermuted) place = p.tokens.token_of(place);
+    return static_cast<Element*>(p.out) + place * p.out_stride + column_of<Config>(at, 0);
+  };
+  constexpr bool kKeep = !(Config::kScaled && Config::kTileM == 192);  // or there is no register to keep it in
+  Element* low = kKeep ? start_of(0) : nullptr;
+  asm volatile("" : "+l"(low));  // else it would be worked out anew for every store
+  Element* const rows[2] = {low, Config::kPermuted ? start_of(1) : low + 8 * p.out_stride};
 #pragma unroll
   for (int i = 0; i < Config::kTileN / 32; ++i) {
     int const column = column_of<Config>(at, i);
@@ -175,16 +183,13 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
     scaling.apply(acc, i);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int64_t const row = at.row + 8 * h;
       uint32_t y[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float const low = acc[16 * i + 4 * c + 2 * h], high = acc[16 * i + 4 * c + 2 * h + 1];
-        y[c] = Config::kRelu2 ? P::square(P::round_relu(low, high)) : P::round(low, high);
+        float const even = acc[16 * i + 4 * c + 2 * h], odd = acc[16 * i + 4 * c + 2 * h + 1];
+        y[c] = Config::kRelu2 ? P::square(P::round_relu(even, odd)) : P::round(even, odd);
       }
-      int64_t place = row;
-      if constexpr (Config::kPermuted) place = p.tokens.token_of(row);
-      store16(out + place * p.out_stride + column, make_uint4(y[0], y[1], y[2], y[3]), row < p.m);
+      store16((kKeep ? rows[h] : start_of(h)) + 32 * i, make_uint4(y[0], y[1], y[2], y[3]), at.row + 8 * h < p.m);
     }
   }
 }
