@@ -25,6 +25,23 @@ inline constexpr uint32_t kZeroGroups = 0x44444444u;
 template <class Config>
 inline constexpr bool kStoresE4m3 = sizeof(typename Config::Output) == 1;
 
+/// How many of eight kept r saturate.
+__device__ __forceinline__ int saturated_of(uint4 const& r, float scale) {
+  int count = 0;
+  for (uint32_t x : {r.x, r.y, r.z, r.w}) {
+    float2 const s = scaled_squares(x, scale);
+    count += (s.x > kUnreachableE4m3) + (s.y > kUnreachableE4m3);
+  }
+  return count;
+}
+
+/// The squares of eight kept r, scaled, in e4m3.
+__device__ __forceinline__ uint2 to_e4m3(uint4 const& r, float scale, uint32_t mask) {
+  float2 const a = scaled_squares(r.x, scale), b = scaled_squares(r.y, scale);
+  float2 const c = scaled_squares(r.z, scale), d = scaled_squares(r.w, scale);
+  return {round_e4m3(a.x, a.y, b.x, b.y) & mask, round_e4m3(c.x, c.y, d.x, d.y) & mask};
+}
+
 /// prune24(relu(accumulators)) packed, LoadOrder::kOwn16, with E in the 8-bit order. To bf16: r as it is, and the
 /// largest r of each row. To e4m3: r * r, scaled; and how many values saturated.
 template <class Config, class Params>
@@ -56,20 +73,14 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     uint32_t const other = __shfl_xor_sync(~0u, word, 1);
     words[q] = odd ? high_halves(other, word) : low_halves(word, other);
     if constexpr (kToE4m3) {
-      auto to_e4m3 = [&](uint4 const& r, float scale) {
-        // The largest tells whether there is anything to count, which is rare. NaN is the largest.
-        float2 const most = scaled_squares(largest_of(r), scale);
-        if (inside && !(most.x <= kUnreachableE4m3 && most.y <= kUnreachableE4m3)) {
-          for (uint32_t x : {r.x, r.y, r.z, r.w}) {
-            float2 const s = scaled_squares(x, scale);
-            saturated += (s.x > kUnreachableE4m3) + (s.y > kUnreachableE4m3);
-          }
-        }
-        float2 const a = scaled_squares(r.x, scale), b = scaled_squares(r.y, scale);
-        float2 const c = scaled_squares(r.z, scale), d = scaled_squares(r.w, scale);
-        return inside ? uint2{round_e4m3(a.x, a.y, b.x, b.y), round_e4m3(c.x, c.y, d.x, d.y)} : uint2{};
-      };
-      uint2 const mine_low = to_e4m3(low, s_inverse[0]), mine_high = to_e4m3(high, s_inverse[1]);
+      // The largest tell whether there is anything to count, which is rare. NaN is the largest.
+      float2 const most_low = scaled_squares(largest_of(low), s_inverse[0]);
+      float2 const most_high = scaled_squares(largest_of(high), s_inverse[1]);
+      bool const none = most_low.x <= kUnreachableE4m3 && most_low.y <= kUnreachableE4m3 &&
+                        most_high.x <= kUnreachableE4m3 && most_high.y <= kUnreachableE4m3;
+      if (inside && !none) saturated += saturated_of(low, s_inverse[0]) + saturated_of(high, s_inverse[1]);
+      uint32_t const mask = inside ? ~0u : 0u;
+      uint2 const mine_low = to_e4m3(low, s_inverse[0], mask), mine_high = to_e4m3(high, s_inverse[1], mask);
       uint32_t const x = trade(mine_low.x, mine_high.x, odd), y = trade(mine_low.y, mine_high.y, odd);
       uint4 const kept = odd ? uint4{x, y, mine_high.x, mine_high.y} : uint4{mine_low.x, mine_low.y, x, y};
       int const column = at.column + 64 * q + at.thread % 4 / 2 * 32;
