@@ -34,9 +34,8 @@ struct PartialSlot {
     for (int i = 0; i < kVectors; ++i) {
       __stcg(p + i * 128, make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]));
     }
-    __threadfence();
     cutlass::arch::NamedBarrier::sync(128, barrier);
-    if (threadIdx.x % 128 == 0) {
+    if (threadIdx.x % 128 == 0) {  // its release covers what the others wrote before the barrier
       asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(split.flags + index) : "memory");
     }
   }
