@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -142,7 +142,9 @@ def interleave(
     clock: Clock | None = None,
     sampler: Sampler | None = None,
 ) -> dict[str, Timing]:
-    """Times candidates against each other in rounds; each round times every candidate once, in a new random order.
+    """Times candidates against each other in rounds; each round times every candidate once, in a new order.
+
+    Orders are balanced (:func:`_orders`): what a kernel leaves behind, clocks above all, falls on all others alike.
 
     A sample is one pair of events around about ``sample_ms`` of back-to-back launches, after a lead of a quarter of
     them (none before one or two, which take so long that a launch does not show). A warm-up of a quarter of
@@ -193,11 +195,9 @@ class _Rounds:
         try:
             self._warm_up(min(1.0, seconds / 4))
             begin = self._clock.now()
-            order, rng, rounds = list(self._candidates), random.Random(0), 0
+            orders, rounds = _orders(list(self._candidates), random.Random()), 0
             while rounds < min_rounds or self._clock.now() - begin < seconds:
-                # A new order each time: no candidate always runs on the clocks that the same neighbour left behind.
-                rng.shuffle(order)
-                self._keep({name: self._sample(name) for name in order})
+                self._keep({name: self._sample(name) for name in next(orders)})
                 rounds += 1
                 if on_progress is not None:
                     done = min(rounds / min_rounds, (self._clock.now() - begin) / seconds if seconds > 0 else 1.0)
@@ -262,6 +262,24 @@ class _Rounds:
                 )
                 timings[name] = Timing.of(samples, power)
         return timings
+
+
+def _orders(names: list[str], rng: random.Random) -> Iterator[list[str]]:
+    """Orders for round after round, balanced for carry-over: Williams designs (1949), one after the other.
+
+    Over the n rounds of a design, 2 n where n is odd, every name comes equally often at every place, and equally often
+    right after every other name. Which name takes which part, and the order of the rounds, is drawn anew each time, so
+    that not even a part of a design favours anybody over many runs.
+    """
+    n = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else n - i // 2 for i in range(n)]  # 0, 1, -1, 2, -2, ...: all differences once
+    rows = [[(start + step) % n for step in zigzag] for start in range(n)]
+    if n % 2:
+        rows += [row[::-1] for row in rows]
+    while True:
+        drawn = rng.sample(names, n)
+        for row in rng.sample(rows, len(rows)):
+            yield [drawn[i] for i in row]
 
 
 def ratio(a: Timing, b: Timing) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -115,6 +117,21 @@ def test_every_round_times_every_candidate_once_in_changing_order() -> None:
     assert all(sorted(order[-3:]) == list(names) for order in rounds)
     assert {order[0] for order in rounds[1:]} == set(names)
     assert {len(t.samples) for t in timings.values()} == {len(rounds)}
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+def test_orders_are_balanced_for_what_a_kernel_leaves_to_the_next(n: int) -> None:
+    names = [f"kernel {i}" for i in range(n)]
+    rounds = n * (1 + n % 2)
+    orders = measure._orders(names, random.Random(n))
+    for _ in range(3):  # each design by itself
+        design = list(itertools.islice(orders, rounds))
+        assert all(sorted(order) == names for order in design)
+        places = Counter((name, place) for order in design for place, name in enumerate(order))
+        followed = Counter(pair for order in design for pair in itertools.pairwise(order))
+        assert set(places.values()) == {rounds // n}
+        assert len(followed) == n * (n - 1)
+        assert len(set(followed.values())) <= 1
 
 
 def test_min_rounds_hold_where_time_is_short_and_progress_ends_at_one() -> None:
