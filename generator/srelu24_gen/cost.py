@@ -131,34 +131,58 @@ def rank(problem: Problem, target: GpuTarget) -> list[KernelConfig]:
     return sorted(space.candidates(problem, target), key=lambda config: cost(problem, config, target).us)
 
 
+def speaks_for(problem: Problem, target: GpuTarget) -> bool:
+    """Whether the constants are fitted to kernels like the problem's: those of the forward pass, by wgmma."""
+    family = problem.family
+    fitted = instructions_of(target.arch) is FITTED and family.op in FORWARD_GEMMS
+    return fitted and not family.tokens and not family.promote
+
+
 def best(problem: Problem, target: GpuTarget) -> KernelConfig:
-    """What runs where nothing was measured: the first of :func:`rank` for the forward pass on a kernel family that the
-    constants are fitted to, else the default of ``space``.
+    """What runs where nothing was measured: the first of :func:`rank` where the model speaks for the problem, else the
+    default of ``space``. M counts as :func:`rounded`.
 
     Raises:
         Unsupported: no kernel computes the problem.
     """
-    family = problem.family
-    fitted = instructions_of(target.arch) is FITTED and family.op in FORWARD_GEMMS
-    if not fitted or family.tokens or family.promote:
+    if not speaks_for(problem, target):
         return space.default(problem, target)
+    return _first(dataclasses.replace(problem, m=rounded(problem.m)), target)
+
+
+def rounded(tokens: int) -> int:
+    """The next multiple of 64, the rows of a warpgroup: what varies in between is not worth another answer."""
+    return -(-max(tokens, 1) // 64) * 64
+
+
+@functools.lru_cache(maxsize=8192)
+def _first(problem: Problem, target: GpuTarget) -> KernelConfig:
     return rank(problem, target)[0]
+
+
+def library_us(problem: Problem, target: GpuTarget) -> float:
+    """Microseconds of a vendor's GEMM: it has a tile and a way to split for every size, so its work lies evenly on all
+    multiprocessors, and nothing of what a wave leaves idle or a split costs counts. ``problem`` is dense."""
+    costs = (cost(problem, config, target) for config in space.candidates(problem, target))
+    return FIXED_US + min(max(c.steps_us * c.occupancy, c.energy_us, c.memory_us) for c in costs)
 
 
 def ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     """How many times faster than the best dense FFN the sparse one is, by this model; 0 where no kernel computes it.
 
-    1 below :data:`LEAST_WIDTH`. M counts as the next multiple of 64, the rows of a warpgroup: what varies in between is
-    not worth another answer.
+    The dense one is our GEMM with squared ReLU, and then ours or a library's, whichever is faster.
+    1 below :data:`LEAST_WIDTH`. M counts as :func:`rounded`.
     """
-    return _ffn_gain(shape._replace(m=-(-max(shape.m, 1) // 64) * 64), dtype, target)
+    return _ffn_gain(shape._replace(m=rounded(shape.m)), dtype, target)
 
 
 @functools.lru_cache(maxsize=8192)
 def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     try:
         sparse = sum(cost(p, best(p, target), target).us for p in shape.gemms(dtype))
-        dense = sum(cost(p, best(p, target), target).us for p in shape.dense_gemms(dtype))
+        first, second = shape.dense_gemms(dtype)
+        dense = cost(first, best(first, target), target).us
+        dense += min(cost(second, best(second, target), target).us, library_us(second, target))
     except Unsupported:
         return 0.0
     return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0

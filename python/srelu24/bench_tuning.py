@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from srelu24 import dispatch
 from srelu24.bench import BenchEvent
 from srelu24.db import Database
 from srelu24.noise import Chain, speedup
@@ -45,9 +46,9 @@ def bench_tuning(
     json_path: Path | None = None,
     on_event: Callable[[BenchEvent], None] = lambda event: None,
 ) -> BenchFile:
-    """Rows "tuning": the recorded kernels ("srelu24") against "default". Rows "fallback": what another token count's
-    records give ("srelu24") against those that are "tuned" now for this one, in a database that is thrown away. Of a
-    training step "tuning_step" and "fallback_step".
+    """Rows "tuning": the recorded kernels ("srelu24") against "default". Rows "fallback": what runs by the records of
+    other token counts ("srelu24") against those that are "tuned" now for this one, in a database that is thrown away.
+    Of a training step "tuning_step" and "fallback_step".
 
     Args:
         shapes: with a record each on this GPU.
@@ -63,10 +64,7 @@ def bench_tuning(
     file = BenchFile(env=env or {}, rows=[])
     try:
         every = [(shape, shape.gemms_of(which, dtype)) for shape in (*shapes, *held_out)]
-        recorded = [
-            _recorded(gemms, runner, db, "exact" if number < len(shapes) else "nearest")
-            for number, (_, gemms) in enumerate(every)
-        ]
+        recorded = [_recorded(gemms, runner, db, exact=number < len(shapes)) for number, (_, gemms) in enumerate(every)]
         defaults = [tuple(cost.best(problem, runner.target) for problem in gemms) for _, gemms in every]
         _build(runner, [gemms for _, gemms in every] * 2, [*recorded, *defaults])
         for number, ((shape, gemms), ours, default) in enumerate(zip(every, recorded, defaults, strict=True)):
@@ -170,17 +168,15 @@ def _build(runner: Runner, gemms: Sequence[Sequence[Problem]], chains: Sequence[
         pass
 
 
-def _recorded(gemms: Sequence[Problem], runner: Runner, db: Database, how: str) -> Chain:
+def _recorded(gemms: Sequence[Problem], runner: Runner, db: Database, exact: bool) -> Chain:
+    """What a call would run by the records: its own, or without one what others, or their lack, come to."""
     found = []
     for problem in gemms:
-        match = db.find(problem, runner.target)
-        if match is None or match.how != how:
-            has = f"is answered by {match.how}" if match else "has no record"
-            raise Unsupported(
-                f"{problem} {has} on {runner.target.name}, and {how} is needed; "
-                + ("tune it first" if how == "exact" else "hold out another number of tokens")
-            )
-        found.append(match.config)
+        choice = dispatch.answer(problem, runner.target, db)
+        if (choice.source == "exact") != exact:
+            has, do = ("has no record", "tune it first") if exact else ("has one", "hold out another number of tokens")
+            raise Unsupported(f"{problem} {has} on {runner.target.name}; {do}")
+        found.append(choice.config)
     return tuple(found)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from srelu24.db import Database
+from srelu24.db import Database, Match
 from srelu24.launch import DTYPES, GemmLauncher, Launcher, launcher_for
 from srelu24.pair import Pair
 from srelu24.records import TuningRecord
@@ -53,6 +53,9 @@ SPARSE = "sparse"
 """The way of an FFN that prunes; the others are :data:`srelu24.dense.WAYS`."""
 MARGIN = 1.02
 """The sparse pair runs where it was measured to be so many times faster than the best dense FFN of the same sizes."""
+MISFIT = 1.05
+"""A record of another problem does not count where the cost model expects its own first choice to be so many times
+faster: where a tile fits those rows and not these. What the model is wrong by is less (docs/tuning.md)."""
 PREDICTED_MARGIN = 1.1
 """The same where only :func:`srelu24_gen.cost.ffn_gain` says so: dense unless the model leaves no doubt."""
 
@@ -98,7 +101,8 @@ def gpu_of(device: torch.device) -> GpuTarget:
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
-    """The best known configuration: the tuning database's answer, else :func:`srelu24_gen.cost.best`.
+    """The best known configuration: the tuning database's answer, else :func:`srelu24_gen.cost.best`, where there is
+    none or a neighbour's does not fit (:data:`MISFIT`).
 
     Args:
         batch: the batch-invariant configuration most like it.
@@ -112,14 +116,38 @@ def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
         if config == choice.config:
             return choice
         return dataclasses.replace(choice, config=config, why=f"{choice.why}; made batch-invariant")
-    match = _database().find(problem, target)
+    return answer(problem, target, _database())
+
+
+def answer(problem: Problem, target: GpuTarget, db: Database) -> Choice:
+    """What :func:`choose` says, from a database of the caller's.
+
+    Raises:
+        Unsupported: no kernel computes the problem on ``target``; the message is the reason.
+    """
+    match = db.find(problem, target)
     if match is None:
         default = cost.best(problem, target)
         return Choice(default, "default", None, "default for this size, untuned: no record helps")
-    why = _HOW[match.how]
-    if match.how != "exact":
-        why += f" ({match.record.problem})"
-    return Choice(match.config, match.how, match.record, why)
+    if match.how == "exact":
+        return Choice(match.config, match.how, match.record, _HOW[match.how])
+    if (gain := _misfit(problem, match, target)) >= MISFIT:
+        why = f"default for this size, untuned: expected at {gain:.2f}x of what is tuned for {match.record.problem}"
+        return Choice(cost.best(problem, target), "default", None, why)
+    return Choice(match.config, match.how, match.record, f"{_HOW[match.how]} ({match.record.problem})")
+
+
+def _misfit(problem: Problem, match: Match, target: GpuTarget) -> float:
+    """How many times faster than a neighbour's configuration the cost model expects its own first choice to be here,
+    beyond what it expects, wrongly, where that configuration was measured to be the best. 1 where it says nothing."""
+    if not cost.speaks_for(problem, target):
+        return 1.0
+
+    def expected(at: Problem) -> float:
+        return cost.cost(at, match.config, target).us / cost.cost(at, cost.best(at, target), target).us
+
+    here = dataclasses.replace(problem, m=cost.rounded(problem.m))
+    return expected(here) / expected(dataclasses.replace(match.record.problem, family=problem.family))
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)

@@ -145,8 +145,8 @@ def test_a_pair_that_fails_has_its_reason_and_no_ratio(db: Database) -> None:
 @pytest.mark.parametrize(
     ("shapes", "held_out", "reason"),
     [
-        ([Shape(4096, 64, 256)], [], r"is answered by nearest.*tune it first"),
-        ([], SHAPES[:1], r"is answered by exact.*hold out another"),
+        ([Shape(4096, 64, 256)], [], r"has no record on .*tune it first"),
+        ([], SHAPES[:1], r"has one on .*hold out another"),
     ],
 )
 def test_shapes_must_be_recorded_and_held_out_ones_must_not(

@@ -201,7 +201,7 @@ def test_ranking_is_of_the_whole_space_and_sorted() -> None:
 
 def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_no_kernels() -> None:
     gains = [cost.ffn_gain(Shape(m, 4096, 16384), DType.BF16, H200) for m in (16, 128, 512, 2048, 16384)]
-    assert gains[0] == pytest.approx(1.0, abs=0.01), "both wait for the same weights"
+    assert 0.8 < gains[0] < 1, "both wait for the same weights, and a library's GEMM waits for nothing else"
     assert gains[-1] > 1.15
     assert max(gains) < 1.5, "GEMM1 stays dense"
     assert cost.ffn_gain(Shape(512, 12, 64), DType.BF16, H200) == 0

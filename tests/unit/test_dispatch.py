@@ -100,6 +100,36 @@ def test_a_record_of_another_size_is_named(database: Database) -> None:
     assert str(PROBLEM) in choice.why
 
 
+def test_a_record_whose_tile_does_not_fit_these_rows_is_set_aside(database: Database) -> None:
+    tall = KernelConfig(tile_m=128, cluster_m=2, stages=5)
+    tuned = dataclasses.replace(PROBLEM, m=512)
+    database.put(record(tuned, config=tall))
+    assert dispatch.choose(tuned, H200).source == "exact"
+    assert dispatch.choose(dataclasses.replace(PROBLEM, m=512 - 64), H200).source == "nearest"
+    odd = dataclasses.replace(PROBLEM, m=384)  # a quarter of what clusters of 256 rows multiply would be padding
+    choice = dispatch.choose(odd, H200)
+    assert (choice.config, choice.source, choice.record) == (cost.best(odd, H200), "default", None)
+    assert "what is tuned for spgemm_bf16 512x4096x16384" in choice.why
+
+
+def test_a_record_is_not_set_aside_for_what_the_model_has_wrong_where_it_was_measured(database: Database) -> None:
+    unloved = KernelConfig(tile_m=64, tile_n=128, cluster_m=1, stages=2)
+    expected = [cost.cost(PROBLEM, c, H200).us for c in (unloved, cost.best(PROBLEM, H200))]
+    assert expected[0] > dispatch.MISFIT * expected[1]
+    database.put(record(config=unloved))
+    biased = dataclasses.replace(PROBLEM, family=dataclasses.replace(PROBLEM.family, bias=True))
+    for problem in (biased, dataclasses.replace(PROBLEM, m=PROBLEM.m - 8)):
+        assert dispatch.choose(problem, H200).config == unloved
+
+
+def test_records_count_where_the_model_says_nothing(database: Database) -> None:
+    tokens = Problem(Family(Op.SPGEMM_TOKENS, DType.BF16), 16384, 4096, 16384)
+    short = KernelConfig(tile_m=128, stages=2)
+    database.put(record(tokens, config=short))
+    choice = dispatch.choose(dataclasses.replace(tokens, k=8192), H200)
+    assert (choice.config, choice.source) == (short, "nearest")
+
+
 def test_a_record_of_another_gpu_is_named(database: Database) -> None:
     database.put(record(gpu="h100"))
     choice = dispatch.choose(PROBLEM, H200)
