@@ -12,49 +12,29 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import made_up_compiler
+from made_up_compiler import machine, no_toolchain
 from srelu24 import bundle, cli
 from srelu24.db import Database
 from srelu24.records import Evidence, TuningRecord
 from srelu24_gen import compile as compiler
-from srelu24_gen import paths, space
+from srelu24_gen import space
 from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelConfig, KernelSpec
 from srelu24_gen.store import BuildStore
-from srelu24_gen.target import TARGETS, Toolchain
+from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
 SHAPE = Shape(4096, 1024, 4096)
 NEAR = Shape(512, 1024, 4096)
 TUNED = KernelConfig(stages=3, raster_group=4)
-REPORT = f"""ptxas info    : Compiling entry function '{compiler.ENTRY}' for 'sm_90a'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 64 bytes smem
-"""
 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A compiler that makes cubins up, and the names of what it was asked for."""
-    asked: list[str] = []
-
-    def compile_source(source: str, name: str, **_: Any) -> compiler.Compiled:
-        asked.append(name)
-        return compiler.Compiled(hashlib.sha256(source.encode()).digest() * 50, REPORT, 0.1)
-
-    monkeypatch.setattr(compiler, "compile_source", compile_source)
-    return asked
-
-
-def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
-    """Moves to another machine: nothing built, nothing recorded."""
-    monkeypatch.setenv("SRELU24_CACHE_DIR", str(folder / "cache"))
-    monkeypatch.setenv("SRELU24_DATA_DIR", str(folder / "data"))
-    monkeypatch.setattr(paths, "shipped_records_dir", lambda: folder / "shipped")
-    from srelu24 import dispatch
-
-    dispatch.clear_cache()
-    return Database.open()
+    return made_up_compiler.install(monkeypatch)
 
 
 def record(shape: Shape, config: KernelConfig = TUNED, when: str = "2026-01-01T00:00:00Z") -> TuningRecord:
@@ -88,13 +68,6 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def installed(db: Database) -> tuple[int, int]:
     return len(BuildStore().entries()), len(db.user_records())
-
-
-def no_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find() -> Toolchain:
-        raise ToolchainError("there is no NVRTC")
-
-    monkeypatch.setattr(Toolchain, "find", find)
 
 
 def test_a_machine_without_a_compiler_runs_what_was_packed(
