@@ -36,6 +36,7 @@ __all__ = [
     "build_rendered",
     "compile_source",
     "key_of",
+    "why_missing",
 ]
 
 ENTRY = "srelu24_kernel"
@@ -178,7 +179,7 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
     """
     toolchain = toolchain or Toolchain.find()
     if not toolchain.include_dirs:
-        raise ToolchainError(f"{name} is in no bundle that was loaded, and nothing here can compile it; pack it too")
+        raise ToolchainError(_not_packed(name))
     # The compiler finds what this process finds, however sys.path came about.
     paths = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), *sys.path]))
     try:
@@ -205,6 +206,28 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
             f"NVRTC {toolchain.nvrtc_version} rejected {name}: {reason}", answer["log"] or answer["status"]
         )
     return Compiled(cubin, answer["log"], answer["seconds"])
+
+
+def why_missing(spec: KernelSpec) -> str | None:
+    """Why :func:`build` has to fail here, without trying: nothing can compile, and no bundle brought the kernel. Else
+    None.
+
+    Raises:
+        RenderError, CacheError: as their names say.
+    """
+    store = BuildStore()
+    try:
+        toolchain = _toolchain(store)
+    except ToolchainError as error:
+        return str(error)
+    if toolchain.include_dirs:
+        return None
+    rendered = render(spec)
+    return None if _cached(rendered, _key(rendered, toolchain), store) else _not_packed(spec.name)
+
+
+def _not_packed(name: str) -> str:
+    return f"{name} is in no bundle that was loaded, and nothing here can compile it; pack it too"
 
 
 def _toolchain(store: BuildStore) -> Toolchain:

@@ -59,10 +59,10 @@ class Shape(NamedTuple):
         second = Family(Op.SPGEMM, dtype, bias=b2, out=y)
         return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
 
-    def recipe_kernels(self) -> tuple[Problem, ...]:
+    def recipe_kernels(self, b1: bool = False) -> tuple[Problem, ...]:
         """What the 8-bit recipes (docs/fp8.md) launch besides :meth:`gemms`: X quantised, and for ``rowwise`` GEMM1 to
         bf16 and the squares of that."""
-        first, _ = self.gemms(DType.E4M3)
+        first, _ = self.gemms(DType.E4M3, b1)
         return (
             Problem(Family(Op.QUANTIZE_ROWS, DType.BF16, out=DType.E4M3), self.m, self.d),
             dataclasses.replace(first, family=dataclasses.replace(first.family, out=DType.BF16)),
@@ -85,6 +85,27 @@ class Shape(NamedTuple):
             Problem(Family(Op.GEMM_DRELU2_24, dtype, tokens=True, permuted=True), m, f, d),
             Problem(Family(Op.SPGEMM_TOKENS, dtype), f, d, m),
             Problem(Family(Op.SPGEMM_TOKENS, dtype, transposed=True), f, d, m),
+        )
+
+    def step_kernels(self, dtype: DType, b1: bool = False) -> tuple[Problem, ...]:
+        """What a training step launches besides :meth:`step_gemms`: weight gradients that are added to a buffer, in
+        fp32 or in ``dtype``; GEMM1 of a dense step; and what only moves 16 bits, which has no other type."""
+        *_, dw1, dw2 = self.step_gemms(dtype)
+        return (
+            *(
+                dataclasses.replace(dw, family=dataclasses.replace(dw.family, out=out, accumulate=True))
+                for dw in (dw1, dw2)
+                for out in (DType.FP32, None)
+            ),
+            self.dense_gemms(dtype, b1)[0],
+            Problem(Family(Op.TRANSPOSE, DType.BF16), self.f, self.d),
+            Problem(Family(Op.DENSE_COLUMNS, DType.BF16), self.m, self.f),
+        )
+
+    def unfused_kernels(self, dtype: DType) -> tuple[Problem, ...]:
+        """Pruning on its own, before the second GEMM: with squared ReLU, and of what is activated already."""
+        return tuple(
+            Problem(Family(Op.SPARSIFY24, dtype, a), self.m, self.f) for a in (Activation.RELU2, Activation.NONE)
         )
 
     def gemms_of(self, which: Pass, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, ...]:

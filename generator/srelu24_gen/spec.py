@@ -197,6 +197,12 @@ class Problem:
         """The two sizes that do not count tokens: widths of the layer."""
         return (self.m, self.n) if self.family.op is Op.SPGEMM_TOKENS else (self.n, self.k)
 
+    def at(self, tokens: int) -> Problem:
+        """The same with another number of tokens."""
+        if self.family.op is Op.SPGEMM_TOKENS:
+            return dataclasses.replace(self, k=tokens)
+        return dataclasses.replace(self, m=tokens)
+
     def __str__(self) -> str:
         return f"{self.family.name} {self.m}x{self.n}x{self.k}"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from srelu24 import dispatch
 from srelu24.bench import BenchEvent
+from srelu24.choice import answer
 from srelu24.db import Database
 from srelu24.noise import Chain, speedup
 from srelu24.results import BenchFile, Candidate, Row
@@ -172,7 +172,7 @@ def _recorded(gemms: Sequence[Problem], runner: Runner, db: Database, exact: boo
     """What a call would run by the records: its own, or without one what others, or their lack, come to."""
     found = []
     for problem in gemms:
-        choice = dispatch.answer(problem, runner.target, db)
+        choice = answer(problem, runner.target, db)
         if (choice.source == "exact") != exact:
             has, do = ("has no record", "tune it first") if exact else ("has one", "hold out another number of tokens")
             raise Unsupported(f"{problem} {has} on {runner.target.name}; {do}")

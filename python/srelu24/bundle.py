@@ -10,13 +10,13 @@ A bundle is read whole and checked before anything of it is installed. It needs 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import re
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,11 @@ import msgspec
 from srelu24 import catalogue, whole_file
 from srelu24.db import Database
 from srelu24.records import TuningRecord, decode_file, encode_file
-from srelu24_gen import __version__, cost, space
+from srelu24_gen import __version__
 from srelu24_gen import compile as compiler
 from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
-from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.models import Pass, Shape
+from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Problem
 from srelu24_gen.store import BuildStore, KernelMeta
 from srelu24_gen.target import GpuTarget, Toolchain
 
@@ -80,17 +80,26 @@ def pack(
     dtype: DType,
     target: GpuTarget,
     *,
+    passes: Sequence[Pass] = (Pass.FORWARD,),
     bias: bool = False,
     db: Database | None = None,
     jobs: int | None = None,
     on_done: Callable[[int], None] = lambda total: None,
 ) -> Contents:
-    """Write a bundle of every kernel that these FFNs run on a GPU model, sparse or dense, and of their records.
+    """Write a bundle of every kernel that calls of FFNs of these widths launch on a GPU model, and of their records.
 
-    Records of the same widths at other numbers of tokens come along, with their kernels: they answer in between.
+    It covers any number of tokens up to the largest given of those widths or, if that is more, recorded for them:
+
+    - forward: ``ffn`` in every mode, sparse or dense and batch-invariant; ``linear24``; and ``sparsify24`` or
+      ``gemm_relu2_24`` before ``matmul``. In e4m3 every recipe, and calibration, with X in bf16 and weights in e4m3.
+    - backward: ``ffn`` with the layer of a :class:`srelu24.Recipe`, before and after its warm-up, and its backward
+      pass, whether weight gradients are returned or added to buffers.
+
+    It does not cover ``linear``, counts of non-zeros, residuals, nor records that the other machine has from elsewhere,
+    since these may choose other kernels.
 
     Args:
-        bias: kernels with biases, too.
+        bias: with biases, too.
         on_done: called with the number of kernels as each is built.
 
     Raises:
@@ -98,25 +107,16 @@ def pack(
         CompileError, ToolchainError: a kernel cannot be built.
         BundleError: the file cannot be written.
     """
-    db = db or Database.open()
-    problems = [p for shape in shapes for p in catalogue.all_problems(shape, dtype)]
-    if bias:
-        problems += [_biased(p) for p in problems if p.family.op is not Op.SPARSIFY24]
-    near = [(p.family, r) for p in problems for r in db.of_widths(p, target)]
-    records = {r.key: r for _, r in near}
-    configs = [(p.family, cost.best(p, target)) for p in problems]
-    for problem in problems:
-        chosen = catalogue.choose(problem, target).config
-        configs.append((problem.family, chosen))
-        if problem.family.op in (Op.GEMM_RELU2_24, Op.SPGEMM):  # what deterministic="batch" runs
-            configs.append((problem.family, space.batch_invariant(problem, chosen, target)))
-    for family, record in near:
-        with contextlib.suppress(Unsupported):  # of another version: nothing runs it
-            config = record.kernel_config()
-            if space.supports_config(family, config, target).ok:
-                configs.append((family, config))
-    specs = {spec.digest: spec for family, config in configs if (spec := KernelSpec(family, config, target.arch))}
-    outcomes = compiler.build_many(specs.values(), jobs=jobs, on_done=lambda *_: on_done(len(specs)))
+    db, shapes = db or Database.open(), list(shapes)
+
+    def problems() -> list[Problem]:
+        return [p for shape in shapes for p in catalogue.problems(shape, dtype, passes, bias=bias)]
+
+    records = {r.key: r for p in problems() for r in db.of_widths(p, target) if _readable(r)}
+    shapes += dict.fromkeys(Shape.of(record.problem) for record in records.values())
+    with _there(db, records.values()) as known:
+        specs = catalogue.specs_up_to(problems(), target, known)
+    outcomes = compiler.build_many(specs, jobs=jobs, on_done=lambda *_: on_done(len(specs)))
     files: dict[str, bytes] = {}
     for outcome in outcomes:
         if isinstance(outcome, Srelu24Error):
@@ -162,8 +162,22 @@ def load(path: Path, *, db: Database | None = None, store: BuildStore | None = N
     return Contents(str(path), manifest.gpu, len(kernels), db.take(records))
 
 
-def _biased(problem: Problem) -> Problem:
-    return dataclasses.replace(problem, family=dataclasses.replace(problem.family, bias=True))
+def _readable(record: TuningRecord) -> bool:
+    """Whether this version can run what it holds; else it would only be in the way."""
+    try:
+        record.kernel_config()
+    except Unsupported:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _there(db: Database, records: Iterable[TuningRecord]) -> Iterator[Database]:
+    """What a machine knows that has these records and those that ship: it chooses by them."""
+    with tempfile.TemporaryDirectory() as folder:
+        known = Database.open(db.shipped_folder, Path(folder) / "tuning.sqlite")
+        known.take(records)
+        yield known
 
 
 def _kernel_files(built: compiler.BuiltKernel) -> dict[str, bytes]:

@@ -1,15 +1,15 @@
 """The kernels of a shape: which there are, which one would be used, what is built and recorded; and building them.
 
-Needs no GPU, and no torch: without torch the default configurations are chosen, not the recorded ones.
+Needs no GPU, and no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from srelu24 import db
+from srelu24.choice import answer
 from srelu24.records import TuningRecord
 from srelu24_gen import compile as compiler
 from srelu24_gen import cost, paths, space
@@ -17,38 +17,32 @@ from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Pass
 from srelu24_gen.models import Shape as Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import DType, Family, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """The configuration a problem would run with, and where it comes from (the sources of dispatch.choose)."""
+def problems(
+    shape: Shape, dtype: DType, passes: Sequence[Pass] = (Pass.FORWARD,), *, dense: bool = True, bias: bool = False
+) -> list[Problem]:
+    """What calls of an FFN of this shape launch in these passes, each once.
 
-    problem: Problem
-    config: KernelConfig
-    source: str
+    Forward: the two GEMMs of the sparse FFN, and the kernels of its dense and its unfused form; in e4m3 those of every
+    recipe, on X in bf16 and weights in e4m3. Backward: what a training step launches, dense steps of the warm-up too.
 
-    def spec(self, target: GpuTarget) -> KernelSpec:
-        return KernelSpec(self.problem.family, self.config, target.arch)
-
-
-def all_problems(shape: Shape, dtype: DType) -> list[Problem]:
-    """The two GEMMs of an FFN, and the kernels of its dense and its unfused form."""
-    sparsify = Problem(Family(Op.SPARSIFY24, dtype, Activation.RELU2), shape.m, shape.f)
-    return [*shape.gemms(dtype), *shape.dense_gemms(dtype), sparsify]
-
-
-def choose(problem: Problem, target: GpuTarget) -> Chosen:
-    """What a call on this GPU would run; raises Unsupported with the reason where no kernel fits."""
-    try:
-        from srelu24 import dispatch
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        return Chosen(problem, cost.best(problem, target), "default")
-    choice = dispatch.choose(problem, target)
-    return Chosen(problem, choice.config, choice.source)
+    Args:
+        dense: of the forward pass the dense and the unfused form, too.
+        bias: with biases, too.
+    """
+    found: list[Problem] = []
+    for b in (False, True)[: 1 + bias]:
+        found += [problem for which in passes for problem in shape.gemms_of(which, dtype, b, b)]
+        if Pass.FORWARD in passes and dtype is DType.E4M3:
+            found += shape.recipe_kernels(b)
+        elif Pass.FORWARD in passes and dense:
+            found += [*shape.dense_gemms(dtype, b, b), *shape.unfused_kernels(dtype)]
+        if Pass.BACKWARD in passes:
+            found += shape.step_kernels(dtype, b)
+    return list(dict.fromkeys(found))
 
 
 def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any]]:
@@ -62,9 +56,9 @@ def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any
     """
     built = {entry.name for entry in compiler.BuildStore(paths.cache_dir()).entries()}
     recorded = {(r.family, r.m, r.n, r.k, r.kernel_config()) for r in _readable_records(target)}
-    rows = []
-    for problem in all_problems(shape, dtype):
-        chosen = choose(problem, target)
+    rows, known = [], db.Database.open()
+    for problem in problems(shape, dtype):
+        chosen = answer(problem, target, known)
         for config in dict.fromkeys([chosen.config, *space.candidates(problem, target)]):
             spec = KernelSpec(problem.family, config, target.arch)
             predicted = cost.cost(problem, config, target)
@@ -103,27 +97,63 @@ def specs_for(
     target: GpuTarget,
     every_candidate: bool = False,
     passes: Sequence[Pass] = (Pass.FORWARD,),
+    bias: bool = False,
 ) -> list[KernelSpec]:
-    """The binaries that shapes need, each once: those of the sparse FFN that would run, or all that tuning may time and
-    then choose from.
+    """The binaries of :func:`problems` at these very numbers of tokens, each once: those that would run, of the forward
+    pass the sparse FFN's; or all that tuning may time and then choose from, and the dense and the unfused form's.
 
-    In e4m3 those of every recipe; there is no dense FFN. Of a training step the GEMMs.
+    Raises:
+        Unsupported: no kernel computes a shape on ``target``.
     """
     found: dict[str, KernelSpec] = {}
+    known = db.Database.open()
     for shape in shapes:
-        problems = [problem for which in passes for problem in shape.gemms_of(which, dtype)]
-        if Pass.FORWARD in passes and dtype is DType.E4M3:
-            problems += shape.recipe_kernels()
-        elif Pass.FORWARD in passes and every_candidate:
-            problems += shape.dense_gemms(dtype)
-        for problem in problems:
-            configs = [choose(problem, target).config]
+        for problem in problems(shape, dtype, passes, dense=every_candidate, bias=bias):
+            configs = [answer(problem, target, known).config]
             if every_candidate and problem.family.op is not Op.GEMM:  # dense GEMMs are timed as they would run
                 configs += space.candidates(problem, target)
             for config in configs:
                 spec = KernelSpec(problem.family, config, target.arch)
                 found.setdefault(spec.digest, spec)
     return list(found.values())
+
+
+def specs_up_to(problems: Iterable[Problem], target: GpuTarget, known: db.Database) -> list[KernelSpec]:
+    """The binaries of these problems at every number of tokens up to the largest of their family and widths, each once;
+    of inference in 16 bits the batch-invariant ones, too.
+
+    Raises:
+        Unsupported: no kernel computes a problem on ``target``.
+    """
+    alike: dict[tuple[Family, tuple[int, int]], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.family, problem.widths), []).append(problem)
+    found: dict[str, KernelSpec] = {}
+    for (family, _), given in alike.items():
+        asked_in_batches = family.op in (Op.GEMM_RELU2_24, Op.SPGEMM) and not (family.scaled or space.trains(family))
+        for problem in _up_to(given):
+            configs = [answer(problem, target, known).config]
+            if asked_in_batches:
+                configs.append(space.batch_invariant(problem, configs[0], target))
+            for config in configs:
+                spec = KernelSpec(family, config, target.arch)
+                found.setdefault(spec.digest, spec)
+    return list(found.values())
+
+
+def _up_to(given: list[Problem]) -> list[Problem]:
+    """At which numbers of tokens to ask, so that every answer up to the largest is met: the given ones, where a record
+    may hold for them alone, and both ends of every interval in which the cost model and the space say the same. Within
+    one of these the answer changes where the nearest record does, from one end's to the other's."""
+    largest, step = max(given, key=lambda p: p.tokens), cost.rounded(1)
+    least = 16 if space.trains(largest.family) else 1  # a training step takes multiples of 16 tokens
+    if not largest.family.op.multiplies:  # one configuration
+        return [largest.at(least)]
+    ends = {p.tokens for p in given}
+    for start in range(0, largest.tokens, step):
+        ends |= {start + least, start + step}
+    valid = sorted(m for m in ends if m <= largest.tokens and m % least == 0)
+    return [largest.at(m) for m in valid] or [largest]
 
 
 def build_kernels(

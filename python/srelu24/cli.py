@@ -183,6 +183,7 @@ def build(
     dtype: options.TunedDtype = DType.BF16,
     every: Annotated[bool, typer.Option("--all", help="All that tuning may time, not only what would run.")] = False,
     which: options.WhichPasses = options.Passes.FORWARD,
+    bias: options.Bias = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
     json: options.Json = False,
 ) -> None:
@@ -200,7 +201,7 @@ def build(
         from_module=from_module,
     )
     target = options.target_of(gpu)
-    specs = catalogue.specs_for(shapes, dtype, target, every_candidate=every, passes=which.passes)
+    specs = catalogue.specs_for(shapes, dtype, target, every_candidate=every, passes=which.passes, bias=bias)
     with views.progress() as bar:
         task = bar.add_task(f"building for {target.name}", total=len(specs))
         rows = catalogue.build_kernels(specs, jobs, on_done=lambda: bar.advance(task))

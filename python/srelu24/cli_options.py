@@ -111,8 +111,9 @@ def _tuned_dtype(dtype: DType) -> DType:
 Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.", callback=_storage_dtype)]
 TunedDtype = Annotated[DType, typer.Option("--dtype", help="Type of the operands.", callback=_tuned_dtype)]
 WhichPasses = Annotated[
-    Passes, typer.Option("--pass", help="The GEMMs of inference, those of a training step, or all.")
+    Passes, typer.Option("--pass", help="The kernels of inference, those of a training step, or all.")
 ]
+Bias = Annotated[bool, typer.Option("--bias", help="Kernels with biases, too.")]
 WhichPass = Annotated[Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")]
 Gpu = Annotated[
     str | None, typer.Option("--gpu", help="Target, such as h200; this machine's GPU by default, else h200.")

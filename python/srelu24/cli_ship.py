@@ -23,12 +23,14 @@ def pack(
     from_module: options.FromModule = None,
     tokens: options.Tokens = None,
     gpu: options.Gpu = None,
-    dtype: options.Dtype = DType.BF16,
-    bias: Annotated[bool, typer.Option("--bias", help="Pack kernels with biases, too.")] = False,
+    dtype: options.TunedDtype = DType.BF16,
+    which: options.WhichPasses = options.Passes.FORWARD,
+    bias: options.Bias = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
     json: options.Json = False,
 ) -> None:
-    """Pack compiled kernels and tuning records of models for a GPU into one file."""
+    """Pack the kernels that models run on a GPU, at any number of tokens up to the largest given, into one file, and
+    their tuning records."""
     from srelu24 import bundle
 
     shapes = options.shapes_of(
@@ -49,6 +51,7 @@ def pack(
             shapes,
             dtype,
             target,
+            passes=which.passes,
             bias=bias,
             jobs=jobs,
             on_done=lambda total: bar.update(task, total=total, advance=1),

@@ -10,40 +10,19 @@ from typing import Literal
 
 import torch
 
-from srelu24.db import Database, Match
+from srelu24.choice import Choice, answer
+from srelu24.db import Database
 from srelu24.launch import DTYPES, GemmLauncher, Launcher, launcher_for
 from srelu24.pair import Pair
-from srelu24.records import TuningRecord
+from srelu24_gen import compile as compiler
 from srelu24_gen import cost, space
-from srelu24_gen.errors import Unsupported
+from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, instructions_of
-from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget, target_for_device
+from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem, instructions_of
+from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget, Toolchain, target_for_device
 
 _CACHED_CHOICES = 8192
 """Problems remembered: one per family and number of tokens that a process meets."""
-
-_HOW = {
-    "exact": "tuned for this very problem on this GPU",
-    "nearest": "tuned on this GPU for the nearest known problem",
-    "other_gpu": "tuned on another GPU of this architecture",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A configuration for a problem.
-
-    Attributes:
-        source: "exact", "nearest", "other_gpu" (from ``record``) or "default" (no record helps).
-        why: one phrase for people.
-    """
-
-    config: KernelConfig
-    source: str
-    record: TuningRecord | None
-    why: str
-
 
 MODES = ("auto", "sparse", "dense")
 """What a caller of an FFN may ask for."""
@@ -53,9 +32,6 @@ SPARSE = "sparse"
 """The way of an FFN that prunes; the others are :data:`srelu24.dense.WAYS`."""
 MARGIN = 1.02
 """The sparse pair runs where it was measured to be so many times faster than the best dense FFN of the same sizes."""
-MISFIT = 1.05
-"""A record of another problem does not count where the cost model expects its own first choice to be so many times
-faster: where a tile fits those rows and not these. What the model is wrong by is less (docs/tuning.md)."""
 PREDICTED_MARGIN = 1.1
 """The same where only :func:`srelu24_gen.cost.ffn_gain` says so: dense unless the model leaves no doubt."""
 
@@ -101,8 +77,7 @@ def gpu_of(device: torch.device) -> GpuTarget:
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
-    """The best known configuration: the tuning database's answer, else :func:`srelu24_gen.cost.best`, where there is
-    none or a neighbour's does not fit (:data:`MISFIT`).
+    """The best known configuration: :func:`srelu24.choice.answer`, from the database at its usual places.
 
     Args:
         batch: the batch-invariant configuration most like it.
@@ -117,37 +92,6 @@ def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
             return choice
         return dataclasses.replace(choice, config=config, why=f"{choice.why}; made batch-invariant")
     return answer(problem, target, _database())
-
-
-def answer(problem: Problem, target: GpuTarget, db: Database) -> Choice:
-    """What :func:`choose` says, from a database of the caller's.
-
-    Raises:
-        Unsupported: no kernel computes the problem on ``target``; the message is the reason.
-    """
-    match = db.find(problem, target)
-    if match is None:
-        default = cost.best(problem, target)
-        return Choice(default, "default", None, "default for this size, untuned: no record helps")
-    if match.how == "exact":
-        return Choice(match.config, match.how, match.record, _HOW[match.how])
-    if (gain := _misfit(problem, match, target)) >= MISFIT:
-        why = f"default for this size, untuned: expected at {gain:.2f}x of what is tuned for {match.record.problem}"
-        return Choice(cost.best(problem, target), "default", None, why)
-    return Choice(match.config, match.how, match.record, f"{_HOW[match.how]} ({match.record.problem})")
-
-
-def _misfit(problem: Problem, match: Match, target: GpuTarget) -> float:
-    """How many times faster than a neighbour's configuration the cost model expects its own first choice to be here,
-    beyond what it expects, wrongly, where that configuration was measured to be the best. 1 where it says nothing."""
-    if not cost.speaks_for(problem, target):
-        return 1.0
-
-    def expected(at: Problem) -> float:
-        return cost.cost(at, match.config, target).us / cost.cost(at, cost.best(at, target), target).us
-
-    here = dataclasses.replace(problem, m=cost.rounded(problem.m))
-    return expected(here) / expected(dataclasses.replace(match.record.problem, family=problem.family))
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
@@ -215,6 +159,21 @@ def ffn_way(mode: str, dtype: torch.dtype, b1: bool, b2: bool, m: int, d: int, f
 
 
 @functools.cache
+def compiles() -> bool:
+    """Whether this machine has a compiler; one without has the kernels of bundles only."""
+    try:
+        return bool(Toolchain.find().include_dirs)
+    except ToolchainError:
+        return False
+
+
+@functools.lru_cache(maxsize=_CACHED_CHOICES)
+def missing(spec: KernelSpec) -> str | None:
+    """Why this machine neither has nor can compile a kernel; None where it is to be had, as with a compiler always."""
+    return compiler.why_missing(spec)
+
+
+@functools.cache
 def family_of(
     op: Op,
     dtype: torch.dtype,
@@ -233,11 +192,15 @@ def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, ba
 
     Raises:
         Unsupported: no kernel computes the problem.
-        CompileError, LaunchError: the kernel could not be built or loaded.
+        ToolchainError: the kernel is :func:`missing`.
+        CompileError, LaunchError: it could not be built or loaded.
     """
     target = gpu_of(device)
     choice = choose(Problem(family, m, n, k), target, batch)
-    return launcher_for(KernelSpec(family, choice.config, target.arch), device.index)
+    spec = KernelSpec(family, choice.config, target.arch)
+    if (reason := missing(spec)) is not None:
+        raise ToolchainError(reason)
+    return launcher_for(spec, device.index)
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
@@ -247,7 +210,7 @@ def pair_of(
     """What answers an FFN that runs sparse: one dictionary look-up once it is known.
 
     Raises:
-        Unsupported, CompileError, LaunchError: as of :func:`launcher_of`.
+        Unsupported, ToolchainError, CompileError, LaunchError: as of :func:`launcher_of`.
     """
     first = launcher_of(family_of(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1), m, f, d, device, batch)
     second = launcher_of(family_of(Op.SPGEMM, dtype, bias=b2), m, d, f, device, batch)
@@ -257,9 +220,9 @@ def pair_of(
 
 
 def clear_cache() -> None:
-    """Forget every choice, so that new tuning records count. Kernels already loaded stay loaded."""
+    """Forget every choice, so that new tuning records and bundles count. Kernels already loaded stay loaded."""
     # What others are made from comes first: a call of another thread in between keeps nothing of what was.
-    for cached in (_database, choose, choose_ffn, ffn_way, launcher_of, pair_of):
+    for cached in (_database, choose, choose_ffn, ffn_way, compiles, missing, launcher_of, pair_of):
         cached.cache_clear()
 
 

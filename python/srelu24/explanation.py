@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from srelu24.choice import Choice
 from srelu24.dense import WAYS
-from srelu24.dispatch import BATCH, SPARSE, Choice, choose, choose_ffn, gpu_of
+from srelu24.dispatch import BATCH, SPARSE, choose, choose_ffn, gpu_of, missing
 from srelu24.fp8 import kernels
 from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8 import plain as fp8_plain
@@ -97,7 +98,7 @@ def explain(
         target, rows = gpu_of(x.device), x.reshape(-1, x.shape[-1])
         parts = kernels.problems(known.name, rows, q1.values, q2.values, b1, b2)
         why = f"{target.name}, {target.arch}, {target.kernels}; 8-bit, recipe {known.name}"
-        return Explanation("kernels", why, tuple(_explained(p, target) for p in parts))
+        return _to_be_had(Explanation("kernels", why, tuple(_explained(p, target) for p in parts)), mode)
     x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
@@ -111,7 +112,8 @@ def explain(
             return Explanation("dense", "dense was asked for")
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")
     shape = Shape(rows.shape[0], x.shape[-1], w1.shape[0])
-    return explain_kernels(shape, DTYPES[x.dtype], b1 is not None, b2 is not None, gpu_of(x.device), mode)
+    kind = (DTYPES[x.dtype], b1 is not None, b2 is not None)
+    return _to_be_had(explain_kernels(shape, *kind, gpu_of(x.device), mode), mode)
 
 
 def explain_kernels(
@@ -131,6 +133,12 @@ def explain_kernels(
         return Explanation("kernels", f"{where}; {why}", pair)
     own = shape.dense_gemms(dtype, b1, b2)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
     return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
+
+
+def _to_be_had(told: Explanation, mode: str) -> Explanation:
+    """The same, or what runs where this machine can neither find nor compile one of the kernels."""
+    reason = next(filter(None, (missing(k.spec) for k in told.kernels)), None)
+    return told if reason is None else Explanation("nothing" if mode == BATCH else "dense", reason)
 
 
 def _explained(problem: Problem, target: GpuTarget, batch: bool = False) -> ExplainedKernel:

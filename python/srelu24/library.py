@@ -1,6 +1,7 @@
 """The torch.library ops of 16-bit operands: CUDA tensors run the kernels, CPU tensors the reference, fakes give shapes.
 
-What the kernels cannot do runs as dense PyTorch with one warning per reason, where the result has a dense form.
+What the kernels cannot do, and those that this machine neither has nor can compile, runs as dense PyTorch with one
+warning per reason, where the result has a dense form.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from srelu24.fallback import warn_dense
 from srelu24.launch import DTYPES, Operands
 from srelu24.operands import ALIGNMENT, kernel_reason
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
-from srelu24_gen.errors import Unsupported
+from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.spec import Activation, Op
 
 _library = torch.library.Library("srelu24", "DEF")
@@ -39,11 +40,14 @@ def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
     if m == 0:
         return x.new_empty((0, d))
     kind = (x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
-    if mode not in (SPARSE, BATCH):
-        way = ffn_way(mode, *kind)
-        if way != SPARSE:
-            return dense.ffn(way, x, w1, w2, b1, b2)
-    return pair_of(*kind, mode == BATCH)(x, w1, w2, b1, b2)
+    try:
+        if mode not in (SPARSE, BATCH):
+            way = ffn_way(mode, *kind)
+            if way != SPARSE:
+                return dense.ffn(way, x, w1, w2, b1, b2)
+        return pair_of(*kind, mode == BATCH)(x, w1, w2, b1, b2)
+    except ToolchainError as error:
+        return fallback_ffn(str(error), mode, x, w1, w2, b1, b2)
 
 
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -52,7 +56,11 @@ def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> 
         warn_dense(reason)
         return dense_linear(x, w, bias, activation)
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device=x.device)
-    _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
+    try:
+        _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
+    except ToolchainError as error:
+        warn_dense(str(error))
+        return dense_linear(x, w, bias, activation)
     return out
 
 
@@ -85,7 +93,11 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
         warn_dense(reason)
         return _matmul_dense(s, w2, bias, residual)
     out = torch.empty(s.shape[0], w2.shape[0], dtype=s.dtype, device=s.device)
-    _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
+    try:
+        _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
+    except ToolchainError as error:
+        warn_dense(str(error))
+        return _matmul_dense(s, w2, bias, residual)
     return out
 
 

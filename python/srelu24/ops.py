@@ -57,7 +57,8 @@ def ffn(
     ``prune24(relu(x w1^T + b1)^2) w2^T + b2``, arXiv 2503.16672 section 3, numerics in docs/numerics.md.
     On a GPU, "auto" runs it dense and unpruned where the sparse kernels do not win (few tokens), by the times in the
     tuning database or else a cautious model; :func:`srelu24.explain` says which. Without a supported GPU, dtype or
-    size, and while gradients are recorded, it runs dense with one warning.
+    size, without the kernel where nothing can compile it, and while gradients are recorded, it runs dense with one
+    warning.
 
     Args:
         x: [..., D], bf16 or fp16. Row stride a multiple of 16 bytes, last dimension contiguous.

@@ -23,7 +23,7 @@ from srelu24.operands import (
     differentiated,
     kernel_reason,
 )
-from srelu24_gen.errors import Unsupported
+from srelu24_gen.errors import ToolchainError, Unsupported
 
 _library = torch.library.Library("srelu24", "FRAGMENT")
 _library.define("linear24(Tensor a, Tensor w, Tensor? bias, str mode='auto') -> Tensor")
@@ -71,7 +71,11 @@ def _linear24(a: Tensor, w: Tensor, bias: Tensor | None, mode: str = "auto") -> 
         mode = ffn_way(mode, a.dtype, False, bias is not None, m, d, f, a.device)
     if mode not in ("auto", SPARSE):
         return functional.linear(a, w, bias)
-    values, metadata = torch.ops.srelu24.sparsify24(a, "none")
+    try:
+        values, metadata = torch.ops.srelu24.sparsify24(a, "none")
+    except ToolchainError as error:
+        warn_dense(str(error))
+        return functional.linear(a, w, bias)
     return torch.ops.srelu24.matmul(values, metadata, w, bias, None)  # type: ignore[no-any-return]
 
 

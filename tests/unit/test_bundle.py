@@ -9,52 +9,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
+import made_up_compiler
+from made_up_compiler import machine, no_toolchain
 from srelu24 import bundle, cli
+from srelu24.choice import answer
 from srelu24.db import Database
-from srelu24.records import Evidence, TuningRecord
+from srelu24.records import Evidence, TuningRecord, encode_file
 from srelu24_gen import compile as compiler
-from srelu24_gen import paths, space
-from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError
-from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, KernelConfig, KernelSpec
+from srelu24_gen import space
+from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
+from srelu24_gen.models import Pass, Shape
+from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op
 from srelu24_gen.store import BuildStore
-from srelu24_gen.target import TARGETS, Toolchain
+from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
 SHAPE = Shape(4096, 1024, 4096)
 NEAR = Shape(512, 1024, 4096)
 TUNED = KernelConfig(stages=3, raster_group=4)
-REPORT = f"""ptxas info    : Compiling entry function '{compiler.ENTRY}' for 'sm_90a'
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers, 64 bytes smem
-"""
 
 
 @pytest.fixture(autouse=True)
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A compiler that makes cubins up, and the names of what it was asked for."""
-    asked: list[str] = []
-
-    def compile_source(source: str, name: str, **_: Any) -> compiler.Compiled:
-        asked.append(name)
-        return compiler.Compiled(hashlib.sha256(source.encode()).digest() * 50, REPORT, 0.1)
-
-    monkeypatch.setattr(compiler, "compile_source", compile_source)
-    return asked
-
-
-def machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
-    """Moves to another machine: nothing built, nothing recorded."""
-    monkeypatch.setenv("SRELU24_CACHE_DIR", str(folder / "cache"))
-    monkeypatch.setenv("SRELU24_DATA_DIR", str(folder / "data"))
-    monkeypatch.setattr(paths, "shipped_records_dir", lambda: folder / "shipped")
-    from srelu24 import dispatch
-
-    dispatch.clear_cache()
-    return Database.open()
+    return made_up_compiler.install(monkeypatch)
 
 
 def record(shape: Shape, config: KernelConfig = TUNED, when: str = "2026-01-01T00:00:00Z") -> TuningRecord:
@@ -88,13 +70,6 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def installed(db: Database) -> tuple[int, int]:
     return len(BuildStore().entries()), len(db.user_records())
-
-
-def no_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find() -> Toolchain:
-        raise ToolchainError("there is no NVRTC")
-
-    monkeypatch.setattr(Toolchain, "find", find)
 
 
 def test_a_machine_without_a_compiler_runs_what_was_packed(
@@ -138,6 +113,47 @@ def test_a_newer_record_of_the_users_stays(packed: Path) -> None:
     match = db.find(SHAPE.gemms(DType.BF16)[1], H200)
     assert match
     assert match.config == KernelConfig(stages=4)
+
+
+def test_what_is_packed_is_what_the_other_machine_will_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of other widths stays here, so there something else answers."""
+    db = machine(tmp_path / "there", monkeypatch)
+    db.put(record(Shape(512, 1152, 4096), KernelConfig(stages=2)))
+    bundle.pack(tmp_path / "b.zip", [SHAPE], DType.BF16, H200, db=db)
+    here = machine(tmp_path / "here", monkeypatch)
+    assert bundle.load(tmp_path / "b.zip").records == 0
+    names = {entry.name for entry in BuildStore().entries()}
+    for m in range(1, SHAPE.m, 97):
+        for problem in SHAPE._replace(m=m).gemms(DType.BF16):
+            assert KernelSpec(problem.family, answer(problem, H200, here).config).name in names, m
+
+
+@pytest.mark.filterwarnings("ignore:.*unknown field.*tile_q")
+def test_a_record_that_this_version_cannot_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    db = machine(tmp_path / "there", monkeypatch)
+    shipped = tmp_path / "there" / "shipped" / "sm_90a" / "h200" / "spgemm_bf16.json"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_bytes(encode_file([msgspec.structs.replace(record(SHAPE), config={"tile_q": 1}), record(NEAR)]))
+    assert bundle.pack(tmp_path / "b.zip", [SHAPE], DType.BF16, H200, db=db).records == 1
+    machine(tmp_path / "here", monkeypatch)
+    assert bundle.load(tmp_path / "b.zip").records == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    [
+        (SHAPE, DType.E4M3, "a training step does not take e4m3"),
+        (Shape(4096, 1000, 4096), DType.BF16, "a width of 1000 is not a multiple of 64"),
+        (Shape(8, 1024, 4096), DType.BF16, "8 tokens are not a multiple of 16"),
+    ],
+)
+def test_a_step_that_no_kernel_computes_is_not_packed(
+    shape: Shape, dtype: DType, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    db = machine(tmp_path, monkeypatch)
+    with pytest.raises(Unsupported, match=reason):
+        bundle.pack(tmp_path / "b.zip", [shape], dtype, H200, passes=(Pass.BACKWARD,), db=db)
+    assert not (tmp_path / "b.zip").exists()
 
 
 def rewritten(path: Path, change: Callable[[dict[str, bytes], dict[str, Any]], None], rehash: bool = False) -> Path:
@@ -251,12 +267,14 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "b.zip"
     run = CliRunner()
     made = run.invoke(
-        cli.app, ["pack", "--gpu", "nvidia-h200", "--shape", str(SHAPE), "--bias", "-o", str(file), "--json"]
+        cli.app, ["pack", "--gpu", "nvidia-h200", "--shape", str(SHAPE), "--bias", "--pass", "all", "-o", str(file)]
     )
     assert made.exit_code == 0, made.output
     machine(tmp_path / "here", monkeypatch)
     loaded = run.invoke(cli.app, ["load", str(file)])
     assert loaded.exit_code == 0, loaded.output
     assert "new records for h200" in loaded.stderr
-    assert {entry.family["bias"] for entry in BuildStore().entries()} == {True, False}
+    families = [entry.family for entry in BuildStore().entries()]
+    assert {family["bias"] for family in families} == {True, False}
+    assert {family["op"] for family in families} == set(Op) - {Op.QUANTIZE_ROWS, Op.SQUARE_ROWS}
     assert run.invoke(cli.app, ["load", str(tmp_path / "none.zip")]).exit_code == 1

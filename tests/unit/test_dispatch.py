@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from srelu24 import choice as choices
 from srelu24 import dispatch
 from srelu24.db import Database
 from srelu24.records import Evidence, TuningRecord
@@ -115,7 +116,7 @@ def test_a_record_whose_tile_does_not_fit_these_rows_is_set_aside(database: Data
 def test_a_record_is_not_set_aside_for_what_the_model_has_wrong_where_it_was_measured(database: Database) -> None:
     unloved = KernelConfig(tile_m=64, tile_n=128, cluster_m=1, stages=2)
     expected = [cost.cost(PROBLEM, c, H200).us for c in (unloved, cost.best(PROBLEM, H200))]
-    assert expected[0] > dispatch.MISFIT * expected[1]
+    assert expected[0] > choices.MISFIT * expected[1]
     database.put(record(config=unloved))
     biased = dataclasses.replace(PROBLEM, family=dataclasses.replace(PROBLEM.family, bias=True))
     for problem in (biased, dataclasses.replace(PROBLEM, m=PROBLEM.m - 8)):

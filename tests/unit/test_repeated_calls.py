@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from srelu24 import dispatch, launch, library, operands, pair, workspace
+from srelu24 import dispatch, launch, library, workspace
 from srelu24.launch import Arguments, GemmLauncher, Operands
 from srelu24.pair import Pair
 from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 from srelu24_gen.target import TARGETS
+from stubbed_gpu import stubbed
 
 H200 = TARGETS["h200"]
 
@@ -45,27 +46,11 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         key = (size, *sorted(kind.items(), key=lambda item: item[0]))
         return memory.setdefault(key, empty(*size, **kind))
 
-    kernel = SimpleNamespace(device=0, launch=counted("launched"))
     monkeypatch.setattr(torch, "empty", same_memory)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=H200.sm_count)
-    )
-    monkeypatch.setattr(launch, "build", counted("built"))
-    monkeypatch.setattr(launch, "load", lambda *_, **__: kernel)
-    for module in (launch, pair, workspace):
-        monkeypatch.setattr(module, "stream", lambda device: 0)
-    monkeypatch.setattr(workspace, "_workspaces", {})
-    monkeypatch.setattr(workspace, "allocate_kept", counted("kept", lambda make, device: make()))
-    monkeypatch.setattr(launch, "ArgumentBlock", counted("encoded", lambda content: SimpleNamespace(address=1)))
-    monkeypatch.setattr(launch, "tensor_map", lambda *_, **__: b"")
-    for module in (dispatch, operands):
-        monkeypatch.setattr(module, "gpu_of", lambda device: H200)
-    launch.launcher_for.cache_clear()
-    dispatch.clear_cache()
-    yield counts
-    launch.launcher_for.cache_clear()
-    dispatch.clear_cache()
+    with stubbed(monkeypatch, H200, counted("built"), counted("launched")):
+        monkeypatch.setattr(workspace, "allocate_kept", counted("kept", lambda make, device: make()))
+        monkeypatch.setattr(launch, "ArgumentBlock", counted("encoded", lambda content: SimpleNamespace(address=1)))
+        yield counts
 
 
 def test_an_equal_ffn_encodes_and_allocates_nothing_anew(done: Counter[str]) -> None:

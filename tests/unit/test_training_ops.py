@@ -294,14 +294,14 @@ def test_operators_pass_torch_s_own_check() -> None:
     o_ = torch.ops.srelu24
     torch.library.opcheck(o_.ffn_train.default, (x, *o.weights, flag, features, None, False, None, None))
     hidden = reference.forward(o.x, o.w1.detach(), o.w2.detach(), pruning=Pruning(features)).hidden
-    saved = (o.g, o.x, o.w1.detach(), o.w2.detach(), hidden, flag, features, 1, False)
+    saved = (o.g, o.x, o.w1.detach(), o.w2.detach(), hidden, flag, features, 1)
     for needed in ([True] * 5, [False, True, False, True, False]):
         torch.library.opcheck(o_.ffn_train_backward.default, (*saved, needed))
         buffers = torch.zeros(F, D), torch.zeros(D, F)
         torch.library.opcheck(o_.ffn_train_into.default, (*saved, needed, *buffers))
     plain = [w if w is None else w.detach() for w in o.weights]
     torch.library.opcheck(o_.ffn_recipe.default, (o.x, *plain, flag, features, 1, False))
-    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1, False))
+    torch.library.opcheck(o_.hidden_kept.default, (hidden, o.x, F, flag, features, 1))
 
 
 @pytest.mark.parametrize("buffers", [False, True])

@@ -94,11 +94,11 @@ def test_compilers_are_told_the_right_shapes(warmup_steps: int) -> None:
     arguments = (x, w1, w2, b1, b2, flag, features, None, True, None, None)
     torch.library.opcheck(ops.ffn_train.default, arguments, test_utils=checks)
     _, hidden, _ = ops.ffn_train(*arguments)
-    saved = (o.g, x, w1, w2, hidden, flag, features, None, True, [True] * 5)
+    saved = (o.g, x, w1, w2, hidden, flag, features, None, [True] * 5)
     torch.library.opcheck(ops.ffn_train_backward.default, saved, test_utils=checks)
     buffers = torch.zeros(F, D), torch.zeros(D, F)
     torch.library.opcheck(ops.ffn_train_into.default, (*saved, *buffers), test_utils=checks)
-    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None, True), test_utils=checks)
+    torch.library.opcheck(ops.hidden_kept.default, (hidden, x, F, flag, features, None), test_utils=checks)
 
 
 @pytest.mark.usefixtures("played")

@@ -15,7 +15,7 @@ from srelu24.launch import DTYPES
 from srelu24.operands import ALIGNMENT, DISABLED, check_vector, differentiated, kernel_reason
 from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
 from srelu24_gen import space
-from srelu24_gen.errors import Unsupported
+from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.spec import DType, Family, Op
 
 _library = torch.library.Library("srelu24", "FRAGMENT")
@@ -105,7 +105,7 @@ def dense_reason(
     return reason
 
 
-def _dense(x: Tensor, w1: QuantizedWeight, w2: QuantizedWeight, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+def _dense(x: Tensor, w1: QuantizedRows, w2: QuantizedRows, b1: Tensor | None, b2: Tensor | None) -> Tensor:
     """Unpruned, the weights widened to the type of x."""
     h = torch.nn.functional.linear(x, w1.dequantize(x.dtype), b1).relu().square()
     return torch.nn.functional.linear(h, w2.dequantize(x.dtype), b2)
@@ -145,7 +145,11 @@ def _ffn_cuda(
 ) -> Tensor:  # fmt: skip
     if kernel_reason(x) is not None:  # a traced call may bring rows as the kernels cannot read them
         x = x.clone(memory_format=torch.contiguous_format)
-    return kernels.forward(x, w1, w1_scale, w2, w2_scale, b1, b2, recipe, basis, saturated)
+    try:
+        return kernels.forward(x, w1, w1_scale, w2, w2_scale, b1, b2, recipe, basis, saturated)
+    except ToolchainError as error:
+        warn_dense(str(error))
+        return _dense(x, QuantizedRows(w1, w1_scale), QuantizedRows(w2, w2_scale), b1, b2)
 
 
 _library.impl("ffn_fp8", _ffn_cuda, "CUDA")

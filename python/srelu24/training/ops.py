@@ -26,8 +26,9 @@ from srelu24.training.reference import Forward, Gradients, Needed, Pruning
 from srelu24_gen.errors import Unsupported
 
 _library = torch.library.Library("srelu24", "FRAGMENT")
-_STEP = "Tensor sparse, Tensor dense_features, int? token_stride, bool kernels"
-_SAVED = f"Tensor g, Tensor x, Tensor w1, Tensor w2, Tensor hidden, {_STEP}, bool[] needed"
+_PRUNING = "Tensor sparse, Tensor dense_features, int? token_stride"
+_STEP = f"{_PRUNING}, bool kernels"
+_SAVED = f"Tensor g, Tensor x, Tensor w1, Tensor w2, Tensor hidden, {_PRUNING}, bool[] needed"
 _FFN = "Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2"
 _library.define(
     f"ffn_train({_FFN}, {_STEP}, Tensor? w1_grad, Tensor? w2_grad) -> (Tensor y, Tensor hidden, Tensor counts)"
@@ -35,7 +36,7 @@ _library.define(
 _library.define(f"ffn_train_backward({_SAVED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"ffn_train_into({_SAVED}, Tensor(a!) w1_grad, Tensor(b!) w2_grad) -> (Tensor, Tensor, Tensor)")
 _library.define(f"ffn_recipe({_FFN}, {_STEP}) -> Tensor")
-_library.define(f"hidden_kept(Tensor hidden, Tensor x, int f, {_STEP}) -> Tensor")
+_library.define(f"hidden_kept(Tensor hidden, Tensor x, int f, {_PRUNING}) -> Tensor")
 
 _DOUBLE_BACKWARD = (
     "srelu24.ffn was differentiated twice, and it has no second derivative; leave create_graph off, "
@@ -60,16 +61,17 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
             f"F = {f} on {x.device}; make the recipe's layers when the model is where it will train."
         )
     rows = x.reshape(-1, x.shape[-1])
-    pruning = (flag, layer.dense_features, layer.recipe.token_stride, layer.recipe.kernels)
+    pruning = (flag, layer.dense_features, layer.recipe.token_stride)
+    how = (*pruning, layer.recipe.kernels)
     if differentiated(x, w1, w2, b1, b2):
-        y, hidden, counts = torch.ops.srelu24.ffn_train(rows, w1, w2, b1, b2, *pruning, layer.w1_grad, layer.w2_grad)
+        y, hidden, counts = torch.ops.srelu24.ffn_train(rows, w1, w2, b1, b2, *how, layer.w1_grad, layer.w2_grad)
         layer.count(counts, rows.shape[0])
         if layer.recipe.metrics is not None:
             layer.observe(
                 counts, torch.ops.srelu24.hidden_kept(hidden.detach(), rows.detach(), f, *pruning), rows.shape[0]
             )
     else:
-        y = torch.ops.srelu24.ffn_recipe(rows, w1, w2, b1, b2, *pruning)
+        y = torch.ops.srelu24.ffn_recipe(rows, w1, w2, b1, b2, *how)
     return y.view(x.shape)  # type: ignore[no-any-return]
 
 
@@ -88,7 +90,7 @@ def _forward(
     kernels: bool,
 ) -> Forward:
     pruning = _pruning(sparse, dense_features, token_stride)
-    reason = step.reason_against(x, w1.shape[0], token_stride, kernels)
+    reason = step.reason_against(x, w1.shape[0], token_stride, kernels, b1 is not None or b2 is not None)
     if reason is not None and x.is_cuda:
         warn_reference(reason)
     with _exact(x):
@@ -117,7 +119,6 @@ def _gradients(
     sparse: Tensor,
     dense_features: Tensor,
     token_stride: int | None,
-    kernels: bool,
     needed: list[bool],
     w1_grad: Tensor | None = None,
     w2_grad: Tensor | None = None,
@@ -125,7 +126,7 @@ def _gradients(
     """Those of the weights are already in their buffers, where there are any."""
     pruning, wanted = _pruning(sparse, dense_features, token_stride), Needed(*needed)
     m, f = x.shape[0], w1.shape[0]
-    if step.reason_against(x, f, token_stride, kernels) is None:
+    if step.keeps_packed(hidden):
         if pruning is not None:
             with _exact(x):
                 return step.backward(
@@ -157,11 +158,10 @@ def _hidden_kept(
     sparse: Tensor,
     dense_features: Tensor,
     token_stride: int | None,
-    kernels: bool,
 ) -> Tensor:
     """int64 [2]: non-zeros of S, and of S pruned along tokens; during the warm-up those that pruning would leave."""
     pruning = Pruning(dense_features, token_stride)
-    if step.reason_against(x, f, token_stride, kernels) is None:
+    if step.keeps_packed(hidden):
         if sparse.item():
             return torch.stack(step.kept(hidden, x.shape[0], f, pruning))
         hidden = step.dense_part(hidden, x.shape[0], f)
@@ -192,7 +192,7 @@ def _exact(x: Tensor) -> torch.autocast:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, w2, _, _, sparse, dense_features, ctx.token_stride, ctx.kernels, w1_grad, w2_grad = inputs
+    x, w1, w2, _, _, sparse, dense_features, ctx.token_stride, _, w1_grad, w2_grad = inputs
     _, hidden, counts = output
     ctx.mark_non_differentiable(hidden, counts)
     ctx.set_materialize_grads(False)
@@ -205,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if g is None:
         return (None,) * 11
-    saved = (g.contiguous(), *ctx.saved_tensors, ctx.token_stride, ctx.kernels)
+    saved = (g.contiguous(), *ctx.saved_tensors, ctx.token_stride)
     needed = list(ctx.needs_input_grad[:5])
     wanted: tuple[Tensor | None, ...]
     if ctx.buffers[0] is None:
@@ -239,7 +239,7 @@ def _ffn_train_fake(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, f = x.shape[0], w1.shape[0]
-    packs = step.reason_against(x, f, token_stride, kernels) is None
+    packs = step.reason_against(x, f, token_stride, kernels, b1 is not None or b2 is not None) is None
     hidden = x.new_empty(step.hidden_size(m, f)) if packs else x.new_empty(m, f)
     return x.new_empty(x.shape), hidden, x.new_empty(f, dtype=torch.int32)
 
@@ -257,7 +257,6 @@ def _ffn_train_backward_fake(
     s: Tensor,
     d: Tensor,
     t: int | None,
-    kernels: bool,
     needed: list[bool],
 ) -> tuple[Tensor, ...]:
     return _fakes(needed, x.shape, w1.shape, w2.shape, w1.shape[:1], w2.shape[:1], like=x)

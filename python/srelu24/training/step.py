@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from srelu24.dispatch import gpu_of
+from srelu24.dispatch import choose, compiles, gpu_of, missing
 from srelu24.launch import DTYPES
 from srelu24.sparse24 import Sparse24, metadata_shape
 from srelu24.training import kernels, movers
@@ -22,12 +22,14 @@ from srelu24.training.reference import Forward, Gradients, Needed, Pruning
 from srelu24_gen import space
 from srelu24_gen.bindings import E_VECTOR_COLUMNS
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Family, Op
+from srelu24_gen.models import Shape
+from srelu24_gen.spec import DType, Family, KernelSpec, Op
+from srelu24_gen.target import GpuTarget
 
 _ALIGNMENT = 16
 
 
-def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) -> str | None:
+def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool, biases: bool = False) -> str | None:
     """Why the kernels do not take a step of x [M, D] with F = ``f``, or None if they do. Looks at no values."""
     if not x.is_cuda:
         return "the tensors are not on a GPU"
@@ -45,7 +47,25 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool) ->
         kernels.row_steps(m, token_stride)
     except Unsupported as error:
         return str(error).rstrip(".")
-    return None
+    if not m or compiles():
+        return None
+    return _missing(Shape(int(m), int(d), int(f)), DTYPES[x.dtype], biases, gpu_of(x.device))
+
+
+def _missing(shape: Shape, dtype: DType, biases: bool, target: GpuTarget) -> str | None:
+    """The same of a machine without a compiler: it has every kernel of such a step, or the step is the reference."""
+    problems = [
+        problem
+        for bias in {False, biases}
+        for problem in (*shape.step_gemms(dtype, bias, bias), *shape.step_kernels(dtype, bias))
+    ]
+    specs = (KernelSpec(p.family, choose(p, target).config, target.arch) for p in problems)
+    return next(filter(None, map(missing, specs)), None)
+
+
+def keeps_packed(hidden: Tensor) -> bool:
+    """Whether a step on the kernels kept this, :func:`hidden_size` elements; the reference keeps relu2(Y1), [M, F]."""
+    return hidden.dim() == 1
 
 
 def hidden_size(m: int, f: int) -> int:

@@ -1,0 +1,52 @@
+"""A compiler that makes cubins up, and machines with and without it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srelu24 import dispatch
+from srelu24.db import Database
+from srelu24_gen import compile as compiler
+from srelu24_gen import paths
+from srelu24_gen.errors import ToolchainError
+from srelu24_gen.target import Toolchain
+
+_REPORT = f"""ptxas info    : Compiling entry function '{compiler.ENTRY}' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 1 barriers, 64 bytes smem
+"""
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put it in the compiler's place; the names of what it is asked for."""
+    asked: list[str] = []
+
+    def compile_source(source: str, name: str, **_: Any) -> compiler.Compiled:
+        asked.append(name)
+        return compiler.Compiled(hashlib.sha256(source.encode()).digest() * 50, _REPORT, 0.1)
+
+    monkeypatch.setattr(compiler, "compile_source", compile_source)
+    return asked
+
+
+def machine(folder: Path, monkeypatch: pytest.MonkeyPatch, shipped: Path | None = None) -> Database:
+    """Moves to another machine: nothing built, nothing recorded but what ships."""
+    monkeypatch.setenv("SRELU24_CACHE_DIR", str(folder / "cache"))
+    monkeypatch.setenv("SRELU24_DATA_DIR", str(folder / "data"))
+    monkeypatch.setattr(paths, "shipped_records_dir", lambda: shipped or folder / "shipped")
+    dispatch.clear_cache()
+    return Database.open()
+
+
+def no_toolchain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on nothing can compile."""
+
+    def find() -> Toolchain:
+        raise ToolchainError("there is no NVRTC")
+
+    monkeypatch.setattr(Toolchain, "find", find)
+    dispatch.clear_cache()

@@ -1,0 +1,63 @@
+"""A GPU for the tensors of the CPU, up to the driver: kernels are chosen, built and encoded, and not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from srelu24 import dense, dispatch, explanation, launch, operands, pair, workspace
+from srelu24.fp8 import ops as fp8_ops
+from srelu24.training import kernels, movers, step
+from srelu24_gen.spec import KernelSpec
+from srelu24_gen.target import GpuTarget
+
+_USERS_OF_GPU = (dispatch, explanation, fp8_ops, movers, operands, step)
+_USERS_OF_STREAM = (dense, kernels, launch, movers, pair, workspace)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on the GPU; ``x.as_subclass(OnGpu)``."""
+
+    is_cuda = True
+
+
+@contextmanager
+def stubbed(
+    monkeypatch: pytest.MonkeyPatch,
+    target: GpuTarget,
+    build: Callable[[KernelSpec], Any],
+    launched: Callable[..., None] = lambda *_: None,
+) -> Iterator[None]:
+    """Every kernel comes from ``build`` and is given to ``launched``."""
+    kernel = SimpleNamespace(device=0, launch=launched)
+    properties = SimpleNamespace(multi_processor_count=target.sm_count)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for user in (launch, movers):
+        monkeypatch.setattr(user, "build", build)
+        monkeypatch.setattr(user, "load", lambda *_, **__: kernel)
+        monkeypatch.setattr(user, "ArgumentBlock", lambda content: SimpleNamespace(address=1))
+    for user in (launch, kernels):
+        monkeypatch.setattr(user, "tensor_map", lambda *_, **__: b"")
+    for user in _USERS_OF_GPU:
+        monkeypatch.setattr(user, "gpu_of", lambda device: target)
+    for user in _USERS_OF_STREAM:
+        monkeypatch.setattr(user, "stream", lambda device: 0)
+    monkeypatch.setattr(workspace, "_workspaces", {})
+    monkeypatch.setattr(workspace, "allocate_kept", lambda make, device: make())
+    on_the_cpu = workspace._new
+    monkeypatch.setattr(workspace, "_new", lambda flags, floats, device: on_the_cpu(flags, floats, torch.device("cpu")))
+    _forget()
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    for cached in (launch.launcher_for, kernels.launcher_for, movers._kernel):
+        cached.cache_clear()
+    dispatch.clear_cache()
