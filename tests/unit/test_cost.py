@@ -128,7 +128,7 @@ def test_the_gain_of_pruning_is_near_the_measured_one() -> None:
         errors.append(math.log(gain / measured))
         assert measured > 1 or gain < PREDICTED_MARGIN
     assert len(errors) > 50
-    assert math.sqrt(mean(error**2 for error in errors)) < 0.05
+    assert math.sqrt(mean(error**2 for error in errors)) < 0.035
 
 
 # --- what runs without a record ---
@@ -201,7 +201,12 @@ def test_ranking_is_of_the_whole_space_and_sorted() -> None:
 
 def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_no_kernels() -> None:
     gains = [cost.ffn_gain(Shape(m, 4096, 16384), DType.BF16, H200) for m in (16, 128, 512, 2048, 16384)]
-    assert 0.8 < gains[0] < 1, "both wait for the same weights, and a library's GEMM waits for nothing else"
+    few = Shape(16, 4096, 16384)
+    ours, sparse = (
+        sum(us(p, cost.best(p, H200)) for p in gemms) for gemms in (few.dense_gemms(DType.BF16), few.gemms(DType.BF16))
+    )
+    assert ours / sparse == pytest.approx(1.0, abs=0.01), "both wait for the same weights"
+    assert 0.8 < gains[0] < 1, "a library's GEMM waits for nothing else"
     assert gains[-1] > 1.15
     assert max(gains) < 1.5, "GEMM1 stays dense"
     assert cost.ffn_gain(Shape(512, 12, 64), DType.BF16, H200) == 0
