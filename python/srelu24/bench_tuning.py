@@ -21,6 +21,7 @@ from srelu24.noise import Chain, speedup
 from srelu24.results import BenchFile, Candidate, Row
 from srelu24.search import Runner
 from srelu24.tune import Lent, tune_ffn
+from srelu24.views import config_text
 from srelu24.worker import Candidate as Chained
 from srelu24.worker import Failed, Job, Step, Timed
 from srelu24_gen import cost
@@ -48,7 +49,7 @@ def bench_tuning(
 ) -> BenchFile:
     """Rows "tuning": the recorded kernels ("srelu24") against "default". Rows "fallback": what runs by the records of
     other token counts ("srelu24") against those that are "tuned" now for this one, in a database that is thrown away.
-    Of a training step "tuning_step" and "fallback_step".
+    Of a training step "tuning_step" and "fallback_step". Notes name the kernels; what both have is timed once.
 
     Args:
         shapes: with a record each on this GPU.
@@ -225,8 +226,11 @@ def _compare(
     )
     if len(timed) == 2:
         row.speedup[name] = speedup(timed[name].samples, timed["srelu24"].samples).median
-    if ours == other:
-        row.candidates[name].note = "the same kernels"
+    for each, chain in (("srelu24", ours), (name, other)):
+        row.candidates[each].note = "; ".join(
+            f"{problem.family.op.value} {config_text(problem.family.op, config)}"
+            for problem, config in zip(gemms, chain, strict=True)
+        )
     return row
 
 
