@@ -15,6 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from srelu24.dispatch import PREDICTED_MARGIN
+from srelu24.records import read_file
 from srelu24_gen import cost, space
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
@@ -26,9 +27,9 @@ ROOT = Path(__file__).parents[2]
 MEASURED: list[dict[str, Any]] = json.loads((ROOT / "docs/measurements/trials_h200.json").read_text())["problems"]
 LONGER: list[dict[str, Any]] = json.loads((ROOT / "docs/measurements/stream_k.json").read_text())
 """Five large shapes, timed for longer, the dense GEMM too. Its sparse kernels with a producer thread were rewritten."""
-SHIPPED: list[dict[str, Any]] = json.loads((ROOT / "tuning_db/sm_90a/h200/gemm_relu2_24_bf16.json").read_text())[
-    "records"
-]
+SHIPPED, SHIPPED_SPGEMM = (
+    read_file(ROOT / f"tuning_db/sm_90a/h200/{family}.json") for family in ("gemm_relu2_24_bf16", "spgemm_bf16")
+)
 sizes = st.integers(1, 512).map(lambda i: 64 * i)
 
 
@@ -74,8 +75,8 @@ def test_what_is_ranked_first_is_nearly_the_fastest() -> None:
         tried = measured(entry)
         _, speed, _ = min(tried, key=lambda each: each[2])
         behind.append(math.log(max(each[1] for each in tried) / speed))
-    assert mean(behind) < 0.01
-    assert sum(each > 0.05 for each in behind) <= 3
+    assert mean(behind) < 0.005
+    assert max(behind) < 0.05
 
 
 def test_clear_differences_are_ranked_as_measured() -> None:
@@ -86,7 +87,7 @@ def test_clear_differences_are_ranked_as_measured() -> None:
         if speed > 1.1 * other_speed
     ]
     assert len(right) > 500
-    assert mean(right) > 0.92
+    assert mean(right) > 0.96
 
 
 def timed_for_longer(entry: dict[str, Any]) -> list[tuple[str, str, float, float]]:
@@ -119,16 +120,29 @@ def test_stream_k_helps_where_the_last_wave_is_short() -> None:
         assert us(problem, config(problem, stream_k=True)) < us(problem, config(problem, stream_k=False))
 
 
+def test_few_tokens_are_predicted_too() -> None:
+    # The trials have 512 and more; these are winners, whose stream-K adds up to eight parts of a tile.
+    errors = []
+    for record in (*SHIPPED, *SHIPPED_SPGEMM):
+        if record.m < 512:
+            errors.append(math.log(us(record.problem, record.kernel_config()) / 1000 / record.evidence.ms))
+    assert len(errors) > 50
+    assert math.sqrt(mean(error**2 for error in errors)) < 0.08
+
+
 def test_the_gain_of_pruning_is_near_the_measured_one() -> None:
     # The trials have no dense GEMM; these are the times of whole FFNs, sparse beside the best dense way.
-    errors = []
+    errors: dict[bool, list[float]] = {True: [], False: []}
     for record in SHIPPED:
-        measured = min(time["speedup"] for time in record["evidence"]["dense"].values())
-        gain = cost.ffn_gain(Shape(record["m"], record["k"], record["n"]), DType.BF16, H200)
-        errors.append(math.log(gain / measured))
+        measured = min(time.speedup for time in record.evidence.dense.values())
+        gain = cost.ffn_gain(Shape(record.m, record.k, record.n), DType.BF16, H200)
+        errors[record.m >= 512].append(math.log(gain / measured))
         assert measured > 1 or gain < PREDICTED_MARGIN
-    assert len(errors) > 50
-    assert math.sqrt(mean(error**2 for error in errors)) < 0.035
+    many, few = errors[True], errors[False]
+    assert len(many) > 50
+    assert math.sqrt(mean(error**2 for error in many)) < 0.035
+    assert len(few) > 20
+    assert math.sqrt(mean(error**2 for error in few)) < 0.12
 
 
 # --- what runs without a record ---
