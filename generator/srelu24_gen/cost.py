@@ -38,21 +38,22 @@ FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
 """What the constants are fitted for. Of gemm there are no trials: it counts as gemm_relu2_24 with a larger output."""
 CLOCK_HZ = 1.5e9
 """Of an SM, on real data."""
-LATENCY_CYCLES = 1750
+LATENCY_CYCLES = 1800
 """From the issue of a load to its arrival under load."""
 STALL_SHARE = {"dense": 0.056, "sparse": 0.09}
 """Of a step's MMAs: what it loses to loads that a producer thread issues between two groups of them."""
-L2_BYTES_PER_CLOCK = 88.0
-"""Of one SM."""
+L2_BYTES_PER_CLOCK = {"whole": 83.0, "split": 35.3}
+"""Of one SM. CTAs that walk K in step read the same B at the same time, which costs L2 less; where tiles are split along
+K they do not."""
 L2_SHARE = 0.6
 """Of L2 that a band can hold on to while B and the output stream past."""
 DRAM_SHARE = 0.825
 """Of the peak bandwidth that a kernel reaches."""
-PICOJOULES = {"dense": 0.636, "sparse": 0.359, "l2": 10.3, "shared": 12.7, "dram": 12.4}
+PICOJOULES = {"dense": 0.636, "sparse": 0.359, "l2": 10.3, "shared": 12.7, "dram": 11.9}
 """Per dense-equivalent 16-bit operation of either MMA (half in 8 bits), per byte read from L2, written to shared memory
 (a multicast is read once and written by every CTA), and moved to or from DRAM."""
 STATIC_WATTS = 130
-FIXED_US = 2.8
+FIXED_US = 2.5
 """Launch, the first load, the last epilogue."""
 SPLIT_US = 7.2
 """More where tiles are split along K: waiting for one another."""
@@ -96,13 +97,14 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     tiles_m, tiles_n = -(-problem.m // (c.tile_m * c.cluster_m)), -(-problem.n // c.tile_n)
     k_blocks = -(-problem.k // c.tile_k)
     clusters = target.sm_count // c.cluster_m
-    steps, parts = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
+    steps, split, parts = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
 
     width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
     mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
     fetched = size.stage_bytes_a + size.stage_bytes_b / c.cluster_m  # of a step, by one CTA
-    step = max(mma, fetched / L2_BYTES_PER_CLOCK, LATENCY_CYCLES / max(1, c.stages - 1))
-    steps_us = 1e6 * steps * step / CLOCK_HZ
+    step = max(mma, fetched / L2_BYTES_PER_CLOCK["whole"], LATENCY_CYCLES / max(1, c.stages - 1))
+    apart = max(step, fetched / L2_BYTES_PER_CLOCK["split"])
+    steps_us = 1e6 * ((steps - split) * step + split * apart) / CLOCK_HZ
     stall = STALL_SHARE["sparse" if sparse else "dense"] * mma if c.producer is Producer.THREAD else 0.0
     stall_us = 1e6 * steps * stall / CLOCK_HZ
 
@@ -197,18 +199,20 @@ def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0
 
 
-def _steps(config: KernelConfig, tiles: int, clusters: int, k_blocks: int) -> tuple[float, float]:
-    """k-blocks of the busiest cluster, and in how many parts tiles are split along K; 0 where none is."""
+def _steps(config: KernelConfig, tiles: int, clusters: int, k_blocks: int) -> tuple[float, float, float]:
+    """k-blocks of the busiest cluster; those of them in tiles that are split along K; and in how many parts those are.
+    The last two are 0 where no tile is."""
     whole, rest = divmod(tiles, clusters)
     if not rest:
-        return float(whole * k_blocks), 0.0
+        return float(whole * k_blocks), 0.0, 0.0
     if not config.stream_k:
-        return float((whole + 1) * k_blocks), 0.0
+        return float((whole + 1) * k_blocks), 0.0, 0.0
     unit = UNIT // config.tile_k
     units = -(-rest * -(-k_blocks // unit) // clusters)
-    # A few left over are split together with the last whole wave (raster.cuh).
-    split = rest + clusters if whole and 3 * rest <= clusters else rest
-    return float(whole * k_blocks + min(units * unit, k_blocks)), max(1.0, clusters / split)
+    steps = float(whole * k_blocks + min(units * unit, k_blocks))
+    if whole and 3 * rest <= clusters:  # few are left over: they are split together with the last whole wave
+        whole, rest = whole - 1, rest + clusters
+    return steps, steps - whole * k_blocks, max(1.0, clusters / rest)
 
 
 def _operand_bytes(problem: Problem) -> tuple[float, float, float]:
