@@ -43,8 +43,8 @@ LATENCY_CYCLES = 1800
 STALL_SHARE = {"dense": 0.056, "sparse": 0.09}
 """Of a step's MMAs: what it loses to loads that a producer thread issues between two groups of them."""
 L2_BYTES_PER_CLOCK = {"whole": 83.0, "split": 35.3}
-"""Of one SM. CTAs that walk K in step read the same B at the same time, which costs L2 less; where tiles are split along
-K they do not."""
+"""Of one SM. CTAs that walk K in step read the same B at the same time, which costs L2 less; where tiles are split
+along K they do not."""
 L2_SHARE = 0.6
 """Of L2 that a band can hold on to while B and the output stream past."""
 DRAM_SHARE = 0.825
