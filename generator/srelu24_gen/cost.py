@@ -23,11 +23,12 @@ import functools
 from dataclasses import dataclass
 
 from srelu24_gen import space
-from srelu24_gen.bindings import PACKING_OPS, SPARSE_OPS, footprint
+from srelu24_gen.bindings import E_VECTOR_COLUMNS, PACKING_OPS, SPARSE_OPS, footprint
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Instructions, KernelConfig, Op, Problem, Producer, instructions_of
 from srelu24_gen.target import GpuTarget
+from srelu24_gen.work_plan import plan_work
 
 FITTED = Instructions.WGMMA
 """The kernel family whose times the constants are fitted to. For another the model still ranks configurations, but what
@@ -59,8 +60,6 @@ SPLIT_US = 7.2
 """More where tiles are split along K: waiting for one another."""
 SUMS_GBPS = 180.0
 """At which one SM adds the partial sums of a split tile, of all its parts in turn."""
-UNIT = 256
-"""Of K: stream-K cuts no finer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     tiles_m, tiles_n = -(-problem.m // (c.tile_m * c.cluster_m)), -(-problem.n // c.tile_n)
     k_blocks = -(-problem.k // c.tile_k)
     clusters = target.sm_count // c.cluster_m
-    steps, split, parts = _steps(c, tiles_m * tiles_n, clusters, k_blocks)
+    steps, split, parts = _steps(c, problem, target)
 
     width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
     mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
@@ -199,20 +198,15 @@ def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0
 
 
-def _steps(config: KernelConfig, tiles: int, clusters: int, k_blocks: int) -> tuple[float, float, float]:
+def _steps(config: KernelConfig, problem: Problem, target: GpuTarget) -> tuple[float, float, float]:
     """k-blocks of the busiest cluster; those of them in tiles that are split along K; and in how many parts those are.
     The last two are 0 where no tile is."""
-    whole, rest = divmod(tiles, clusters)
-    if not rest:
-        return float(whole * k_blocks), 0.0, 0.0
-    if not config.stream_k:
-        return float((whole + 1) * k_blocks), 0.0, 0.0
-    unit = UNIT // config.tile_k
-    units = -(-rest * -(-k_blocks // unit) // clusters)
-    steps = float(whole * k_blocks + min(units * unit, k_blocks))
-    if whole and 3 * rest <= clusters:  # few are left over: they are split together with the last whole wave
-        whole, rest = whole - 1, rest + clusters
-    return steps, steps - whole * k_blocks, max(1.0, clusters / rest)
+    plan = plan_work(config, problem.m, problem.n, problem.k, target.sm_count)
+    clusters = target.sm_count // config.cluster_m
+    if not plan.split:
+        return float(-(-plan.tiles // clusters) * plan.k_blocks), 0.0, 0.0
+    split = (plan.units + (plan.extra > 0)) * E_VECTOR_COLUMNS / config.tile_k
+    return plan.first_tile // clusters * plan.k_blocks + split, split, max(1.0, plan.clusters / plan.split)
 
 
 def _operand_bytes(problem: Problem) -> tuple[float, float, float]:

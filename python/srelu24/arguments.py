@@ -11,9 +11,9 @@ import struct
 from typing import NamedTuple
 
 from srelu24.loader import ArgumentBlock
-from srelu24.work_plan import WorkPlan, fast_divmod, plan_work
 from srelu24_gen.bindings import E_VECTOR_COLUMNS, PACKING_OPS
 from srelu24_gen.spec import KernelSpec
+from srelu24_gen.work_plan import WorkPlan, plan_work
 
 
 class Arguments(NamedTuple):
@@ -40,6 +40,14 @@ class Arguments(NamedTuple):
     """ScaleParams of ``params.cuh``, or nothing."""
     tokens: tuple[int, ...] = ()
     """TokenParams of ``params.cuh``, or nothing."""
+
+
+def fast_divmod(divisor: int) -> bytes:
+    """cutlass::FastDivmod (cutlass/fast_math.h): divides 31-bit numbers by a multiplication and a shift."""
+    if divisor == 1:
+        return struct.pack("<iII", 1, 0, 0)
+    power = 31 + (divisor - 1).bit_length()
+    return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
 
 
 def raster_params(plan: WorkPlan) -> bytes:

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from srelu24.arguments import Arguments as Arguments
-from srelu24.arguments import encode_mma_sync, plan_mma_sync, raster_params
+from srelu24.arguments import encode_mma_sync, fast_divmod, plan_mma_sync, raster_params
 from srelu24.loader import ArgumentBlock, LoadedKernel, load, stream
 from srelu24.sparse24 import FragmentOrder, Sparse24
 from srelu24.tensor_map import tensor_map
-from srelu24.work_plan import fast_divmod, plan_work
 from srelu24.workspace import Workspace, workspace
 from srelu24_gen.bindings import PACKING_OPS, WARPGROUP_THREADS, footprint
 from srelu24_gen.compile import build
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import WIDE_TYPES, DType, Instructions, KernelSpec, Op, Problem
+from srelu24_gen.work_plan import plan_work
 
 TORCH_DTYPE = {
     DType.BF16: torch.bfloat16,
@@ -181,7 +181,7 @@ class GemmLauncher:
         """Flags, and floats for partial sums, of stream-K: one slot a consumer warpgroup; none if no tile is split."""
         c = self.spec.config
         plan = plan_work(c, m, n, k, self.sm_count)
-        if plan.first_tile == plan.tiles:
+        if not plan.split:
             return 0, 0
         slots = plan.clusters * c.cluster_m * self.size.consumers
         return slots, slots * c.tile_n // 2 * WARPGROUP_THREADS

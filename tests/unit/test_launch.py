@@ -15,12 +15,12 @@ from cuda.bindings import driver
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srelu24 import launch, tensor_map, work_plan
+from srelu24 import arguments, launch, tensor_map
 from srelu24.launch import GemmLauncher
-from srelu24.work_plan import WorkPlan, plan_work
 from srelu24_gen.bindings import load_block
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
+from srelu24_gen.work_plan import WorkPlan, plan_work
 
 MOST = 2**31 - 1
 
@@ -41,12 +41,12 @@ def fast_divmod(packed: bytes, dividend: int) -> tuple[int, int]:
 @example(2**30, MOST)
 @example(2**30 + 1, MOST)
 def test_fast_divmod_is_exact(divisor: int, dividend: int) -> None:
-    assert fast_divmod(work_plan.fast_divmod(divisor), dividend) == divmod(dividend, divisor)
+    assert fast_divmod(arguments.fast_divmod(divisor), dividend) == divmod(dividend, divisor)
 
 
 @given(st.integers(1, 2**20), st.integers(0, 2**10))
 def test_fast_divmod_is_exact_around_multiples(divisor: int, quotient: int) -> None:
-    packed = work_plan.fast_divmod(divisor)
+    packed = arguments.fast_divmod(divisor)
     for dividend in (quotient * divisor + d for d in (-1, 0, 1)):
         if dividend >= 0:
             assert fast_divmod(packed, dividend) == divmod(dividend, divisor)

@@ -1,10 +1,9 @@
-"""How the clusters of a GEMM share its output tiles: RasterParams and SplitParams of ``params.cuh``."""
+"""How the clusters of a GEMM share its output tiles: what is launched, and what the cost model counts."""
 
 from __future__ import annotations
 
 import functools
 import math
-import struct
 from dataclasses import dataclass
 
 from srelu24_gen.bindings import E_VECTOR_COLUMNS
@@ -41,6 +40,11 @@ class WorkPlan:
     def tiles(self) -> int:
         return self.tiles_m * self.tiles_n
 
+    @property
+    def split(self) -> int:
+        """Tiles that are split along K."""
+        return self.tiles - self.first_tile
+
 
 @functools.lru_cache(maxsize=_CACHED_PLANS)
 def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:
@@ -67,11 +71,3 @@ def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> Wo
         units=units,
         extra=extra,
     )
-
-
-def fast_divmod(divisor: int) -> bytes:
-    """cutlass::FastDivmod (cutlass/fast_math.h): divides 31-bit numbers by a multiplication and a shift."""
-    if divisor == 1:
-        return struct.pack("<iII", 1, 0, 0)
-    power = 31 + (divisor - 1).bit_length()
-    return struct.pack("<iII", divisor, -(-(1 << power) // divisor), power - 32)
