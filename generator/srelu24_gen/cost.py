@@ -28,7 +28,7 @@ from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Instructions, KernelConfig, Op, Problem, Producer, instructions_of
 from srelu24_gen.target import GpuTarget
-from srelu24_gen.work_plan import plan_work
+from srelu24_gen.work_plan import WorkPlan, plan_work
 
 FITTED = Instructions.WGMMA
 """The kernel family whose times the constants are fitted to. For another the model still ranks configurations, but what
@@ -93,10 +93,9 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
         return Cost(FIXED_US + memory, 0.0, memory, 0.0, FIXED_US, 1.0)
     c, sparse = config, family.op in SPARSE_OPS
     size = footprint(family, c)
-    tiles_m, tiles_n = -(-problem.m // (c.tile_m * c.cluster_m)), -(-problem.n // c.tile_n)
-    k_blocks = -(-problem.k // c.tile_k)
+    plan = plan_work(c, problem.m, problem.n, problem.k, target.sm_count)
     clusters = target.sm_count // c.cluster_m
-    steps, split, parts = _steps(c, problem, target)
+    steps, split, parts = _steps(c, plan, clusters)
 
     width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
     mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
@@ -107,22 +106,22 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     stall = STALL_SHARE["sparse" if sparse else "dense"] * mma if c.producer is Producer.THREAD else 0.0
     stall_us = 1e6 * steps * stall / CLOCK_HZ
 
-    band = min(c.raster_group, tiles_m) * c.tile_m * c.cluster_m * bytes_a / problem.m
+    band = plan.group * c.tile_m * c.cluster_m * bytes_a / problem.m
     kept = L2_SHARE * target.l2_bytes
-    passes_b = 1 if bytes_b <= kept else -(-tiles_m // min(c.raster_group, tiles_m))
-    across = max(1, clusters // min(c.raster_group, tiles_m))  # tiles of one wave along N
-    passes_a = 1 if band <= kept else -(-tiles_n // across)
+    passes_b = 1 if bytes_b <= kept else -(-plan.tiles_m // plan.group)
+    across = max(1, clusters // plan.group)  # tiles of one wave along N
+    passes_a = 1 if band <= kept else -(-plan.tiles_n // across)
     dram = bytes_a * passes_a + bytes_b * passes_b + bytes_out
     memory_us = 1e6 * dram / _bandwidth(target)
 
-    work = tiles_m * tiles_n * c.cluster_m * k_blocks  # steps of all CTAs
+    work = plan.tiles * c.cluster_m * plan.k_blocks  # steps of all CTAs
     flops = work * 2 * c.tile_m * c.tile_n * c.tile_k
     joules = 1e-12 * (width * flops * PICOJOULES["sparse" if sparse else "dense"] + dram * PICOJOULES["dram"])
     joules += 1e-12 * work * fetched * PICOJOULES["l2"]
     joules += 1e-12 * work * (size.stage_bytes_a + size.stage_bytes_b) * PICOJOULES["shared"]
     energy_us = 1e6 * joules / (target.watts - STATIC_WATTS)
 
-    occupancy = tiles_m * tiles_n * k_blocks / (steps * clusters)
+    occupancy = plan.tiles * plan.k_blocks / (steps * clusters)
     # Idle multiprocessors draw less, so the clock of the others rises and makes good a part of a short wave.
     even = steps_us * occupancy
     busy = max(even, energy_us) + (steps_us - even) + stall_us
@@ -198,11 +197,9 @@ def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0
 
 
-def _steps(config: KernelConfig, problem: Problem, target: GpuTarget) -> tuple[float, float, float]:
+def _steps(config: KernelConfig, plan: WorkPlan, clusters: int) -> tuple[float, float, float]:
     """k-blocks of the busiest cluster; those of them in tiles that are split along K; and in how many parts those are.
     The last two are 0 where no tile is."""
-    plan = plan_work(config, problem.m, problem.n, problem.k, target.sm_count)
-    clusters = target.sm_count // config.cluster_m
     if not plan.split:
         return float(-(-plan.tiles // clusters) * plan.k_blocks), 0.0, 0.0
     split = (plan.units + (plan.extra > 0)) * E_VECTOR_COLUMNS / config.tile_k
