@@ -85,14 +85,31 @@ __device__ __forceinline__ void load_of_rows(float (&x)[2], float const* of_rows
   }
 }
 
+/// Of an array over the tile's columns what a thread needs, eight for each of its accumulators [16i, 16i + 16).
+template <class Config>
+__device__ __forceinline__ void load_of_columns(float (&x)[Config::kTileN / 4], float const* of_columns,
+                                                BlockPosition const& at) {
+#pragma unroll
+  for (int i = 0; i < Config::kTileN / 32; ++i) {
+#pragma unroll
+    for (int c = 0; c < 8; c += 4) {
+      float4 const v = *reinterpret_cast<float4 const*>(of_columns + column_of<Config>(at, i) - at.column + c);
+      float const four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[8 * i + c + j] = four[j];
+    }
+  }
+}
+
 /// What 8-bit sums stand for: acc * b_scale * a_scale + bias + residual, each operation rounded by itself. Applied to
-/// a few accumulators at a time, right before they are stored, since registers are short.
-template <class Config, class Params>
+/// a few accumulators at a time, right before they are stored, since registers are short. With Held the columns' scales
+/// are in registers all the same (load_of_columns).
+template <class Config, class Params, bool Held = false>
 struct Scaling {
   using Output = typename Config::Output;
   Params const& p;
   BlockPosition const& at;
-  float const* column_scale;  // of the columns from at.column on, and their bias
+  float const* column_scale;  // of the columns from at.column on, or what is held; and their bias
   float const* bias;
   int columns;  // that may be read there
   float row_scale[2];
@@ -130,7 +147,8 @@ struct Scaling {
       auto four = [&](float const* of_columns) {
         return place < columns ? *reinterpret_cast<float4 const*>(of_columns + place + c) : float4{};
       };
-      float4 const s = four(column_scale);
+      float const* const held = column_scale + 8 * i + c;
+      float4 const s = Held ? float4{held[0], held[1], held[2], held[3]} : four(column_scale);
       float4 const b = Config::kBias ? four(bias) : float4{};
       float const scales[4] = {s.x, s.y, s.z, s.w}, biases[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -162,9 +180,9 @@ struct Scaling {
 };
 
 /// out = act(accumulators), row-major, LoadOrder::kOwn8: eight columns a store. 8-bit sums are scaled first.
-template <class Config, class Params>
+template <class Config, class Params, bool Held = false>
 __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Params const& p, BlockPosition const& at,
-                                            Scaling<Config, Params> const& scaling) {
+                                            Scaling<Config, Params, Held> const& scaling) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
   auto start_of = [&](int h) {  // of what this thread stores of its row; the rest is at constants from there

@@ -22,13 +22,29 @@ __device__ __forceinline__ BlockPosition block_position(int first_row, int first
   return {first_row + thread / 32 * 16 + thread % 32 / 4, first_column, first_row / 64, thread};
 }
 
+/// Whether a consumer keeps in registers what it needs between two mainloops, its pieces and the scales of the tile's
+/// columns: what it reads of shared memory there waits behind the other warpgroup's MMAs, and an 8-bit mainloop is short.
+/// Biases or the sums of split tiles would take the registers (docs/performance-log.md).
+template <class Config>
+inline constexpr bool kHoldsScales =
+    Config::kScaled && Config::kSparse && Config::kProducerWarpgroup && Config::kConsumers == 2 && !Config::kBias &&
+    !Config::kPromote && !Config::kStreamK;
+
 /// One consumer warpgroup: every tile of its cluster, mainloop then epilogue.
 template <class Config, class Producer>
 __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Config>& shared, int cta, int consumer,
                                         Producer& producer) {
   Mainloop<Config> mainloop(shared, consumer);
   typename Mainloop<Config>::Accumulators accumulators;
-  Pieces& pieces = shared.pieces[consumer * 4 + threadIdx.x % 128 / 32];
+  constexpr bool kHeld = kHoldsScales<Config>;
+  Pieces own;
+  auto& pieces = [&]() -> auto& {
+    if constexpr (kHeld) {
+      return own;
+    } else {
+      return shared.pieces[consumer * 4 + threadIdx.x % 128 / 32];
+    }
+  }();
 
   auto piece = [&](int w) -> Piece {  // of this warpgroup's work number w
     Work const work = work_at<Config>(p, (blockIdx.x + w * gridDim.x) / Config::kClusterM);
@@ -42,7 +58,7 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
 
   pieces.advance(-1, piece(0));
   uint32_t e[4] = {};
-  float row_scale[2], s_inverse[2];
+  float row_scale[2], s_inverse[2], column_scale[Config::kTileN / 4];
   auto load_rows = [&] {
     BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
     load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
@@ -63,6 +79,10 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
       initialize<Config>(accumulators, p, block_position(now.row, now.column), now.k_begin == 0);
       auto at_end = [&] {
         if constexpr (Config::kScaled && kEarly) load_rows();
+        if constexpr (kHeld) {
+          shared.columns.wait(pieces.number);
+          load_of_columns<Config>(column_scale, shared.columns.scale[pieces.number % 2], block_position(0, 0));
+        }
       };
       if constexpr (Config::kSparse) {
         mainloop.sparse(accumulators, now.k_end - now.k_begin, metadata(now), e, producer, at_end);
@@ -77,7 +97,8 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
     };
     // The next E arrives while this tile is stored.
     if constexpr (Config::kSparse && kEarly) load_next_metadata();
-    if constexpr (Config::kScaled) shared.columns.wait(pieces.number);  // always: nothing may arrive after the end
+    // Whatever the work: nothing may arrive after the end.
+    if constexpr (Config::kScaled && !kHeld) shared.columns.wait(pieces.number);
     if (whole && pieces.now.row < p.m) {
       BlockPosition const at = block_position(pieces.now.row, pieces.now.column);
       if constexpr (Config::kHiddenGradient) {
@@ -87,8 +108,8 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
       } else if constexpr (Config::kScaled) {
         if constexpr (!kEarly) load_rows();
         int const turn = pieces.number % 2;
-        Scaling<Config, GemmParams> const scaling(p, at, row_scale, shared.columns.scale[turn],
-                                                  shared.columns.bias[turn]);
+        Scaling<Config, GemmParams, kHeld> const scaling(
+            p, at, row_scale, kHeld ? column_scale : shared.columns.scale[turn], shared.columns.bias[turn]);
         if constexpr (Config::kPrune) {
           store_pruned_scaled<Config>(accumulators, p, at, scaling, s_inverse);
         } else {

@@ -89,7 +89,7 @@ struct SharedStorage {
   cutlass::arch::ClusterTransactionBarrier full[Config::kStages];
   cutlass::arch::ClusterBarrier empty[Config::kStages];
   Load loads[Config::kProducerWarpgroup ? 1 : kWorksAhead<Config>];  // by work number, modulo the size
-  Pieces pieces[Config::kConsumers * 4];                             // one a warp
+  SharedPieces pieces[Config::kConsumers * 4];                       // one a warp
   cuda::std::conditional_t<Config::kScaled, ColumnScales<Config>, NoColumnScales> columns;
 };
 

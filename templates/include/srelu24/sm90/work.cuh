@@ -51,13 +51,25 @@ struct alignas(16) Piece {
   __device__ __forceinline__ bool exists() const { return k_begin < k_end; }
 };
 
-/// A warp's piece and the one after it. They wait in shared memory, since in the mainloop registers are short, and
-/// working them out again afterwards would take more than the accumulators leave.
+/// A piece and the one after it.
 struct Pieces {
   Piece now, next;
   int number;  // of the work that is now
 
   /// Begin work `w`; `after` comes after what is next so far.
+  __device__ __forceinline__ void advance(int w, Piece const& after) {
+    now = next;
+    next = after;
+    number = w;
+  }
+};
+
+/// The same of a warp, waiting in shared memory: in most mainloops registers are short, and working pieces out again
+/// afterwards would take more than the accumulators leave.
+struct SharedPieces {
+  Piece now, next;
+  int number;
+
   __device__ __forceinline__ void advance(int w, Piece const& after) {
     Piece const current = next;
     __syncwarp();
