@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import TaskID
 
 from srelu24 import views
+from srelu24.choice import answer
 from srelu24.db import Database
 from srelu24.dispatch import clear_cache, gpu_of
 from srelu24.machine import environment, require_gpu
@@ -35,7 +36,6 @@ from srelu24.tune_events import (
     TuneReport,
 )
 from srelu24.worker import Job, Outcome, Step, Worker
-from srelu24_gen import cost
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Pass, Shape
@@ -117,8 +117,7 @@ def dense_ways(shape: Shape, dtype: DType, bias: bool, target: GpuTarget, db: Da
     first, second = shape.dense_gemms(dtype, bias, bias)
 
     def own(problem: Problem) -> Step:
-        match = db.find(problem, target)
-        return Step(problem, match.config if match else cost.best(problem, target))
+        return Step(problem, answer(problem, target, db).config)
 
     return {
         "cublas": (Step(first, None), Step(second, None)),

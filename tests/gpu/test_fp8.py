@@ -75,7 +75,7 @@ GEMMS += [spec_of(family, default(family)) for family in OPTIONS if space.has_ke
 # For more tiles than multiprocessors, each with a short K: what is brought for one tile must not meet that of another.
 MANY = [
     spec_of(family, dataclasses.replace(c, stages=space.max_stages(family, c, TARGET)))
-    for family in (dataclasses.replace(TO_E4M3, bias=True), TO_BF16, dataclasses.replace(SPGEMM, bias=True))
+    for family in (dataclasses.replace(TO_E4M3, bias=True), TO_BF16, SPGEMM, dataclasses.replace(SPGEMM, bias=True))
     for stream_k in (False, True)
     for c in (
         KernelConfig(128, 256, 128, stream_k=stream_k),

@@ -186,7 +186,7 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=300,  # beside other modules
     )
     assert child.returncode == 0, child.stdout[-8000:]
     assert "ERROR SUMMARY: 0 errors" in child.stdout or "RACECHECK SUMMARY: 0 hazards" in child.stdout

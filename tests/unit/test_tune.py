@@ -14,6 +14,7 @@ import pytest
 import fake_child
 from fake_gpu import DEFAULTS, GEMM1, GEMM2, GOOD, H200, NEXT, OTHERS, D, F, FakeGpu, M, better
 from srelu24 import tune
+from srelu24.choice import answer
 from srelu24.db import Database
 from srelu24.dense import WAYS
 from srelu24.records import Trial
@@ -21,7 +22,7 @@ from srelu24.search import FEWEST
 from srelu24.tune import tune_ffn
 from srelu24.tune_events import Advanced, Event, Failure, Finished, StageStarted
 from srelu24.worker import Job, Outcome, Worker
-from srelu24_gen import cost, space
+from srelu24_gen import cost, paths, space
 from srelu24_gen.errors import CompileError, LaunchError, Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Op, Problem
@@ -256,6 +257,19 @@ def test_dense_ffns_are_timed_beside_the_pairs_in_every_search(db: Database) -> 
         assert best
         assert best[0] == "gemm"
     assert not [t for t in trials(db) if t.family.op is Op.GEMM], "they are no trials of this search"
+
+
+def test_dense_ffns_are_timed_as_the_dispatcher_would_run_them(tmp_path: Path) -> None:
+    # The shipped records of dense GEMMs are for few tokens, and their tiles do not fit many.
+    db = Database.open(paths.shipped_records_dir(), tmp_path / "tuning.sqlite")
+    shape = Shape(16384, 8192, 8192)
+    ways = tune.dense_ways(shape, DType.BF16, False, H200, db)
+    problems = shape.dense_gemms(DType.BF16)
+    assert [step.config for step in ways["gemm"]] == [answer(problem, H200, db).config for problem in problems]
+    for problem, step in zip(problems, ways["gemm"], strict=True):
+        nearest = db.find(problem, H200)
+        assert nearest
+        assert nearest.config != step.config
 
 
 def test_a_dense_ffn_that_fails_costs_only_itself(db: Database) -> None:
