@@ -24,7 +24,7 @@ __device__ __forceinline__ BlockPosition block_position(int first_row, int first
 
 /// Whether a consumer keeps in registers what it needs between two mainloops, its pieces and the scales of the tile's
 /// columns: what it reads of shared memory there waits behind the other warpgroup's MMAs, and an 8-bit mainloop is short.
-/// Biases or the sums of split tiles would take the registers (docs/performance-log.md).
+/// Biases would take the registers; where tiles are split it was slower (docs/performance-log.md).
 template <class Config>
 inline constexpr bool kHoldsScales =
     Config::kScaled && Config::kSparse && Config::kProducerWarpgroup && Config::kConsumers == 2 && !Config::kBias &&
