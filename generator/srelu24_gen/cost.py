@@ -23,7 +23,7 @@ import functools
 from dataclasses import dataclass
 
 from srelu24_gen import space
-from srelu24_gen.bindings import E_VECTOR_COLUMNS, PACKING_OPS, SPARSE_OPS, footprint
+from srelu24_gen.bindings import PACKING_OPS, SPARSE_OPS, footprint
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, Instructions, KernelConfig, Op, Problem, Producer, instructions_of
@@ -95,7 +95,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     size = footprint(family, c)
     plan = plan_work(c, problem.m, problem.n, problem.k, target.sm_count)
     clusters = target.sm_count // c.cluster_m
-    steps, split, parts = _steps(c, plan, clusters)
+    steps, split, parts = _steps(plan, clusters)
 
     width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
     mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
@@ -197,12 +197,12 @@ def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0
 
 
-def _steps(config: KernelConfig, plan: WorkPlan, clusters: int) -> tuple[float, float, float]:
+def _steps(plan: WorkPlan, clusters: int) -> tuple[float, float, float]:
     """k-blocks of the busiest cluster; those of them in tiles that are split along K; and in how many parts those are.
-    The last two are 0 where no tile is."""
-    if not plan.split:
+    The last two are 0 where no tile is cut."""
+    if not plan.cuts:
         return float(-(-plan.tiles // clusters) * plan.k_blocks), 0.0, 0.0
-    split = (plan.units + (plan.extra > 0)) * E_VECTOR_COLUMNS / config.tile_k
+    split = (plan.units + (plan.extra > 0)) * plan.k_blocks / plan.tile_units
     return plan.first_tile // clusters * plan.k_blocks + split, split, max(1.0, plan.clusters / plan.split)
 
 

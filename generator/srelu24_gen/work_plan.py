@@ -45,6 +45,12 @@ class WorkPlan:
         """Tiles that are split along K."""
         return self.tiles - self.first_tile
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a share of the split tiles ends inside one, so that sums have to be added."""
+        ends_whole = not self.extra and self.units % self.tile_units == 0
+        return self.split > 0 and self.tile_units > 1 and not ends_whole
+
 
 @functools.lru_cache(maxsize=_CACHED_PLANS)
 def plan_work(config: KernelConfig, m: int, n: int, k: int, sm_count: int) -> WorkPlan:

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from srelu24.dispatch import PREDICTED_MARGIN
@@ -170,6 +170,7 @@ def test_where_the_model_is_not_fitted_it_is_one_plain_tile() -> None:
 
 
 @given(sizes, sizes, sizes, st.sampled_from(["m", "n", "k"]), st.sampled_from([Op.GEMM, Op.SPGEMM]))
+@example(8384, 64, 64, "m", Op.GEMM)  # every cluster's share is a whole tile
 def test_more_work_never_takes_less_time(m: int, n: int, k: int, which: str, op: Op) -> None:
     family = next(p.family for p in problems(Shape(1, 8, 8)).values() if p.family.op is op)
     small = Problem(family, m, n, k)
