@@ -4,16 +4,17 @@ A kernel takes as long as the slowest of three things, plus what no load can hid
 
 - *steps*: k-blocks that the busiest cluster works through, one after the other. Whole waves of tiles count whole, a
   short last wave too; stream-K spreads it, and then sums up the parts of a tile one after the other. A step lasts as
-  long as its MMAs, as its bytes need from L2, or as a load that was issued ``stages`` - 1 k-blocks ahead takes to
-  arrive. A producer thread holds up its warpgroup's MMAs in every step.
+  long as its MMAs, as its bytes need from L2, which one multiprocessor alone gets faster than all together, or as a
+  load that was issued ``stages`` - 1 k-blocks ahead takes to arrive. A producer thread holds up its warpgroup's MMAs in
+  every step, and needs a while for each.
 - *memory*: bytes from DRAM. A band of ``raster_group`` cluster tiles stays in L2 while B streams past, so B is read
   once per band, and A once, as long as the band fits.
 - *energy*: what the MMAs, reading L2, writing shared memory and DRAM cost, over the power limit. This is what bounds a
   large GEMM on real data. Multicast saves reads of L2, no writes.
 
-The constants are fitted to the trials in ``docs/measurements/trials_h200.json`` and the shipped winners for few tokens,
-to which the tests hold it: of what was tried for a problem, the configuration that it ranks first is 0.3 % behind the
-fastest in the mean and never 5 %, and times are right to 10 %, root mean square. Rank with it; do not quote it.
+The constants are fitted to the trials in ``docs/measurements/trials_h200.json`` and the shipped records, to which the
+tests hold it: of what was tried for a problem, the configuration that it ranks first is 0.6 % behind the fastest in the
+mean, and where that takes 100 us never 5 %; times are right to 9 %, root mean square. Rank with it; do not quote it.
 """
 
 from __future__ import annotations
@@ -36,29 +37,30 @@ it says of sparse against dense is worth nothing."""
 LEAST_WIDTH = 768
 """Of D and F in the trials. Narrower layers gain nothing by this model, since nothing holds it to the truth there."""
 FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
-"""What the constants are fitted for. Of gemm there are no trials: it counts as gemm_relu2_24 with a larger output."""
+"""What the constants are fitted for."""
 CLOCK_HZ = 1.5e9
 """Of an SM, on real data."""
-LATENCY_CYCLES = 1800
+LATENCY_CYCLES = 1700
 """From the issue of a load to its arrival under load."""
-STALL_SHARE = {"dense": 0.056, "sparse": 0.09}
+STALL_SHARE = {"dense": 0.055, "sparse": 0.093}
 """Of a step's MMAs: what it loses to loads that a producer thread issues between two groups of them."""
-L2_BYTES_PER_CLOCK = {"whole": 83.0, "split": 35.3}
-"""Of one SM. CTAs that walk K in step read the same B at the same time, which costs L2 less; where tiles are split
-along K they do not."""
+THREAD_STEP_CYCLES = 590
+"""The shortest step of a producer thread, which takes part in the MMAs: small tiles wait for it."""
+L2_BYTES_PER_CLOCK = {"alone": 121.0, "together": 41.2}
+"""Of one SM, where it is the only one and where all of them read."""
 L2_SHARE = 0.6
 """Of L2 that a band can hold on to while B and the output stream past."""
-DRAM_SHARE = 0.825
+DRAM_SHARE = 0.81
 """Of the peak bandwidth that a kernel reaches."""
-PICOJOULES = {"dense": 0.636, "sparse": 0.359, "l2": 10.3, "shared": 12.7, "dram": 11.9}
+PICOJOULES = {"dense": 0.628, "sparse": 0.351, "l2": 4.7, "shared": 15.0, "dram": 13.0}
 """Per dense-equivalent 16-bit operation of either MMA (half in 8 bits), per byte read from L2, written to shared memory
 (a multicast is read once and written by every CTA), and moved to or from DRAM."""
 STATIC_WATTS = 130
-FIXED_US = 2.5
+FIXED_US = 3.6
 """Launch, the first load, the last epilogue."""
-SPLIT_US = 7.2
+SPLIT_US = 8.9
 """More where tiles are split along K: waiting for one another."""
-SUMS_GBPS = 180.0
+SUMS_GBPS = 250.0
 """At which one SM adds the partial sums of a split tile, of all its parts in turn."""
 
 
@@ -95,16 +97,18 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     size = footprint(family, c)
     plan = plan_work(c, problem.m, problem.n, problem.k, target.sm_count)
     clusters = target.sm_count // c.cluster_m
-    steps, split, parts = _steps(plan, clusters)
+    steps, parts = _steps(plan, clusters)
 
     width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
     mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
     fetched = size.stage_bytes_a + size.stage_bytes_b / c.cluster_m  # of a step, by one CTA
-    step = max(mma, fetched / L2_BYTES_PER_CLOCK["whole"], LATENCY_CYCLES / max(1, c.stages - 1))
-    apart = max(step, fetched / L2_BYTES_PER_CLOCK["split"])
-    steps_us = 1e6 * ((steps - split) * step + split * apart) / CLOCK_HZ
-    stall = STALL_SHARE["sparse" if sparse else "dense"] * mma if c.producer is Producer.THREAD else 0.0
-    stall_us = 1e6 * steps * stall / CLOCK_HZ
+    alone, together = (fetched / rate for rate in (L2_BYTES_PER_CLOCK["alone"], L2_BYTES_PER_CLOCK["together"]))
+    step = max(mma, alone, together * plan.clusters / clusters, LATENCY_CYCLES / max(1, c.stages - 1))
+    stall = 0.0
+    if c.producer is Producer.THREAD:
+        step = max(step, THREAD_STEP_CYCLES)
+        stall = STALL_SHARE["sparse" if sparse else "dense"] * mma
+    steps_us, stall_us = (1e6 * steps * cycles / CLOCK_HZ for cycles in (step, stall))
 
     band = plan.group * c.tile_m * c.cluster_m * bytes_a / problem.m
     kept = L2_SHARE * target.l2_bytes
@@ -197,13 +201,12 @@ def _ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
     return dense / sparse if min(shape.d, shape.f) >= LEAST_WIDTH else 1.0
 
 
-def _steps(plan: WorkPlan, clusters: int) -> tuple[float, float, float]:
-    """k-blocks of the busiest cluster; those of them in tiles that are split along K; and in how many parts those are.
-    The last two are 0 where no tile is cut."""
+def _steps(plan: WorkPlan, clusters: int) -> tuple[float, float]:
+    """k-blocks of the busiest cluster, and in how many parts tiles are split along K: 0 where none is."""
     if not plan.cuts:
-        return float(-(-plan.tiles // clusters) * plan.k_blocks), 0.0, 0.0
+        return float(-(-plan.tiles // clusters) * plan.k_blocks), 0.0
     split = (plan.units + (plan.extra > 0)) * plan.k_blocks / plan.tile_units
-    return plan.first_tile // clusters * plan.k_blocks + split, split, max(1.0, plan.clusters / plan.split)
+    return plan.first_tile // clusters * plan.k_blocks + split, max(1.0, plan.clusters / plan.split)
 
 
 def _operand_bytes(problem: Problem) -> tuple[float, float, float]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from srelu24 import choice as choices
 from srelu24 import dispatch
 from srelu24.db import Database
 from srelu24.records import Evidence, TuningRecord
@@ -101,37 +100,22 @@ def test_a_record_of_another_size_is_named(database: Database) -> None:
     assert str(PROBLEM) in choice.why
 
 
-def test_a_record_whose_tile_does_not_fit_these_rows_is_set_aside(database: Database) -> None:
-    tall = KernelConfig(tile_m=128, cluster_m=2, stages=5)
-    tuned = Shape(512, 6144, 24576).gemms(DType.BF16)[1]
-    database.put(record(tuned, config=tall))
-    assert dispatch.choose(tuned, H200).source == "exact"
-    assert dispatch.choose(dataclasses.replace(tuned, m=512 - 64), H200).source == "nearest"
-    odd = dataclasses.replace(tuned, m=384)  # a quarter of what clusters of 256 rows multiply would be padding
-    choice = dispatch.choose(odd, H200)
-    assert (choice.config, choice.source, choice.record) == (cost.best(odd, H200), "default", None)
-    assert "what is tuned for spgemm_bf16 512x6144x24576" in choice.why
-
-
-def test_of_a_tile_that_fits_these_rows_the_rest_is_what_suits_them(database: Database) -> None:
+def test_a_record_that_does_not_fit_these_rows_is_set_aside(database: Database) -> None:
     tuned = Shape(512, 6144, 24576).gemms(DType.BF16)[0]
     two = KernelConfig(tile_m=128, cluster_m=2, stages=4)
     database.put(record(tuned, config=two))
-    odd = dataclasses.replace(tuned, m=384)  # three tiles: one of four would be padding
+    assert dispatch.choose(tuned, H200).source == "exact"
+    assert dispatch.choose(dataclasses.replace(tuned, m=512 - 63), H200).source == "nearest", "still four tiles"
+    odd = dataclasses.replace(tuned, m=384)  # three tiles: a quarter of what clusters of 256 rows multiply is padding
     choice = dispatch.choose(odd, H200)
-    assert (choice.config.tile_m, choice.config.tile_n, choice.config.cluster_m) == (128, 256, 1)
-    assert (choice.source, choice.record) == ("nearest", database.records()[0])
-    assert "but for what suits these rows" in choice.why
-    others = [cost.cost(odd, c, H200).us for c in (two, choice.config, cost.best(odd, H200))]
-    assert others[0] > choices.REFIT * others[1]
-    assert others[2] < others[1] < choices.MISFIT * others[2], "the model prefers another tile, but not clearly"
-    assert dispatch.choose(dataclasses.replace(tuned, m=1024), H200).config == two
+    assert (choice.config, choice.source, choice.record) == (cost.best(odd, H200), "default", None)
+    assert "x of what is tuned for gemm_relu2_24_bf16 512x24576x6144" in choice.why
 
 
 def test_a_record_is_not_set_aside_for_what_the_model_has_wrong_where_it_was_measured(database: Database) -> None:
     unloved = KernelConfig(tile_m=64, tile_n=128, cluster_m=1, stages=2)
     expected = [cost.cost(PROBLEM, c, H200).us for c in (unloved, cost.best(PROBLEM, H200))]
-    assert expected[0] > choices.MISFIT * expected[1]
+    assert expected[0] > 1.1 * expected[1]
     database.put(record(config=unloved))
     biased = dataclasses.replace(PROBLEM, family=dataclasses.replace(PROBLEM.family, bias=True))
     for problem in (biased, dataclasses.replace(PROBLEM, m=PROBLEM.m - 8)):
