@@ -8,7 +8,7 @@ A kernel takes as long as the slowest of three things, plus what no load can hid
   load that was issued ``stages`` - 1 k-blocks ahead takes to arrive. A producer thread holds up its warpgroup's MMAs in
   every step, and needs a while for each.
 - *memory*: bytes from DRAM. A band of ``raster_group`` cluster tiles stays in L2 while B streams past, so B is read
-  once per band, and A once, as long as the band fits.
+  once per band, and A once, as long as the band fits. Where all tiles are split along K, their clusters do not share B.
 - *energy*: what the MMAs, reading L2, writing shared memory and DRAM cost, over the power limit. This is what bounds a
   large GEMM on real data. Multicast saves reads of L2, no writes.
 
@@ -42,25 +42,28 @@ CLOCK_HZ = 1.5e9
 """Of an SM, on real data."""
 LATENCY_CYCLES = 1700
 """From the issue of a load to its arrival under load."""
-STALL_SHARE = {"dense": 0.055, "sparse": 0.093}
+STALL_SHARE = {"dense": 0.053, "sparse": 0.087}
 """Of a step's MMAs: what it loses to loads that a producer thread issues between two groups of them."""
-THREAD_STEP_CYCLES = 590
+THREAD_STEP_CYCLES = 560
 """The shortest step of a producer thread, which takes part in the MMAs: small tiles wait for it."""
-L2_BYTES_PER_CLOCK = {"alone": 121.0, "together": 41.2}
+L2_BYTES_PER_CLOCK = {"alone": 130.0, "together": 42.0}
 """Of one SM, where it is the only one and where all of them read."""
 L2_SHARE = 0.6
 """Of L2 that a band can hold on to while B and the output stream past."""
+READ_AGAIN = 0.8
+"""Of B by every further cluster of a band, where all tiles are split along K and B does not stay in L2: at a time, they
+are at different places of K."""
 DRAM_SHARE = 0.81
 """Of the peak bandwidth that a kernel reaches."""
-PICOJOULES = {"dense": 0.628, "sparse": 0.351, "l2": 4.7, "shared": 15.0, "dram": 13.0}
+PICOJOULES = {"dense": 0.628, "sparse": 0.356, "l2": 3.9, "shared": 15.0, "dram": 12.0}
 """Per dense-equivalent 16-bit operation of either MMA (half in 8 bits), per byte read from L2, written to shared memory
 (a multicast is read once and written by every CTA), and moved to or from DRAM."""
 STATIC_WATTS = 130
 FIXED_US = 3.6
 """Launch, the first load, the last epilogue."""
-SPLIT_US = 8.9
-"""More where tiles are split along K: waiting for one another."""
-SUMS_GBPS = 250.0
+SPLIT_US, SPLIT_TALL_US = 8.8, 14.0
+"""More where tiles are split along K: waiting for one another, up to 128 rows and above."""
+SUMS_GBPS = 240.0
 """At which one SM adds the partial sums of a split tile, of all its parts in turn."""
 
 
@@ -116,6 +119,8 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     across = max(1, clusters // plan.group)  # tiles of one wave along N
     passes_a = 1 if band <= kept else -(-plan.tiles_n // across)
     dram = bytes_a * passes_a + bytes_b * passes_b + bytes_out
+    if plan.cuts and plan.first_tile == 0 and bytes_b > kept:
+        dram += READ_AGAIN * bytes_b * (plan.group - 1)
     memory_us = 1e6 * dram / _bandwidth(target)
 
     work = plan.tiles * c.cluster_m * plan.k_blocks  # steps of all CTAs
@@ -131,7 +136,7 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     busy = max(even, energy_us) + (steps_us - even) + stall_us
     fixed = FIXED_US
     if parts:
-        fixed += SPLIT_US + 1e-3 * parts * 4 * c.tile_m * c.tile_n / SUMS_GBPS
+        fixed += (SPLIT_US if c.tile_m <= 128 else SPLIT_TALL_US) + 1e-3 * parts * 4 * c.tile_m * c.tile_n / SUMS_GBPS
     return Cost(max(busy, memory_us) + fixed, steps_us + stall_us, memory_us, energy_us, fixed, occupancy)
 
 

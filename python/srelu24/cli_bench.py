@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on t
 
 Seconds = Annotated[float, typer.Option(min=0.1, help="Of timing, per shape and density.")]
 SWEEP_TOKENS = "16,32,64,128,256,512,1024,2048,4096,8192,16384,32768"
-HELD_OUT_TOKENS = "384,1024,1536,3072,6144,12288"
+HELD_OUT_TOKENS = "384,768,1536,3072,6144,12288"
 
 
 @app.command("ffn")

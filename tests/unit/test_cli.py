@@ -249,7 +249,8 @@ def test_build_ends_with_1_and_the_reason_when_a_kernel_fails(monkeypatch: pytes
 def test_db_shows_the_record_with_its_evidence() -> None:
     record = put_record(KernelConfig(tile_m=192))
     shown = json.loads(srelu24("db", "show", "gemm_relu2_24", "--gpu", "h200").stdout)
-    assert [item["evidence"]["ms"] for item in shown if item["m"] == SMALL.m] == [2.0]
+    sizes = (record.m, record.n, record.k)
+    assert [item["evidence"]["ms"] for item in shown if (item["m"], item["n"], item["k"]) == sizes] == [2.0]
     table = srelu24("db", "list", "--gpu", "h200").stdout
     assert f"{record.m}x{record.n}x{record.k}" in table
     assert "1.250x" in table

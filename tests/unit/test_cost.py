@@ -246,7 +246,7 @@ def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_n
     ours, sparse = (
         sum(us(p, cost.best(p, H200)) for p in gemms) for gemms in (few.dense_gemms(DType.BF16), few.gemms(DType.BF16))
     )
-    assert ours / sparse == pytest.approx(1.0, abs=0.03), "both wait for the same weights"
+    assert ours / sparse == pytest.approx(1.0, abs=0.05), "both wait for the same weights"
     assert 0.8 < gains[0] < 1, "a library's GEMM waits for nothing else"
     assert gains[-1] > 1.15
     assert max(gains) < 1.5, "GEMM1 stays dense"
