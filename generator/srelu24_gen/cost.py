@@ -38,33 +38,61 @@ LEAST_WIDTH = 768
 """Of D and F in the trials. Narrower layers gain nothing by this model, since nothing holds it to the truth there."""
 FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
 """What the constants are fitted for."""
-CLOCK_HZ = 1.5e9
-"""Of an SM, on real data."""
-LATENCY_CYCLES = 1700
-"""From the issue of a load to its arrival under load."""
-STALL_SHARE = {"dense": 0.053, "sparse": 0.087}
-"""Of a step's MMAs: what it loses to loads that a producer thread issues between two groups of them."""
-THREAD_STEP_CYCLES = 560
-"""The shortest step of a producer thread, which takes part in the MMAs: small tiles wait for it."""
-L2_BYTES_PER_CLOCK = {"alone": 130.0, "together": 42.0}
-"""Of one SM, where it is the only one and where all of them read."""
-L2_SHARE = 0.6
-"""Of L2 that a band can hold on to while B and the output stream past."""
-READ_AGAIN = 0.8
-"""Of B by every further cluster of a band, where all tiles are split along K and B does not stay in L2: at a time, they
-are at different places of K."""
-DRAM_SHARE = 0.81
-"""Of the peak bandwidth that a kernel reaches."""
-PICOJOULES = {"dense": 0.628, "sparse": 0.356, "l2": 3.9, "shared": 15.0, "dram": 12.0}
-"""Per dense-equivalent 16-bit operation of either MMA (half in 8 bits), per byte read from L2, written to shared memory
-(a multicast is read once and written by every CTA), and moved to or from DRAM."""
-STATIC_WATTS = 130
-FIXED_US = 3.6
-"""Launch, the first load, the last epilogue."""
-SPLIT_US, SPLIT_TALL_US = 8.8, 14.0
-"""More where tiles are split along K: waiting for one another, up to 128 rows and above."""
-SUMS_GBPS = 240.0
-"""At which one SM adds the partial sums of a split tile, of all its parts in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """What the model knows of the kernels on a GPU, besides the limits of its target: as fitted to the H200."""
+
+    clock_hz: float = 1.5e9
+    """Of an SM, on real data."""
+    latency_cycles: float = 1700.0
+    """From the issue of a load to its arrival under load."""
+    stall_dense: float = 0.053
+    """Of a step's MMAs: what it loses to loads that a producer thread issues between two groups of them..."""
+    stall_sparse: float = 0.087
+    """...and of sparse MMAs."""
+    thread_step_cycles: float = 560.0
+    """The shortest step of a producer thread, which takes part in the MMAs: small tiles wait for it."""
+    l2_alone: float = 130.0
+    """Bytes a clock that L2 gives one SM where it is the only one..."""
+    l2_together: float = 42.0
+    """...and where all of them read."""
+    l2_share: float = 0.6
+    """Of L2 that a band can hold on to while B and the output stream past."""
+    read_again: float = 0.8
+    """Of B by every further cluster of a band, where all tiles are split along K and B does not stay in L2: at a time,
+    they are at different places of K."""
+    dram_share: float = 0.81
+    """Of the peak bandwidth that a kernel reaches."""
+    pj_dense: float = 0.628
+    """Picojoules of a dense-equivalent 16-bit operation (half in 8 bits)..."""
+    pj_sparse: float = 0.356
+    """...of the same by a sparse MMA..."""
+    pj_l2: float = 3.9
+    """...of a byte read from L2..."""
+    pj_shared: float = 15.0
+    """...written to shared memory (a multicast is read once and written by every CTA)..."""
+    pj_dram: float = 12.0
+    """...and moved to or from DRAM."""
+    static_watts: float = 130.0
+    fixed_us: float = 3.6
+    """Launch, the first load, the last epilogue."""
+    split_us: float = 8.8
+    """More where tiles of up to 128 rows are split along K: waiting for one another..."""
+    split_tall_us: float = 14.0
+    """...and where taller ones are."""
+    sums_gbps: float = 240.0
+    """At which one SM adds the partial sums of a split tile, of all its parts in turn."""
+
+
+CONSTANTS: dict[str, Constants] = {"h200": Constants()}
+"""By the key of a target; others get the H200's. ``srelu24 db fit`` fits them to the trials of a GPU."""
+
+
+def constants_of(target: GpuTarget) -> Constants:
+    """What is known of this GPU, or else of the H200."""
+    return CONSTANTS.get(target.key, CONSTANTS["h200"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +118,18 @@ class Cost:
 @functools.lru_cache(maxsize=65536)
 def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     """The model's answer for a configuration that ``space.supports()`` accepts. Pruning and biases count as free."""
+    return predict(problem, config, target, constants_of(target))
+
+
+def predict(problem: Problem, config: KernelConfig, target: GpuTarget, known: Constants) -> Cost:
+    """:func:`cost` with given constants."""
     problem = dataclasses.replace(problem, m=max(problem.m, 1))
     family = problem.family
+    bandwidth = known.dram_share * 1e9 * target.dram_gbps
     bytes_a, bytes_b, bytes_out = _operand_bytes(problem)
     if not family.op.multiplies:
-        memory = 1e6 * (bytes_a + bytes_out) / _bandwidth(target)
-        return Cost(FIXED_US + memory, 0.0, memory, 0.0, FIXED_US, 1.0)
+        memory = 1e6 * (bytes_a + bytes_out) / bandwidth
+        return Cost(known.fixed_us + memory, 0.0, memory, 0.0, known.fixed_us, 1.0)
     c, sparse = config, family.op in SPARSE_OPS
     size = footprint(family, c)
     plan = plan_work(c, problem.m, problem.n, problem.k, target.sm_count)
@@ -105,38 +139,39 @@ def cost(problem: Problem, config: KernelConfig, target: GpuTarget) -> Cost:
     width = family.dtype.bytes / 2  # 8-bit operands go twice as fast, for half the energy
     mma = width * 2 * c.tile_m * c.tile_n * c.tile_k / target.dense_flops_per_clock / (2 if sparse else 1)
     fetched = size.stage_bytes_a + size.stage_bytes_b / c.cluster_m  # of a step, by one CTA
-    alone, together = (fetched / rate for rate in (L2_BYTES_PER_CLOCK["alone"], L2_BYTES_PER_CLOCK["together"]))
-    step = max(mma, alone, together * plan.clusters / clusters, LATENCY_CYCLES / max(1, c.stages - 1))
+    l2 = fetched * max(1 / known.l2_alone, plan.clusters / clusters / known.l2_together)
+    step = max(mma, l2, known.latency_cycles / max(1, c.stages - 1))
     stall = 0.0
     if c.producer is Producer.THREAD:
-        step = max(step, THREAD_STEP_CYCLES)
-        stall = STALL_SHARE["sparse" if sparse else "dense"] * mma
-    steps_us, stall_us = (1e6 * steps * cycles / CLOCK_HZ for cycles in (step, stall))
+        step = max(step, known.thread_step_cycles)
+        stall = (known.stall_sparse if sparse else known.stall_dense) * mma
+    steps_us, stall_us = (1e6 * steps * cycles / known.clock_hz for cycles in (step, stall))
 
     band = plan.group * c.tile_m * c.cluster_m * bytes_a / problem.m
-    kept = L2_SHARE * target.l2_bytes
+    kept = known.l2_share * target.l2_bytes
     passes_b = 1 if bytes_b <= kept else -(-plan.tiles_m // plan.group)
     across = max(1, clusters // plan.group)  # tiles of one wave along N
     passes_a = 1 if band <= kept else -(-plan.tiles_n // across)
     dram = bytes_a * passes_a + bytes_b * passes_b + bytes_out
     if plan.cuts and plan.first_tile == 0 and bytes_b > kept:
-        dram += READ_AGAIN * bytes_b * (plan.group - 1)
-    memory_us = 1e6 * dram / _bandwidth(target)
+        dram += known.read_again * bytes_b * (plan.group - 1)
+    memory_us = 1e6 * dram / bandwidth
 
     work = plan.tiles * c.cluster_m * plan.k_blocks  # steps of all CTAs
     flops = work * 2 * c.tile_m * c.tile_n * c.tile_k
-    joules = 1e-12 * (width * flops * PICOJOULES["sparse" if sparse else "dense"] + dram * PICOJOULES["dram"])
-    joules += 1e-12 * work * fetched * PICOJOULES["l2"]
-    joules += 1e-12 * work * (size.stage_bytes_a + size.stage_bytes_b) * PICOJOULES["shared"]
-    energy_us = 1e6 * joules / (target.watts - STATIC_WATTS)
+    joules = 1e-12 * (width * flops * (known.pj_sparse if sparse else known.pj_dense) + dram * known.pj_dram)
+    joules += 1e-12 * work * fetched * known.pj_l2
+    joules += 1e-12 * work * (size.stage_bytes_a + size.stage_bytes_b) * known.pj_shared
+    energy_us = 1e6 * joules / (target.watts - known.static_watts)
 
     occupancy = plan.tiles * plan.k_blocks / (steps * clusters)
     # Idle multiprocessors draw less, so the clock of the others rises and makes good a part of a short wave.
     even = steps_us * occupancy
     busy = max(even, energy_us) + (steps_us - even) + stall_us
-    fixed = FIXED_US
+    fixed = known.fixed_us
     if parts:
-        fixed += (SPLIT_US if c.tile_m <= 128 else SPLIT_TALL_US) + 1e-3 * parts * 4 * c.tile_m * c.tile_n / SUMS_GBPS
+        fixed += known.split_us if c.tile_m <= 128 else known.split_tall_us
+        fixed += 1e-3 * parts * 4 * c.tile_m * c.tile_n / known.sums_gbps
     return Cost(max(busy, memory_us) + fixed, steps_us + stall_us, memory_us, energy_us, fixed, occupancy)
 
 
@@ -182,7 +217,7 @@ def library_us(problem: Problem, target: GpuTarget) -> float:
     """Microseconds of a vendor's GEMM: it has a tile and a way to split for every size, so its work lies evenly on all
     multiprocessors, and nothing of what a wave leaves idle or a split costs counts. ``problem`` is dense."""
     costs = (cost(problem, config, target) for config in space.candidates(problem, target))
-    return FIXED_US + min(max(c.steps_us * c.occupancy, c.energy_us, c.memory_us) for c in costs)
+    return constants_of(target).fixed_us + min(max(c.steps_us * c.occupancy, c.energy_us, c.memory_us) for c in costs)
 
 
 def ffn_gain(shape: Shape, dtype: DType, target: GpuTarget) -> float:
@@ -226,7 +261,3 @@ def _operand_bytes(problem: Problem) -> tuple[float, float, float]:
     if op is Op.GEMM_DRELU2_24:  # S, which it reads
         out += packed
     return a, n * k * element, m * n * out
-
-
-def _bandwidth(target: GpuTarget) -> float:
-    return DRAM_SHARE * 1e9 * target.dram_gbps

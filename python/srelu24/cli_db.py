@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from srelu24 import record_health, views
+from srelu24 import cost_fit, record_health, views
 from srelu24.db import Database
 from srelu24.record_health import Stale
 from srelu24.records import TuningRecord, read_records
+from srelu24_gen import cost
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.target import TARGETS
+from srelu24_gen.target import TARGETS, GpuTarget, target_by_key
 
 app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")
 
@@ -179,6 +181,62 @@ def verify(json: Json = False) -> None:
     )
     if counts["failed"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def fit(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Trials that --save wrote; else those of your store.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="Fit to your trials of this GPU, such as h200.")] = None,
+    steps: Annotated[int, typer.Option(min=0, help="Of the search; 0 says how right the model is today.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the trials that were fitted to.")] = None,
+    json: Json = False,
+) -> None:
+    """Fit the constants of the cost model to the trials of one GPU, and say how right it is.
+
+    Ctrl-C ends the search with the best so far.
+    """
+    database = Database.open()
+    target, trials = _trials(files or [], gpu, database)
+    if save is not None:
+        cost_fit.save(trials, target, save)
+    everything = {**cost_fit.of_records(database.records(), target), **trials}
+    today = cost.constants_of(target)
+    before = cost_fit.quality(everything, target, today)
+    best, after = today, before
+    with contextlib.suppress(KeyboardInterrupt), views.progress() as bar:
+        task = bar.add_task(f"fitting to {target.name}", total=steps)
+        for reached in cost_fit.fit(everything, target, today, steps, seed):
+            best, after = reached
+            bar.update(task, advance=1, description=f"{after.behind:.2%} behind, times {after.rms:.1%} off")
+    if json:
+        views.show_json({"gpu": target.key, "before": before._asdict(), "after": after._asdict(), "constants": best})
+        return
+    table = views.table(f"cost model, {before.problems} problems on {target.name}", ("", "today", "fitted"), (1, 2))
+    for name in ("rms", "bias", "behind", "worst"):
+        table.add_row(name, f"{getattr(before, name):.2%}", f"{getattr(after, name):.2%}")
+    for field in dataclasses.fields(best):
+        table.add_row(field.name, *(f"{getattr(constants, field.name):.4g}" for constants in (today, best)))
+    views.show(table)
+    views.note(f'they belong in CONSTANTS["{target.key}"] of srelu24_gen/cost.py')
+
+
+def _trials(files: list[Path], gpu: str | None, database: Database) -> tuple[GpuTarget, cost_fit.Trials]:
+    """Those of the files, which must be of one GPU, or those of the store."""
+    if not files:
+        trials = database.all_trials()
+        known = sorted({trial.gpu for trial in trials})
+        if gpu is None and len(known) != 1:
+            raise Unsupported(f"your store has trials of {', '.join(known) or 'no GPU'}; name one with --gpu")
+        target = target_by_key(gpu or known[0])
+        return target, cost_fit.of_store(trials, target)
+    read = [cost_fit.read(file) for file in files]
+    targets = {target.key: target for target, _ in read}
+    if len(targets) > 1 or gpu not in (None, *targets):
+        raise Unsupported(f"these are trials of {', '.join(sorted(targets))}; give files of one GPU")
+    return read[0][0], {problem: tried for _, trials in read for problem, tried in trials.items()}
 
 
 def _of_gpu(

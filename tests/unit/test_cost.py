@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from srelu24 import cost_fit
 from srelu24.dispatch import PREDICTED_MARGIN
 from srelu24.records import read_file
 from srelu24_gen import cost, space
@@ -22,13 +24,8 @@ from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Proble
 from srelu24_gen.target import TARGETS
 
 H200 = TARGETS["h200"]
-FAMILIES = {
-    p.family.name: p.family
-    for dtype in (DType.BF16, DType.E4M3)
-    for p in (*Shape(64, 64, 64).gemms(dtype), *Shape(64, 64, 64).dense_gemms(DType.BF16))
-}
 ROOT = Path(__file__).parents[2]
-MEASURED: list[dict[str, Any]] = json.loads((ROOT / "docs/measurements/trials_h200.json").read_text())["problems"]
+_, MEASURED = cost_fit.read(ROOT / "docs/measurements/trials_h200.json")
 LONGER: list[dict[str, Any]] = json.loads((ROOT / "docs/measurements/stream_k.json").read_text())
 """Five large shapes, timed for longer, the dense GEMM too. Its sparse kernels with a producer thread were rewritten."""
 SHIPPED, SHIPPED_SPGEMM = (
@@ -54,20 +51,14 @@ def problems(shape: Shape) -> dict[str, Problem]:
 # --- what was measured ---
 
 
-def measured(entry: dict[str, Any]) -> list[tuple[float, float, float]]:
+def measured() -> Iterator[list[tuple[float, float, float]]]:
     """Of every configuration tried for a problem: us as measured, its speed beside the others', us as predicted."""
-    problem = Problem(FAMILIES[entry["family"]], entry["m"], entry["n"], entry["k"])
-    tile_k = 128 // problem.family.dtype.bytes
-    found = []
-    for tile_m, tile_n, cluster_m, producer, stream_k, group, ms, speed in entry["trials"]:
-        plain = KernelConfig(tile_m, tile_n, tile_k, cluster_m, producer=Producer(producer), stream_k=stream_k)
-        deep = dataclasses.replace(plain, raster_group=group, stages=space.max_stages(problem.family, plain, H200))
-        found.append((1000 * ms, speed, us(problem, deep)))
-    return found
+    for problem, tried in MEASURED.items():
+        yield [(timed.us, timed.speed, us(problem, timed.config)) for timed in tried]
 
 
 def test_predictions_are_near_the_measured_times() -> None:
-    errors = [math.log(predicted / us) for entry in MEASURED for us, _, predicted in measured(entry)]
+    errors = [math.log(predicted / us) for tried in measured() for us, _, predicted in tried]
     assert len(errors) > 2000
     assert math.sqrt(mean(error**2 for error in errors)) < 0.1
     assert abs(mean(errors)) < 0.02
@@ -75,8 +66,7 @@ def test_predictions_are_near_the_measured_times() -> None:
 
 def test_what_is_ranked_first_is_nearly_the_fastest() -> None:
     behind, long = [], []
-    for entry in MEASURED:
-        tried = measured(entry)
+    for tried in measured():
         us, speed, _ = min(tried, key=lambda each: each[2])
         behind.append(math.log(max(each[1] for each in tried) / speed))
         if us > 100:  # the others run out of L2 when they are timed alone, and rank differently in a chain
@@ -91,8 +81,8 @@ def test_what_is_ranked_first_is_nearly_the_fastest() -> None:
 def test_clear_differences_are_ranked_as_measured() -> None:
     right = [
         predicted < other
-        for entry in MEASURED
-        for (_, speed, predicted), (_, other_speed, other) in itertools.permutations(measured(entry), 2)
+        for tried in measured()
+        for (_, speed, predicted), (_, other_speed, other) in itertools.permutations(tried, 2)
         if speed > 1.1 * other_speed
     ]
     assert len(right) > 500
@@ -186,7 +176,7 @@ def test_more_work_never_takes_less_time(m: int, n: int, k: int, which: str, op:
     large = dataclasses.replace(small, **{which: 2 * getattr(small, which)})
     for stream_k in (False, True):
         chosen = config(small, stream_k=stream_k)
-        assert us(small, chosen) <= us(large, chosen) + cost.SPLIT_US
+        assert us(small, chosen) <= us(large, chosen) + cost.Constants().split_us
 
 
 @given(sizes, sizes, sizes, st.booleans())
