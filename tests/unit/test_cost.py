@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
@@ -64,18 +65,26 @@ def test_predictions_are_near_the_measured_times() -> None:
     assert abs(mean(errors)) < 0.02
 
 
-def test_what_is_ranked_first_is_nearly_the_fastest() -> None:
-    behind, long = [], []
-    for tried in measured():
-        us, speed, _ = min(tried, key=lambda each: each[2])
-        behind.append(math.log(max(each[1] for each in tried) / speed))
-        if us > 100:  # the others run out of L2 when they are timed alone, and rank differently in a chain
-            long.append(behind[-1])
-    assert mean(behind) < 0.0065
-    assert max(behind) < 0.11
-    assert len(long) > 100
-    assert mean(long) < 0.005
-    assert max(long) < 0.05
+@pytest.mark.parametrize(
+    ("tokens", "in_the_mean", "at_most"),
+    [
+        ((512, 2048, 4096, 8192, 16384), 0.005, 0.05),
+        ((192, 384, 768, 1536), 0.006, 0.04),
+        # Two of the three that are a tenth behind are ahead in a chain: timed alone, they run out of L2.
+        ((256, 1024), 0.011, 0.11),
+    ],
+)
+def test_what_is_ranked_first_is_nearly_the_fastest(
+    tokens: tuple[int, ...], in_the_mean: float, at_most: float
+) -> None:
+    behind = []
+    for problem, tried in MEASURED.items():
+        if problem.m in tokens:
+            first = min(tried, key=lambda timed: us(problem, timed.config))
+            behind.append(math.log(max(timed.speed for timed in tried) / first.speed))
+    assert len(behind) > 60
+    assert mean(behind) < in_the_mean
+    assert max(behind) < at_most
 
 
 def test_clear_differences_are_ranked_as_measured() -> None:
@@ -119,29 +128,48 @@ def test_stream_k_helps_where_the_last_wave_is_short() -> None:
         assert us(problem, config(problem, stream_k=True)) < us(problem, config(problem, stream_k=False))
 
 
+def rms(errors: list[float]) -> float:
+    assert len(errors) >= 14
+    return math.sqrt(mean(error**2 for error in errors))
+
+
 def test_few_tokens_are_predicted_too() -> None:
-    # The trials have 512 and more; these are winners, whose stream-K adds up to eight parts of a tile.
-    errors = []
+    # Winners, whose stream-K adds up to eight parts of a tile.
+    errors: dict[bool, list[float]] = {True: [], False: []}
     for record in (*SHIPPED, *SHIPPED_SPGEMM):
-        if record.m < 512:
-            errors.append(math.log(us(record.problem, record.kernel_config()) / 1000 / record.evidence.ms))
-    assert len(errors) > 50
-    assert math.sqrt(mean(error**2 for error in errors)) < 0.09
+        if record.m <= 256:
+            predicted = us(record.problem, record.kernel_config()) / 1000
+            errors[record.m <= 128].append(math.log(predicted / record.evidence.ms))
+    assert rms(errors[True]) < 0.08
+    assert rms(errors[False]) < 0.1
 
 
 def test_the_gain_of_pruning_is_near_the_measured_one() -> None:
-    # The trials have no dense GEMM; these are the times of whole FFNs, sparse beside the best dense way.
-    errors: dict[bool, list[float]] = {True: [], False: []}
+    # The trials have no dense GEMM2; these are the times of whole FFNs, sparse beside the best dense way.
+    errors = defaultdict(list)
     for record in SHIPPED:
         measured = min(time.speedup for time in record.evidence.dense.values())
         gain = cost.ffn_gain(Shape(record.m, record.k, record.n), DType.BF16, H200)
-        errors[record.m >= 512].append(math.log(gain / measured))
+        errors[record.m].append(math.log(gain / measured))
         assert measured > 1 or gain < PREDICTED_MARGIN
-    many, few = errors[True], errors[False]
-    assert len(many) > 50
-    assert math.sqrt(mean(error**2 for error in many)) < 0.04
-    assert len(few) > 30
-    assert math.sqrt(mean(error**2 for error in few)) < 0.09
+    many = [error for m in (512, 2048, 8192, 16384) for error in errors[m]]
+    assert rms(many) < 0.03
+    assert rms(errors[1024]) < 0.07, "two thirds of it are one shape of 40 us"
+    assert all(rms(errors[m]) < 0.09 for m in (16, 128, 256))
+
+
+def test_with_few_tokens_both_of_our_ffns_wait_for_the_same_weights() -> None:
+    errors = []
+    for record in SHIPPED:
+        if record.m <= 128:
+            shape = Shape(record.m, record.k, record.n)
+            dense, sparse = (
+                sum(us(p, cost.best(p, H200)) for p in gemms)
+                for gemms in (shape.dense_gemms(DType.BF16), shape.gemms(DType.BF16))
+            )
+            errors.append(math.log(dense / sparse / record.evidence.dense["gemm"].speedup))
+    assert rms(errors) < 0.08
+    assert abs(mean(errors)) < 0.02
 
 
 # --- what runs without a record ---
@@ -232,11 +260,6 @@ def test_ranking_is_of_the_whole_space_and_sorted() -> None:
 
 def test_the_gain_of_pruning_grows_with_the_tokens_and_is_none_where_there_are_no_kernels() -> None:
     gains = [cost.ffn_gain(Shape(m, 4096, 16384), DType.BF16, H200) for m in (16, 128, 512, 2048, 16384)]
-    few = Shape(16, 4096, 16384)
-    ours, sparse = (
-        sum(us(p, cost.best(p, H200)) for p in gemms) for gemms in (few.dense_gemms(DType.BF16), few.gemms(DType.BF16))
-    )
-    assert ours / sparse == pytest.approx(1.0, abs=0.05), "both wait for the same weights"
     assert 0.8 < gains[0] < 1, "a library's GEMM waits for nothing else"
     assert gains[-1] > 1.15
     assert max(gains) < 1.5, "GEMM1 stays dense"
