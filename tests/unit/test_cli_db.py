@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from srelu24 import cli, cost_fit, record_health, worker
+from srelu24 import cli, record_health, worker
 from srelu24.db import Database
 from srelu24.records import ChainStep, Evidence, Trial, TuningRecord
 from srelu24_gen import compile as compiler
@@ -382,49 +381,3 @@ def test_a_winner_runs_in_a_child_on_data_of_its_own_density(monkeypatch: pytest
     job = runner._worker.jobs[0]
     assert job.density == 0.5
     assert job.candidates[0].steps == (worker.Step(record(1).problem, OTHER),)
-
-
-# --- fit ---
-
-
-def test_fit_says_how_right_the_cost_model_is_and_saves_what_it_fitted_to(db: Database, tmp_path: Path) -> None:
-    db.add_trial(trial("d", ms=0.05, speedup=1.0), trial("d", OTHER, ms=0.06, speedup=0.8))
-    put(db, record())
-    file = tmp_path / "trials.json"
-    found = printed("fit", "--steps", "20", "--save", str(file))
-    assert found["gpu"] == "h200"
-    assert found["before"]["problems"] == 2, "one with two trials, and a record"
-    assert 0 < found["after"]["rms"] < found["before"]["rms"]
-    assert found["constants"]["clock_hz"] == 1.5e9
-    again = printed("fit", str(file), "--steps", "20")
-    assert again["before"]["problems"] == 2
-    table = srelu24("fit", str(file), "--steps", "0")
-    assert "cost model, 2 problems on NVIDIA H200" in table.stdout
-    assert "latency_cycles" in table.stdout
-    assert 'CONSTANTS["h200"]' in table.stderr
-
-
-def test_fit_needs_trials_of_one_gpu(db: Database, tmp_path: Path) -> None:
-    assert "trials of no GPU" in srelu24("fit", code=1).stderr
-    db.add_trial(trial("d", ms=1.0, speedup=1.0), trial("d", ms=1.0, speedup=1.0, gpu="h100"))
-    assert "trials of h100, h200; name one with --gpu" in srelu24("fit", code=1).stderr
-    files = [tmp_path / "h100.json", tmp_path / "h200.json"]
-    for file in files:
-        srelu24("fit", "--gpu", file.stem, "--steps", "0", "--save", str(file))
-    assert "give files of one GPU" in srelu24("fit", *map(str, files), code=1).stderr
-    assert "give files of one GPU" in srelu24("fit", str(files[0]), "--gpu", "h200", code=1).stderr
-    assert "no trials of this GPU" in srelu24("fit", "--gpu", "gh200", code=1).stderr
-    assert "holds no trials" in srelu24("fit", str(tmp_path / "missing.json"), code=1).stderr
-
-
-def test_ctrl_c_ends_a_fit_with_the_best_so_far(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    db.add_trial(trial("d", ms=0.05, speedup=1.0))
-    search = cost_fit.fit
-
-    def interrupted(*arguments: Any) -> Iterator[tuple[Any, Any]]:
-        yield from itertools.islice(search(*arguments), 30)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cost_fit, "fit", interrupted)
-    found = printed("fit", "--steps", "1000")
-    assert found["after"]["rms"] < found["before"]["rms"]

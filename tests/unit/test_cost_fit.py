@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from rows import CONFIG, H200, PROBLEM, record, trial
-from srelu24 import cost_fit
+from srelu24 import cli, cost_fit
 from srelu24.cost_fit import Timed, Trials
+from srelu24.db import Database
 from srelu24.records import ChainStep
-from srelu24_gen import cost, space
+from srelu24_gen import cost, paths, space
 from srelu24_gen.cost import Constants
 from srelu24_gen.errors import RecordError
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelConfig, Problem
 
+OTHER = KernelConfig(tile_m=64, cluster_m=1, stages=5)
 PLANTED = dataclasses.replace(Constants(), latency_cycles=2600.0, split_us=20.0, pj_shared=9.0)
 
 
@@ -103,13 +110,12 @@ def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_of_a_store_the_best_measured_single_gemms_of_the_gpu_count() -> None:
-    other = KernelConfig(tile_m=64, cluster_m=1, stages=5)
-    then = ChainStep(PROBLEM.family, PROBLEM.m, PROBLEM.n, PROBLEM.k, other.to_dict())
+    then = ChainStep(PROBLEM.family, PROBLEM.m, PROBLEM.n, PROBLEM.k, OTHER.to_dict())
     rows = [
         trial(4, ms=2.0, speedup=1.0),
         trial(8, ms=1.0, speedup=1.0),
         trial(2, ms=3.0, speedup=1.0),
-        trial(1, config=other.to_dict(), ms=4.0, speedup=0.5),
+        trial(1, config=OTHER.to_dict(), ms=4.0, speedup=0.5),
         trial(99, outcome="failed", reason="hangs"),
         trial(99, ms=0.1, speedup=1.0, then=then),
         trial(99, gpu="h100", ms=0.1, speedup=1.0),
@@ -117,7 +123,7 @@ def test_of_a_store_the_best_measured_single_gemms_of_the_gpu_count() -> None:
         trial(99, config={"tile_q": 1}, ms=0.1, speedup=1.0),
     ]
     found = cost_fit.of_store(rows, H200)
-    assert {timed.config: timed.us for timed in found[PROBLEM]} == {CONFIG: 1000.0, other: 4000.0}
+    assert {timed.config: timed.us for timed in found[PROBLEM]} == {CONFIG: 1000.0, OTHER: 4000.0}
     assert list(found) == [PROBLEM]
 
 
@@ -140,3 +146,68 @@ def test_the_shipped_trials_are_as_the_model_is_said_to_know_them() -> None:
     assert target == H200
     assert all(isinstance(problem, Problem) for problem in trials)
     assert sum(map(len, trials.values())) == sum(len(e["trials"]) for e in json.loads(path.read_text())["problems"])
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def db(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """The database of the command line, empty."""
+    (tmp_path / "shipped").mkdir()
+    monkeypatch.setenv("SRELU24_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(paths, "shipped_records_dir", lambda: tmp_path / "shipped")
+    return Database.open()
+
+
+def run(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli.app, ["db", "fit", *arguments])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def printed(*arguments: str) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def test_fit_says_how_right_the_cost_model_is_and_saves_what_it_fitted_to(db: Database, tmp_path: Path) -> None:
+    db.add_trial(trial(ms=0.05, speedup=1.0), trial(config=OTHER.to_dict(), ms=0.06, speedup=0.8))
+    db.put(record(m=512))
+    file = tmp_path / "trials.json"
+    found = printed("--steps", "20", "--save", str(file))
+    assert found["gpu"] == "h200"
+    assert found["before"]["problems"] == 2, "one with two trials, and a record"
+    assert 0 < found["after"]["rms"] < found["before"]["rms"]
+    assert found["constants"]["clock_hz"] == 1.5e9
+    again = printed(str(file), "--steps", "20")
+    assert again["before"]["problems"] == 2
+    table = run(str(file), "--steps", "0")
+    assert "cost model, 2 problems on NVIDIA H200" in table.stdout
+    assert "latency_cycles" in table.stdout
+    assert 'CONSTANTS["h200"]' in table.stderr
+
+
+def test_fit_needs_trials_of_one_gpu(db: Database, tmp_path: Path) -> None:
+    assert "trials of no GPU" in run(code=1).stderr
+    db.add_trial(trial(ms=1.0, speedup=1.0), trial(ms=1.0, speedup=1.0, gpu="h100"))
+    assert "trials of h100, h200; name one with --gpu" in run(code=1).stderr
+    files = [tmp_path / "h100.json", tmp_path / "h200.json"]
+    for file in files:
+        run("--gpu", file.stem, "--steps", "0", "--save", str(file))
+    assert "give files of one GPU" in run(*map(str, files), code=1).stderr
+    assert "give files of one GPU" in run(str(files[0]), "--gpu", "h200", code=1).stderr
+    assert "no trials of this GPU" in run("--gpu", "gh200", code=1).stderr
+    assert "holds no trials" in run(str(tmp_path / "missing.json"), code=1).stderr
+
+
+def test_ctrl_c_ends_a_fit_with_the_best_so_far(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    db.add_trial(trial(ms=0.05, speedup=1.0))
+    search = cost_fit.fit
+
+    def interrupted(*arguments: Any) -> Iterator[tuple[Any, Any]]:
+        yield from itertools.islice(search(*arguments), 30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cost_fit, "fit", interrupted)
+    found = printed("--steps", "1000")
+    assert found["after"]["rms"] < found["before"]["rms"]
