@@ -215,8 +215,14 @@ def fit(
         views.show_json({"gpu": target.key, "before": before._asdict(), "after": after._asdict(), "constants": best})
         return
     table = views.table(f"cost model, {before.problems} problems on {target.name}", ("", "today", "fitted"), (1, 2))
-    for name in ("rms", "bias", "behind", "worst"):
-        table.add_row(name, f"{getattr(before, name):.2%}", f"{getattr(after, name):.2%}")
+    words = (
+        "times off, root mean square",
+        "times off, mean",
+        "first choice behind, mean",
+        "first choice behind, worst",
+    )
+    for name, *values in zip(words, before[1:], after[1:], strict=True):
+        table.add_row(name, *(f"{value:.2%}" for value in values))
     for field in dataclasses.fields(best):
         table.add_row(field.name, *(f"{getattr(constants, field.name):.4g}" for constants in (today, best)))
     views.show(table)
@@ -224,7 +230,8 @@ def fit(
 
 
 def _trials(files: list[Path], gpu: str | None, database: Database) -> tuple[GpuTarget, cost_fit.Trials]:
-    """Those of the files, which must be of one GPU, or those of the store."""
+    """Those of the files, which must be of one GPU, or those of the store. Of a problem in two files the last's: speeds
+    are beside the others of a run."""
     if not files:
         trials = database.all_trials()
         known = sorted({trial.gpu for trial in trials})

@@ -19,13 +19,16 @@ from srelu24_gen import cost, space
 from srelu24_gen.cost import Constants
 from srelu24_gen.errors import RecordError, Srelu24Error, Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, Family, KernelConfig, Problem, Producer
+from srelu24_gen.spec import WIDE_TYPES, DType, Family, KernelConfig, Problem, Producer
 from srelu24_gen.target import GpuTarget, target_by_key
 
+_ANY = Shape(64, 64, 64)
 FAMILIES: dict[str, Family] = {
     problem.family.name: problem.family
-    for dtype in (DType.BF16, DType.FP16, DType.E4M3)
-    for problem in (*Shape(64, 64, 64).gemms(dtype), *Shape(64, 64, 64).dense_gemms(DType.BF16))
+    for problem in (
+        *(problem for dtype in WIDE_TYPES for problem in (*_ANY.gemms(dtype), *_ANY.dense_gemms(dtype))),
+        *_ANY.gemms(DType.E4M3),
+    )
 }
 """What the model is fitted to, by name."""
 KEPT = ("clock_hz", "static_watts", "l2_share")
@@ -113,7 +116,7 @@ def save(trials: Trials, target: GpuTarget, path: Path) -> None:
     """A line a problem: small enough to be kept under version control, and read in a diff.
 
     Raises:
-        OSError: it cannot be written.
+        RecordError: it cannot be written.
     """
     lines = []
     for problem in sorted(trials, key=lambda p: (p.family.name, p.m, p.n, p.k)):
@@ -122,7 +125,10 @@ def save(trials: Trials, target: GpuTarget, path: Path) -> None:
         lines.append("  " + json.dumps({**sizes, "trials": sorted(rows)}))
     head = json.dumps({"gpu": target.key, "fields": [*FIELDS, "ms", "times as fast as the default of then"]}, indent=1)
     text = f'{head[:-2]},\n "problems": [\n' + ",\n".join(lines) + "\n ]\n}\n"
-    whole_file.write(path, text.encode())
+    try:
+        whole_file.write(path, text.encode())
+    except OSError as error:
+        raise RecordError(f"{path} cannot be written ({error}); give a file in a folder that can") from error
 
 
 def quality(trials: Trials, target: GpuTarget, constants: Constants) -> Quality:

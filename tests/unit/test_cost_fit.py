@@ -75,6 +75,8 @@ def test_a_file_holds_all_of_them(tmp_path: Path) -> None:
         speeds = {t.config: t.us for t in tried}
         assert all(timed.us == pytest.approx(speeds[timed.config], abs=0.006) for timed in back[problem])
     assert len(path.read_text().splitlines()) < len(trials) + 20, "a line a problem"
+    with pytest.raises(RecordError, match="cannot be written"):
+        cost_fit.save(trials, H200, path / "below a file")
 
 
 def of_problem(**changes: object) -> str:
