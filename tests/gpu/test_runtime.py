@@ -186,7 +186,7 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,  # beside other modules
+        timeout=150,
     )
     assert child.returncode == 0, child.stdout[-8000:]
     assert "ERROR SUMMARY: 0 errors" in child.stdout or "RACECHECK SUMMARY: 0 hazards" in child.stdout
