@@ -19,6 +19,7 @@ from pathlib import Path
 from srelu24_gen.errors import CompileError, Srelu24Error, ToolchainError
 from srelu24_gen.nvrtc import Answer
 from srelu24_gen.paths import templates_dir
+from srelu24_gen.plain_code import without_comments
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import KernelSpec
 from srelu24_gen.store import BuildStore, KernelMeta
@@ -255,11 +256,12 @@ def key_of(spec: KernelSpec, *, toolchain: Toolchain | None = None) -> str:
 
 
 def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
-    """SHA-256 of all that decides what the binary is; no paths, so that it is the same on every machine."""
+    """SHA-256 of all that decides what the binary is, and of nothing else: neither paths nor comments are in it."""
+    code = without_comments(rendered.source)
     parts = {
         "abi": ABI,
-        "source": rendered.source,
-        "headers": _headers_digest(templates_dir() / "include", rendered.source),
+        "source": code,
+        "headers": _headers_digest(templates_dir() / "include", code),
         "flags": [rendered.spec.arch, *FLAGS],
         "nvrtc": toolchain.nvrtc_version,
         "cutlass": toolchain.cutlass_version,
@@ -267,11 +269,11 @@ def _key(rendered: RenderedKernel, toolchain: Toolchain) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _headers_digest(folder: Path, source: str) -> str:
-    """SHA-256 of every header of ours that ``source`` includes, directly or through others; of no other, so that a new
-    kernel's header leaves the binaries and tuning records of the rest valid."""
+def _headers_digest(folder: Path, code: str) -> str:
+    """SHA-256 of the code of every header of ours that ``code`` includes, directly or through others; of no other, so
+    that a new kernel's header leaves the binaries and tuning records of the rest valid."""
     found: dict[str, bytes] = {}
-    wanted = list(_INCLUDE.findall(source))
+    wanted = list(_INCLUDE.findall(code))
     while wanted:
         name = wanted.pop()
         path = folder / name
@@ -288,9 +290,11 @@ def _headers_digest(folder: Path, source: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _read_header(path: Path, _mtime_ns: int, _size: int) -> tuple[bytes, tuple[str, ...]]:
-    """Digest and includes of ours; a file is read again only when its time or size has changed."""
-    content = path.read_bytes()
-    return hashlib.sha256(content).digest(), tuple(_INCLUDE.findall(content.decode(errors="replace")))
+    """Digest of the code, and the includes of ours in it; a file is read again only when its time or size has
+    changed."""
+    code = without_comments(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    digest = hashlib.sha256(code.encode("utf-8", errors="surrogateescape")).digest()
+    return digest, tuple(_INCLUDE.findall(code))
 
 
 def _cached(rendered: RenderedKernel, key: str, store: BuildStore) -> BuiltKernel | None:

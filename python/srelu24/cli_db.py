@@ -13,9 +13,10 @@ import typer
 from rich.markup import escape
 
 from srelu24 import cost_fit, record_health, views
+from srelu24 import rekey as rekeying
 from srelu24.db import Database
 from srelu24.record_health import Stale
-from srelu24.records import TuningRecord, read_records
+from srelu24.records import TuningRecord, read_file, read_records, write_file
 from srelu24_gen import cost
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.target import TARGETS, GpuTarget, target_by_key
@@ -154,6 +155,48 @@ def prune(
     if json:
         views.show_json({"records": records, "trials": trials, "dropped": dropped})
     views.note(f"dropped: {dropped}" if drop else "nothing was dropped")
+
+
+@app.command()
+def rekey(
+    before: Annotated[
+        Path, typer.Argument(metavar="CHECKOUT", help="srelu24 as it was, with records that were not stale.")
+    ],
+    folder: Annotated[
+        Path, typer.Option("--records", metavar="DIR", exists=True, help="Records laid out as tuning_db.")
+    ] = Path("tuning_db"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be written.")] = False,
+    json: Json = False,
+) -> None:
+    """Keep records whose kernels have other sources and the same machine code.
+
+    Builds each recorded kernel from both trees and compares; exits with 1 when a record stays stale.
+    """
+    files = {file: read_file(file, strict=True) for file in sorted(folder.rglob("*.json"))}
+    with views.progress() as bar:
+        task = bar.add_task("building both trees' kernels", total=None)
+        rekeyed = rekeying.rekey(
+            [record for records in files.values() for record in records],
+            before,
+            on_built=lambda done, of: bar.update(task, completed=done, total=of),
+        )
+    results = iter(rekeyed)
+    for file, records in files.items():
+        renewed = [next(results).record for _ in records]
+        if renewed != records and not dry_run:
+            write_file(file, renewed)
+    counts = Counter(each.outcome for each in rekeyed)
+    if json:
+        views.show_json({"counts": counts, "records": rekeyed})
+    left = [each for each in rekeyed if each.outcome not in ("current", "same")]
+    if left and not json:
+        table = views.table("records that stay stale", ("GPU", "problem", "config", "why"))
+        for each in left:
+            table.add_row(*_where(each.record), _config(each.record), escape(each.detail))
+        views.show(table)
+    views.note(f"{counts['same']} records renewed, {counts['current']} named today's kernels, {len(left)} stay stale")
+    if left:
+        raise typer.Exit(1)
 
 
 @app.command()
