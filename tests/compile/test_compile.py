@@ -162,7 +162,7 @@ def test_everything_that_decides_the_binary_is_in_the_key(
     assert compile_module._key(base, toolchain) == keys[0]
     elsewhere = dataclasses.replace(toolchain, include_dirs=(tmp_path,))
     assert compile_module._key(base, elsewhere) == keys[0], "where headers lie does not matter"
-    keys.append(compile_module._key(dataclasses.replace(base, source=base.source + " "), toolchain))
+    keys.append(compile_module._key(dataclasses.replace(base, source=base.source + "int more;"), toolchain))
     arch = dataclasses.replace(base, spec=dataclasses.replace(base.spec, arch="sm_100a"))
     keys.append(compile_module._key(arch, toolchain))
     keys.append(compile_module._key(base, dataclasses.replace(toolchain, nvrtc_version="13.0.1")))
