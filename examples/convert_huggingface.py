@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, NemotronConfig
 
 import srelu24
-from srelu24 import measure
+from srelu24.measuring import timing
 
 
 def main() -> None:
@@ -64,10 +64,10 @@ def main() -> None:
         conversion.revert()
         original = model.model.layers[0].mlp
         x = torch.randn(args.tokens, args.d_model, device=device).bfloat16()
-        timings = measure.interleave(
+        timings = timing.interleave(
             {"dense": partial(original, x), "srelu24": partial(converted, x)}, device=device, seconds=args.seconds
         )
-    ratio = measure.ratio(timings["srelu24"], timings["dense"])
+    ratio = timing.ratio(timings["srelu24"], timings["dense"])
     print(f"one FFN: dense {timings['dense'].ms:.3f} ms, srelu24 {timings['srelu24'].ms:.3f} ms, {ratio:.2f}x")
     if not gpu:
         print("without a GPU srelu24 runs its reference, which is there to be right, not fast")

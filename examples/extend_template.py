@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import srelu24
-from srelu24.launch import WARPGROUP_THREADS, Operands, SparsifyLauncher
-from srelu24.loader import load
-from srelu24.sparse24 import Sparse24
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime.launch import WARPGROUP_THREADS, Operands, SparsifyLauncher
+from srelu24.runtime.loader import load
 from srelu24_gen.compile import BuiltKernel, build_rendered
 from srelu24_gen.render import render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op

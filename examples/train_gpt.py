@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 import srelu24
-from srelu24 import views
-from srelu24.ablation import corpus
-from srelu24.ablation.model import Transformer
+from srelu24.bench.ablation import corpus
+from srelu24.bench.ablation.model import Transformer
+from srelu24.cli import views
 from srelu24.figures import figure
 
 BARS = "▁▂▃▄▅▆▇█"

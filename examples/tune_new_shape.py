@@ -13,7 +13,9 @@ import argparse
 import torch
 
 import srelu24
-from srelu24 import catalogue, dispatch, doctor
+from srelu24.cli import doctor
+from srelu24.runtime import dispatch
+from srelu24.shipping import catalogue
 from srelu24_gen import space
 from srelu24_gen.models import Shape
 from srelu24_gen.render import render
@@ -46,10 +48,10 @@ def main() -> None:
 
     # The search. The winners go to your own database, and the dispatcher uses them from then on.
     if gpu:
-        from srelu24 import tune
+        from srelu24.tuning import tuner
 
-        with tune.live_view() as on_event:
-            tune.tune_ffn(*shape, dtype, budget_s=args.budget, on_event=on_event)
+        with tuner.live_view() as on_event:
+            tuner.tune_ffn(*shape, dtype, budget_s=args.budget, on_event=on_event)
         dispatch.clear_cache()
 
     device = "cuda" if gpu else "cpu"

@@ -279,6 +279,26 @@ class KernelConfig:
         return dataclasses.replace(self, **defaults)
 
 
+_SHOWN = {"tile_m", "tile_n", "tile_k", "cluster_m", "stages", "producer", "stream_k", "raster_group"}
+"""Fields of a configuration that config_text always tells."""
+
+
+def config_text(op: Op, config: KernelConfig | dict[str, Any]) -> str:
+    """A configuration in one word group, for example ``128x256x64 cluster 2 stages 4 warpgroup stream-k group 8``."""
+    if not op.multiplies:
+        return "-"
+    c = config if isinstance(config, KernelConfig) else KernelConfig.from_dict(dict(config))
+    split = " stream-k" if c.stream_k else ""
+    tile = f"{c.tile_m}x{c.tile_n}x{c.tile_k}"
+    text = f"{tile} cluster {c.cluster_m} stages {c.stages} {c.producer.value}{split} group {c.raster_group}"
+    # Whatever else a configuration has is named where it is unusual.
+    for each in dataclasses.fields(c):
+        value = getattr(c, each.name)
+        if each.name not in _SHOWN and value != each.default:
+            text += f" {each.name.replace('_', '-')}" + ("" if value is True else f" {value}")
+    return text
+
+
 _PRODUCER_MARK = {Producer.WARPGROUP: "wg", Producer.THREAD: "th", Producer.ALL: "all"}
 
 

@@ -18,58 +18,58 @@ from typing import TYPE_CHECKING
 from srelu24_gen import __version__
 
 if TYPE_CHECKING:
-    from srelu24.conversion import Conversion as Conversion
-    from srelu24.conversion import convert as convert
-    from srelu24.explanation import Explanation as Explanation
-    from srelu24.explanation import explain as explain
-    from srelu24.fallback import FallbackWarning as FallbackWarning
     from srelu24.fp8.quantize import QuantizedWeight as QuantizedWeight
     from srelu24.fp8.quantize import quantize_weight as quantize_weight
     from srelu24.fp8.recipes import Predicted as Predicted
     from srelu24.fp8.recipes import Rowwise as Rowwise
     from srelu24.fp8.recipes import Static as Static
     from srelu24.fp8.recipes import calibrate as calibrate
-    from srelu24.modules import SquaredReLUFFN as SquaredReLUFFN
-    from srelu24.ops import ffn as ffn
-    from srelu24.ops import gemm_relu2_24 as gemm_relu2_24
-    from srelu24.ops import gemm_relu2_24_count as gemm_relu2_24_count
-    from srelu24.ops import linear as linear
-    from srelu24.ops import matmul as matmul
-    from srelu24.ops import sparsify24 as sparsify24
-    from srelu24.parallel import SquaredReLUFFNParallel as SquaredReLUFFNParallel
-    from srelu24.profiling import profile as profile
-    from srelu24.pruned_linear import Linear24 as Linear24
-    from srelu24.pruned_linear import linear24 as linear24
-    from srelu24.serving import warmup as warmup
-    from srelu24.sparse24 import Sparse24 as Sparse24
+    from srelu24.nn.conversion import Conversion as Conversion
+    from srelu24.nn.conversion import convert as convert
+    from srelu24.nn.modules import Linear24 as Linear24
+    from srelu24.nn.modules import SquaredReLUFFN as SquaredReLUFFN
+    from srelu24.nn.parallel import SquaredReLUFFNParallel as SquaredReLUFFNParallel
+    from srelu24.nn.profiling import profile as profile
+    from srelu24.nn.serving import warmup as warmup
+    from srelu24.numerics.sparse24 import Sparse24 as Sparse24
+    from srelu24.ops.explanation import Explanation as Explanation
+    from srelu24.ops.explanation import explain as explain
+    from srelu24.ops.functions import ffn as ffn
+    from srelu24.ops.functions import gemm_relu2_24 as gemm_relu2_24
+    from srelu24.ops.functions import gemm_relu2_24_count as gemm_relu2_24_count
+    from srelu24.ops.functions import linear as linear
+    from srelu24.ops.functions import linear24 as linear24
+    from srelu24.ops.functions import matmul as matmul
+    from srelu24.ops.functions import sparsify24 as sparsify24
+    from srelu24.runtime.fallback import FallbackWarning as FallbackWarning
     from srelu24.training.recipe import Recipe as Recipe
 
 _HOME = {
-    "Conversion": "conversion",
-    "Explanation": "explanation",
-    "FallbackWarning": "fallback",
+    "Conversion": "nn.conversion",
+    "Explanation": "ops.explanation",
+    "FallbackWarning": "runtime.fallback",
     "Predicted": "fp8.recipes",
     "QuantizedWeight": "fp8.quantize",
     "Recipe": "training.recipe",
     "Rowwise": "fp8.recipes",
-    "Linear24": "pruned_linear",
-    "Sparse24": "sparse24",
-    "SquaredReLUFFN": "modules",
-    "SquaredReLUFFNParallel": "parallel",
+    "Linear24": "nn.modules",
+    "Sparse24": "numerics.sparse24",
+    "SquaredReLUFFN": "nn.modules",
+    "SquaredReLUFFNParallel": "nn.parallel",
     "Static": "fp8.recipes",
     "calibrate": "fp8.recipes",
-    "convert": "conversion",
-    "explain": "explanation",
-    "ffn": "ops",
-    "gemm_relu2_24": "ops",
-    "gemm_relu2_24_count": "ops",
-    "linear": "ops",
-    "linear24": "pruned_linear",
-    "matmul": "ops",
-    "profile": "profiling",
+    "convert": "nn.conversion",
+    "explain": "ops.explanation",
+    "ffn": "ops.functions",
+    "gemm_relu2_24": "ops.functions",
+    "gemm_relu2_24_count": "ops.functions",
+    "linear": "ops.functions",
+    "linear24": "ops.functions",
+    "matmul": "ops.functions",
+    "profile": "nn.profiling",
     "quantize_weight": "fp8.quantize",
-    "sparsify24": "ops",
-    "warmup": "serving",
+    "sparsify24": "ops.functions",
+    "warmup": "nn.serving",
 }
 
 __all__ = ["__version__", *_HOME]

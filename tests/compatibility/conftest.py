@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from srelu24 import fallback
+from srelu24.runtime import fallback
 
 torch.set_num_threads(1)  # as in tests/unit
 

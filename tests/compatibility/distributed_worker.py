@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import srelu24
-from srelu24.modules import SquaredReLUFFN
+from srelu24.nn.modules import SquaredReLUFFN
 from srelu24_gen.errors import Unsupported
 
 D, F = 32, 512

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import srelu24
-from srelu24 import reference
-from srelu24.pruned_linear import Linear24
+from srelu24.nn.modules import Linear24
+from srelu24.numerics import reference
 from srelu24_gen.errors import Unsupported
 
 Distance = Callable[[Tensor, Tensor], float]

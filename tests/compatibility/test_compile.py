@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import srelu24
-from srelu24.modules import SquaredReLUFFN
+from srelu24.nn.modules import SquaredReLUFFN
 
 TOKEN_COUNTS = (7, 3, 16, 33, 64)
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import srelu24
-from srelu24.modules import SquaredReLUFFN
-from srelu24.pruned_linear import Linear24
+from srelu24.nn.modules import Linear24, SquaredReLUFFN
 from srelu24_gen.errors import Unsupported
 
 Distance = Callable[[Tensor, Tensor], float]

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import srelu24
 from srelu24.fp8 import plain
-from srelu24.modules import SquaredReLUFFN
+from srelu24.nn.modules import SquaredReLUFFN
 from srelu24_gen.errors import Unsupported
 
 Distance = Callable[[Tensor, Tensor], float]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import srelu24
-from srelu24.modules import SquaredReLUFFN
-from srelu24.pruned_linear import Linear24
+from srelu24.nn.modules import Linear24, SquaredReLUFFN
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import srelu24
-from srelu24.modules import NAMES, SquaredReLUFFN
+from srelu24.nn.modules import NAMES, SquaredReLUFFN
 from srelu24_gen.errors import Unsupported
 
 Distance = Callable[[Tensor, Tensor], float]

@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 from torch.utils.checkpoint import checkpoint
 
 import srelu24
-from srelu24.modules import SquaredReLUFFN
+from srelu24.nn.modules import SquaredReLUFFN
 from srelu24.training.recipe import LayerState
 from srelu24_gen.errors import Unsupported
 

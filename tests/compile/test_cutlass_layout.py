@@ -12,7 +12,7 @@ import torch
 from tests.gpu.oracle.sm80 import reordered
 from torch import Tensor
 
-from srelu24.sparse24 import Sparse24, pack_metadata
+from srelu24.numerics.sparse24 import Sparse24, pack_metadata
 from srelu24_gen.target import Toolchain
 
 SOURCE = Path(__file__).parent / "cutlass_layout.cpp"

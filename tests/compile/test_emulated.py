@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from srelu24 import reference, verify, workload
-from srelu24.arguments import Arguments, encode_mma_sync, plan_mma_sync
-from srelu24.launch import Operands, row_stride, scale_pointers
-from srelu24.sparse24 import Sparse24
+from srelu24.measuring import verify, workload
+from srelu24.numerics import reference
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime.arguments import Arguments, encode_mma_sync, plan_mma_sync
+from srelu24.runtime.launch import Operands, row_stride, scale_pointers
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.render import render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer

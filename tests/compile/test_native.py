@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from srelu24 import launch
+from srelu24.runtime import launch
 from srelu24_gen.compile import BuildStore, build, build_rendered, key_of
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from srelu24.arguments import Arguments, encode_mma_sync
+from srelu24.runtime.arguments import Arguments, encode_mma_sync
 from srelu24_gen import space
 from srelu24_gen.compile import BuildStore, build, build_rendered
 from srelu24_gen.render import RenderedKernel
@@ -63,7 +63,7 @@ def test_the_parameter_block_is_as_long_as_its_struct(
     rendered: Callable[..., RenderedKernel], store: BuildStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed: list[bytes] = []
-    monkeypatch.setattr("srelu24.arguments.ArgumentBlock", packed.append)
+    monkeypatch.setattr("srelu24.runtime.arguments.ArgumentBlock", packed.append)
     config = KernelConfig(128, 128, 64, cluster_m=1, stages=3, producer=Producer.ALL, raster_group=3)
     spec = KernelSpec(FAMILIES[1], config, "sm_80")
     numbers = dict.fromkeys(Arguments._fields, 1) | {"m": 300, "n": 264, "k": 72, "scales": (), "tokens": ()}

@@ -10,9 +10,9 @@ import pytest
 
 from command_line import srelu24
 from rows import evidence, record
-from srelu24 import record_health
-from srelu24.db import Database
-from srelu24.records import TuningRecord, read_file, write_file
+from srelu24.db import health
+from srelu24.db.database import Database
+from srelu24.db.records import TuningRecord, read_file, write_file
 from srelu24_gen import compile as compile_module
 from srelu24_gen import paths
 from srelu24_gen.compile import key_of
@@ -50,7 +50,7 @@ def test_an_edited_comment_makes_no_shipped_record_stale(before: Path, monkeypat
     monkeypatch.setattr(compile_module, "templates_dir", lambda: before / "templates")
     records = Database.open().shipped_records()
     assert len(records) > 300
-    assert record_health.stale(records) == []
+    assert health.stale(records) == []
 
 
 def test_the_same_machine_code_keeps_a_record_and_nothing_else_does(

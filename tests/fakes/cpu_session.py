@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 import played_kernels
-from srelu24 import launch, reference, session
-from srelu24.launch import Operands
-from srelu24.sparse24 import Sparse24
+from srelu24.numerics import reference
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime import launch
+from srelu24.runtime.launch import Operands
 from srelu24.training import kernels
 from srelu24.training.kernels import TrainingOperands
+from srelu24.tuning import session
 from srelu24_gen.spec import KernelSpec, Op
 
 WRONG_STAGES = 2

@@ -1,6 +1,6 @@
 """A worker's child with a device that is made up: some configurations hang, crash, break the device or are wrong.
 
-Run as a script; it speaks the protocol of :mod:`srelu24.worker` with nothing but the standard library.
+Run as a script; it speaks the protocol of :mod:`srelu24.tuning.worker` with nothing but the standard library.
 """
 
 import json

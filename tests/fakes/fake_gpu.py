@@ -7,10 +7,10 @@ import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
-from srelu24 import noise
-from srelu24.db import Database
-from srelu24.shortlist import shortlist
-from srelu24.worker import (
+from srelu24.db.database import Database
+from srelu24.tuning import noise
+from srelu24.tuning.shortlist import shortlist
+from srelu24.tuning.worker import (
     Failed,
     Job,
     Outcome,
@@ -37,7 +37,7 @@ GOOD = tuple(max(o, key=functools.partial(noise.changes, d)) for o, d in zip(OTH
 
 
 class FakeGpu:
-    """A :class:`srelu24.search.Runner` that makes times up; every job and build passes its simulated seconds."""
+    """A :class:`srelu24.tuning.search.Runner` that makes times up; every job and build passes its simulated seconds."""
 
     def __init__(
         self,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from srelu24 import dispatch
-from srelu24.db import Database
+from srelu24.db.database import Database
+from srelu24.runtime import dispatch
 from srelu24_gen import compile as compiler
 from srelu24_gen import paths
 from srelu24_gen.errors import ToolchainError

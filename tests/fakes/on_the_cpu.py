@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import cpu_session
 from fake_gpu import FakeGpu
-from srelu24.worker import Job, Outcome, Worker
+from srelu24.tuning.worker import Job, Outcome, Worker
 
 
 class OnTheCpu(FakeGpu):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srelu24.sparse24 import Sparse24, pack_metadata
+from srelu24.numerics.sparse24 import Sparse24, pack_metadata
 
 LEGAL_NIBBLES = [i0 | i1 << 2 for i1 in range(4) for i0 in range(i1)]
 

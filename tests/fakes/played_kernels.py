@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srelu24 import reference as numerics
-from srelu24.sparse24 import Sparse24, unpack_metadata
+from srelu24.numerics import reference as numerics
+from srelu24.numerics.sparse24 import Sparse24, unpack_metadata
 from srelu24.training.kernels import TrainingOperands
 from srelu24.training.order import row_order, token_order
 from srelu24.training.packed import TokenSparse24

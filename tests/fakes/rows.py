@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from srelu24.db import Database
-from srelu24.records import Evidence, Trial, TuningRecord
+from srelu24.db.database import Database
+from srelu24.db.records import Evidence, Trial, TuningRecord
 from srelu24_gen.spec import DType, Family, KernelConfig, Op
 from srelu24_gen.target import TARGETS
 

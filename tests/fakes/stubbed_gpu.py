@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from srelu24 import dense, dispatch, explanation, launch, operands, pair, workspace
 from srelu24.fp8 import ops as fp8_ops
+from srelu24.ops import explanation
+from srelu24.runtime import dense, dispatch, launch, operands, pair, workspace
 from srelu24.training import kernels, movers, step
 from srelu24_gen.spec import KernelSpec
 from srelu24_gen.target import GpuTarget

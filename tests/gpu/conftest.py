@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from srelu24 import dispatch, fallback
+from srelu24.runtime import dispatch, fallback
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.spec import KernelSpec
 

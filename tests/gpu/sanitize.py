@@ -19,10 +19,11 @@ from torch import Tensor
 
 import srelu24
 import srelu24.fp8.ops  # registers the operation
-from srelu24 import dispatch, launch, verify, workload
 from srelu24.fp8 import kernels
-from srelu24.launch import Launcher, Operands, launcher_for
-from srelu24.sparse24 import Sparse24
+from srelu24.measuring import verify, workload
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime import dispatch, launch
+from srelu24.runtime.launch import Launcher, Operands, launcher_for
 from srelu24.training import kernels as step_kernels
 from srelu24.training import reference, step
 from srelu24.training.reference import Needed, Pruning

@@ -10,8 +10,8 @@ from torch import Tensor
 import srelu24
 from srelu24.fp8 import kernels
 from srelu24.fp8.quantize import E4M3
-from srelu24.launch import Scales
-from srelu24.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.runtime.launch import Scales
 
 DTYPES = [torch.bfloat16, torch.float16]
 SHAPES = [  # M, D, F: one row, block edges, odd M, tails of D and F in every tile, F an odd multiple of 8

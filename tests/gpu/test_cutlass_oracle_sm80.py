@@ -7,8 +7,9 @@ import torch
 from tests.gpu.oracle import MMA_SYNC
 from tests.gpu.oracle.sm80 import CONFIGS, CutlassSpgemmSm80, our_spec
 
-from srelu24 import launch, reference
-from srelu24.launch import Operands
+from srelu24.numerics import reference
+from srelu24.runtime import launch
+from srelu24.runtime.launch import Operands
 from srelu24_gen.spec import Activation
 
 SPECS = [our_spec(name) for name in CONFIGS]

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from srelu24 import launch
 from srelu24.fp8 import quantize, reference
 from srelu24.fp8.quantize import E4M3, E5M2, QuantizedRows
-from srelu24.launch import Operands, Scales
-from srelu24.reference import prune24
-from srelu24.sparse24 import FragmentOrder, Sparse24, row_stride
+from srelu24.numerics.reference import prune24
+from srelu24.numerics.sparse24 import FragmentOrder, Sparse24, row_stride
+from srelu24.runtime import launch
+from srelu24.runtime.launch import Operands, Scales
 from srelu24_gen import space
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 from srelu24_gen.target import target_by_key

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import srelu24
 from srelu24.fp8 import kernels, quantize, reference
-from srelu24.workload import make_ffn
+from srelu24.measuring.workload import make_ffn
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
 
 M, D, F = 300, 512, 1296

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from srelu24.worker import Candidate, Failed, Job, Step, Timed, Worker
+from srelu24.tuning.worker import Candidate, Failed, Job, Step, Timed, Worker
 from srelu24_gen import space
 from srelu24_gen.spec import WIDE_TYPES, Activation, Family, KernelConfig, KernelSpec, Op, Problem, Producer
 from srelu24_gen.target import TARGETS

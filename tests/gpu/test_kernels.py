@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from srelu24 import launch, reference, verify, workload
-from srelu24.launch import TORCH_DTYPE, Operands
-from srelu24.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24.measuring import verify, workload
+from srelu24.numerics import reference
+from srelu24.numerics.dtypes import TORCH_DTYPE
+from srelu24.numerics.sparse24 import Sparse24, metadata_shape, row_stride
+from srelu24.runtime import launch
+from srelu24.runtime.launch import Operands
 from srelu24_gen import space
 from srelu24_gen.bindings import load_block, loads_ragged_n
 from srelu24_gen.compile import BuiltKernel

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from srelu24 import launch, reference, verify, workload
-from srelu24.launch import Operands
-from srelu24.sparse24 import Sparse24
+from srelu24.measuring import verify, workload
+from srelu24.numerics import reference
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime import launch
+from srelu24.runtime.launch import Operands
 from srelu24_gen import space
 from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
 from srelu24_gen.target import target_by_key

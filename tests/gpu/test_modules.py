@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import srelu24
-import srelu24.pruned_linear  # registers linear24
-from srelu24.launch import TORCH_DTYPE
-from srelu24.modules import SquaredReLUFFN
+import srelu24.ops.functions  # registers linear24
+from srelu24.nn.modules import SquaredReLUFFN
+from srelu24.numerics.dtypes import TORCH_DTYPE
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import srelu24
-from srelu24 import reference, verify, workload
-from srelu24.launch import TORCH_DTYPE, Operands
+from srelu24.measuring import verify, workload
+from srelu24.numerics import reference
+from srelu24.numerics.dtypes import TORCH_DTYPE
+from srelu24.runtime.launch import Operands
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import srelu24
-import srelu24.ops  # registers all ops
+import srelu24.ops.functions  # registers all ops
 from srelu24.fp8 import kernels
 from srelu24.fp8.quantize import E4M3
 from srelu24_gen.errors import Unsupported

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import srelu24
-from srelu24 import dispatch, launch, workload
+from srelu24.measuring import workload
+from srelu24.runtime import dispatch, launch
 from srelu24_gen.compile import build_many
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem

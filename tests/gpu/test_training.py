@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import srelu24
-from srelu24 import reference as numerics
-from srelu24.sparse24 import Sparse24, unpack_metadata
+from srelu24.numerics import reference as numerics
+from srelu24.numerics.sparse24 import Sparse24, unpack_metadata
 from srelu24.training import kernels, movers, reference
 from srelu24.training.order import padded, token_order
 from srelu24.training.packed import TokenSparse24

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 import srelu24
-from srelu24 import dense, dispatch, measure, record_health, verify, verify_step, workload
-from srelu24.db import Database
-from srelu24.dispatch import SPARSE
-from srelu24.peers import relative_error
-from srelu24.sparse24 import Sparse24
+from srelu24.bench.peers import relative_error
+from srelu24.db import health
+from srelu24.db.choice import SPARSE
+from srelu24.db.database import Database
+from srelu24.measuring import timing, verify, verify_step, workload
+from srelu24.measuring.workload_step import StepData
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime import dense, dispatch
 from srelu24.training import kernels
-from srelu24.tune import GpuRunner
-from srelu24.tune_many import Budget, tune_shapes
-from srelu24.workload_step import StepData
+from srelu24.tuning.many import Budget, tune_shapes
+from srelu24.tuning.tuner import GpuRunner
 from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType, Problem
 
@@ -78,7 +80,7 @@ def test_modes_and_their_explanations(device: torch.device) -> None:
 def test_a_dense_way_is_captured_and_replayed(way: str, device: torch.device) -> None:
     x, w1, w2, _, _ = operands(SHAPES[2], device, bias=False)
     dense._kept_zeros.clear()
-    captured = measure.capture(lambda: dense.ffn(way, x, w1, w2, None, None), device=device)
+    captured = timing.capture(lambda: dense.ffn(way, x, w1, w2, None, None), device=device)
     assert captured.note is None
     x.copy_(x.roll(3, dims=0))
     captured.output.fill_(torch.nan)
@@ -97,7 +99,7 @@ def test_torch_compile_traces_every_mode(mode: str, device: torch.device) -> Non
 @pytest.mark.parametrize("mode", dispatch.MODES)
 def test_host_time_of_a_call(mode: str, device: torch.device) -> None:
     o = operands(SHAPES[0], device, bias=False)
-    assert measure.host_us(functools.partial(srelu24.ffn, *o, mode=mode), device=device) < 150, (
+    assert timing.host_us(functools.partial(srelu24.ffn, *o, mode=mode), device=device) < 150, (
         "generous: about 50 were measured"
     )
 
@@ -212,8 +214,8 @@ def test_a_training_step_is_tuned_and_runs_what_was_found(
             assert kernels.spec_for(added, (p.m, p.n, p.k), target).config == record.kernel_config()
     for ours, theirs in zip(gradients(), with_defaults, strict=True):
         assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
-    gpu = record_health.GpuRunner()
+    gpu = health.GpuRunner()
     try:
-        assert {v.outcome for v in record_health.verify(tuned.report.records, gpu)} == {"right"}
+        assert {v.outcome for v in health.verify(tuned.report.records, gpu)} == {"right"}
     finally:
         gpu.close()

@@ -12,7 +12,8 @@ import torch
 from hypothesis import settings
 
 import played_kernels
-from srelu24 import bench_step, dispatch
+from srelu24.bench import step as bench_step
+from srelu24.runtime import dispatch
 from srelu24.training import kernels, movers, step
 
 settings.register_profile("srelu24", deadline=None, max_examples=60)

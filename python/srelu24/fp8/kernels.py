@@ -1,6 +1,6 @@
 """The 8-bit kernels: each step of docs/fp8.md on CUDA tensors, and the recipes made of these steps.
 
-The operands are trusted, as in :mod:`srelu24.launch`. Scales are fp32, biases are converted to it.
+The operands are trusted, as in :mod:`srelu24.runtime.launch`. Scales are fp32, biases are converted to it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import functools
 import torch
 from torch import Tensor
 
-from srelu24.dispatch import launcher_of
 from srelu24.fp8.quantize import E4M3, E5M2
 from srelu24.fp8.recipes import Predicted, Rowwise
-from srelu24.launch import DTYPES, Operands, Scales
-from srelu24.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.dtypes import DTYPES
+from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.runtime.dispatch import launcher_of
+from srelu24.runtime.launch import Operands, Scales
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 

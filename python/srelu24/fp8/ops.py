@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srelu24.dispatch import gpu_of
-from srelu24.fallback import warn_dense
 from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
-from srelu24.launch import DTYPES
-from srelu24.operands import ALIGNMENT, DISABLED, check_vector, differentiated, kernel_reason
-from srelu24.sparse24 import STORAGE_DTYPES, FragmentOrder
+from srelu24.numerics.dtypes import DTYPES
+from srelu24.numerics.sparse24 import STORAGE_DTYPES, FragmentOrder
+from srelu24.runtime.dispatch import gpu_of
+from srelu24.runtime.fallback import warn_dense
+from srelu24.runtime.operands import ALIGNMENT, DISABLED, check_vector, differentiated, kernel_reason
 from srelu24_gen import space
 from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.spec import DType, Family, Op

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from srelu24.fallback import warn_dense
 from srelu24.fp8 import ops, recipes
 from srelu24.fp8.quantize import QuantizedWeight, quantize_weight
 from srelu24.fp8.recipes import ScaleRecipe, Static
-from srelu24.kept_memory import allocate_kept
-from srelu24.operands import autocast, check_matrix, check_vector
+from srelu24.runtime.fallback import warn_dense
+from srelu24.runtime.kept_memory import allocate_kept
+from srelu24.runtime.operands import autocast, check_matrix, check_vector
 from srelu24_gen.errors import Unsupported
 
 _library = torch.library.Library("srelu24", "FRAGMENT")

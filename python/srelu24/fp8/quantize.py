@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srelu24.sparse24 import FP8_DTYPES
+from srelu24.numerics.sparse24 import FP8_DTYPES
 from srelu24_gen.errors import Unsupported
 
 E4M3, E5M2 = FP8_DTYPES

@@ -2,7 +2,7 @@
 
 Shapes: X [M, D], W1 [F, D], W2 [D, F]; the hidden S [M, F] packed along F, its metadata in the 8-bit order. Every
 step takes the scales it needs as arguments, so that a kernel's step can be held to it with the kernel's own scales.
-``accumulate`` is as in :mod:`srelu24.reference`.
+``accumulate`` is as in :mod:`srelu24.numerics.reference`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srelu24 import reference
 from srelu24.fp8.quantize import QuantizedRows, count_saturated, saturate
-from srelu24.sparse24 import FragmentOrder, Sparse24, pack_metadata, unpack_metadata
+from srelu24.numerics import reference
+from srelu24.numerics.sparse24 import FragmentOrder, Sparse24, pack_metadata, unpack_metadata
 
 BOUND_MARGIN = 1.07
 """What rounding may add to Cauchy-Schwarz: e4m3 up to 1/16 in X (the norm of W1 is of its rounded values), bf16 1/256

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srelu24 import dispatch
-from srelu24.launch import DTYPES, Arguments, GemmLauncher, Operands, row_stride
-from srelu24.loader import stream
-from srelu24.sparse24 import Sparse24
-from srelu24.tensor_map import tensor_map
+from srelu24.numerics.dtypes import DTYPES
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime import dispatch
+from srelu24.runtime.launch import Arguments, GemmLauncher, Operands, row_stride
+from srelu24.runtime.loader import stream
+from srelu24.runtime.tensor_map import tensor_map
 from srelu24.training.order import BLOCK, NATURAL, widest_stride
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.errors import LaunchError, Unsupported

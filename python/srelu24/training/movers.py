@@ -11,10 +11,10 @@ import struct
 import torch
 from torch import Tensor
 
-from srelu24.dispatch import gpu_of
-from srelu24.launch import row_stride
-from srelu24.loader import ArgumentBlock, LoadedKernel, load, stream
-from srelu24.sparse24 import Sparse24
+from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime.dispatch import gpu_of
+from srelu24.runtime.launch import row_stride
+from srelu24.runtime.loader import ArgumentBlock, LoadedKernel, load, stream
 from srelu24.training.kernels import row_steps
 from srelu24.training.order import BLOCK
 from srelu24.training.packed import TokenSparse24

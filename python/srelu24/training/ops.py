@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srelu24.fallback import warn_reference
-from srelu24.operands import autocast, check_ffn, differentiated, has_tangent
+from srelu24.runtime.fallback import warn_reference
+from srelu24.runtime.operands import autocast, check_ffn, differentiated, has_tangent
 from srelu24.training import reference, step
 from srelu24.training.recipe import LayerState
 from srelu24.training.reference import Forward, Gradients, Needed, Pruning

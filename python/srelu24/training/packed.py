@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srelu24.sparse24 import Sparse24, metadata_shape
+from srelu24.numerics.sparse24 import Sparse24, metadata_shape
 from srelu24.training.order import padded
 from srelu24_gen.errors import Unsupported
 

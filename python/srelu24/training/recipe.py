@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srelu24.operands import check_tensor
+from srelu24.runtime.operands import check_tensor
 from srelu24.training.metrics import Metrics, Observation
 from srelu24.training.order import check_stride
 from srelu24_gen.errors import Unsupported

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from srelu24.dispatch import choose, compiles, gpu_of, missing
-from srelu24.launch import DTYPES
-from srelu24.sparse24 import Sparse24, metadata_shape
+from srelu24.numerics.dtypes import DTYPES
+from srelu24.numerics.sparse24 import Sparse24, metadata_shape
+from srelu24.runtime.dispatch import choose, compiles, gpu_of, missing
 from srelu24.training import kernels, movers
 from srelu24.training.order import padded
 from srelu24.training.packed import TokenSparse24, columns

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srelu24.sparse24 import Sparse24
+from srelu24.numerics.sparse24 import Sparse24
 from srelu24_gen.target import Toolchain
 
 FOLDER = Path(__file__).parents[3] / "build" / "oracle"

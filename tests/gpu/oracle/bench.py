@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from tests.gpu.oracle.sm80 import CONFIGS, CutlassSpgemmSm80, our_spec
 
-from srelu24 import launch, machine, measure, peers
-from srelu24.bench_rows import candidate
-from srelu24.launch import Operands
-from srelu24.results import BenchFile, Row, check_writable
+from srelu24.bench import peers
+from srelu24.bench.results import BenchFile, Row, check_writable
+from srelu24.bench.rows import candidate
+from srelu24.measuring import machine
+from srelu24.measuring import timing as measure
+from srelu24.runtime import launch
+from srelu24.runtime.launch import Operands
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType

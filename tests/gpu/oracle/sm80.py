@@ -9,7 +9,7 @@ import torch
 from tests.gpu.oracle import MMA_SYNC
 from torch import Tensor
 
-from srelu24.sparse24 import Sparse24, unpack_metadata
+from srelu24.numerics.sparse24 import Sparse24, unpack_metadata
 from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op, Producer
 
 CONFIGS = {

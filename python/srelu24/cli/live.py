@@ -1,0 +1,209 @@
+"""What takes long, shown while it runs: searches with what they find, and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.markup import escape
+from rich.progress import TaskID
+
+from srelu24.cli import views
+from srelu24.tuning.events import (
+    Advanced,
+    Event,
+    Failure,
+    Finished,
+    ShapeEnded,
+    ShapeStarted,
+    StageStarted,
+    TuneReport,
+)
+from srelu24_gen.models import Pass, Shape
+from srelu24_gen.spec import DType, config_text
+
+if TYPE_CHECKING:
+    from srelu24.bench.results import BenchFile
+
+
+@contextlib.contextmanager
+def live_view() -> Iterator[Callable[[Event], None]]:
+    """A progress view on stderr: a bar per stage and problem, the best so far, failures as they come, the result."""
+    with views.progress() as progress:
+        tasks: dict[tuple[str, str], TaskID] = {}
+        shapes: dict[str, TaskID] = {}
+        failed: Counter[tuple[str, str]] = Counter()
+
+        def on_event(event: Event) -> None:
+            match event:
+                case ShapeStarted():
+                    title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape} {event.which}")
+                    if event.gpu not in shapes:
+                        shapes[event.gpu] = progress.add_task("", total=event.total)
+                    description = f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left"
+                    progress.update(shapes[event.gpu], completed=event.number - 1, description=description)
+                case ShapeEnded():
+                    m, d, f = event.shape
+                    for stage, what in list(tasks):
+                        if any(sizes in what for sizes in (f"{m}x{d}x{f}", f"{m}x{f}x{d}", f"{f}x{d}x{m}")):
+                            progress.remove_task(tasks.pop((stage, what)))
+                    progress.advance(shapes[event.gpu])
+                    if event.error:
+                        title = escape(f"failed: {event.shape} {event.which}: {event.error}")
+                        progress.console.print(title, style="bold red")
+                    elif event.report is None:
+                        title = f"{event.shape} {event.which} is tuned on {event.gpu} already"
+                        progress.console.print(title, soft_wrap=True)
+                case StageStarted():
+                    title = escape(f"{event.stage} {event.what}")
+                    tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
+                case Advanced():
+                    best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
+                    bad = f"  {count} failed" if (count := failed[event.stage, event.what]) else ""
+                    title = escape(f"{event.stage} {event.what}{best}{bad}")
+                    if (task := tasks.get((event.stage, event.what))) is not None:
+                        progress.update(task, completed=event.done, description=title)
+                case Failure():
+                    failed[event.stage, event.what] += 1
+                    progress.console.print(
+                        escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"
+                    )
+                case Finished():
+                    for line in summary(event.report):
+                        progress.console.print(escape(line), soft_wrap=True)
+
+        yield on_event
+
+
+def summary(report: TuneReport) -> list[str]:
+    """The result in words, a line per kernel and one for the whole."""
+    lines = []
+    for record in report.records:
+        config, evidence = config_text(record.family.op, record.config), record.evidence
+        lines.append(f"{record}: {config}, {evidence.ms:.3f} ms (default {evidence.default_ms:.3f} ms)")
+    verdict = "nothing beats the default beyond noise" if report.kept_default else f"{report.speedup:.3f}x the default"
+    counts = f"{report.tried} timed, {report.resumed} taken over, {len(report.failures)} failed"
+    lines.append(f"Chained {report.pair_ms:.3f} ms: {verdict}.")
+    if best := report.records[0].evidence.best_dense:
+        way, dense = best
+        lines.append(f"Dense at best {dense.ms:.3f} ms ({way}): the sparse pair is {dense.speedup:.3f}x as fast.")
+    if report.records[0].evidence.throttled:
+        lines.append("The GPU was throttled by heat or a power brake meanwhile: tune again when it is cool.")
+    lines.append(f"{counts}, {report.skipped} not reached, in {report.seconds:.0f} s.")
+    return lines
+
+
+def benchmark(
+    what: Literal["ffn", "gemm", "sweep", "fp8"],
+    shapes: list[Shape],
+    dtype: DType,
+    densities: list[float],
+    path: Path | None,
+    seconds: float | None = None,
+    *,
+    zeros: bool = False,
+) -> None:
+    """Times the FFN, each kernel alone, what is chosen, or the 8-bit FFN against its peers; prints and writes a table.
+
+    Args:
+        seconds: of timing per shape and density, where the benchmark's own is not wanted.
+        zeros: for "gemm", on nothing but zeros as well.
+    """
+    from srelu24.bench import forward
+
+    with views.progress() as bar:
+        task = bar.add_task("benchmark", total=1.0)
+
+        def on_event(event: forward.BenchEvent) -> None:
+            bar.update(task, completed=event.fraction, description=event.text)
+            if event.kind == "failed":
+                views.note(event.text, "yellow")
+
+        benchmarks: dict[str, Callable[..., BenchFile]] = {
+            "ffn": forward.bench_ffn,
+            "gemm": partial(forward.bench_gemm, zeros=zeros),
+            "sweep": forward.bench_sweep,
+            "fp8": lambda shapes, _, densities, **options: forward.bench_fp8(shapes, densities, **options),
+        }
+        own: dict[str, Any] = {} if seconds is None else {"seconds_per_shape": seconds}
+        file = benchmarks[what](shapes, dtype, densities, json_path=path, on_event=on_event, **own)
+    views.show(views.bench_table(file.rows))
+    if path:
+        views.note(f"written to {path}")
+
+
+def benchmark_tuning(
+    shapes: list[Shape],
+    held_out: list[Shape],
+    dtype: DType,
+    density: float,
+    seconds: float,
+    tune_s: float,
+    path: Path | None,
+    which: Pass,
+) -> None:
+    """Times tuned kernels against the defaults on this GPU; prints the table, writes the file, if named."""
+    import torch
+
+    from srelu24.bench import tuning
+    from srelu24.measuring import machine
+    from srelu24.tuning.tuner import GpuRunner
+
+    device = torch.device("cuda")
+    with views.progress() as bar:
+        task = bar.add_task("benchmark of tuning", total=1.0)
+        file = tuning.bench_tuning(
+            shapes,
+            held_out,
+            dtype,
+            GpuRunner(device),
+            which=which,
+            density=density,
+            seconds_per_shape=seconds,
+            tune_s=tune_s,
+            env=machine.environment(device),
+            json_path=path,
+            on_event=lambda event: bar.update(task, completed=event.fraction, description=event.text),
+        )
+    views.show(views.bench_table(file.rows))
+    for op, (mean, worst, where) in tuning.summary(file.rows).items():
+        views.note(f"{op}: geometric mean {mean:.3f}x, worst {worst:.3f}x ({where})")
+    if path:
+        views.note(f"written to {path}")
+
+
+def benchmark_search(
+    shapes: list[Shape], dtype: DType, density: float, budgets_s: tuple[float, float], path: Path | None, which: Pass
+) -> None:
+    """Times searches on this GPU, from nothing and with built kernels; prints the times, writes the file, if named."""
+    import torch
+
+    from srelu24.bench import tuning
+    from srelu24.bench.results import check_writable
+    from srelu24.measuring import machine
+    from srelu24.tuning.tuner import GpuRunner
+
+    device = torch.device("cuda")
+    runner = partial(GpuRunner, device)
+    runner()  # refuses at once where there is no GPU
+    check_writable(path)
+    file = tuning.bench_search(
+        shapes,
+        dtype,
+        runner,
+        which=which,
+        density=density,
+        budgets_s=budgets_s,
+        env=machine.environment(device),
+        json_path=path,
+        on_event=lambda event: views.note(event.text),
+    )
+    for row in file.rows:
+        for name, search in row.candidates.items():
+            views.note(f"{row.shape} {name}: {(search.ms or 0) / 1000:.0f} s, {search.samples} candidates")
+    if path:
+        views.note(f"written to {path}")

@@ -1,0 +1,244 @@
+"""The command line: ``srelu24`` or ``python -m srelu24``.
+
+Commands parse, call one function of the package and print. torch is imported only by those that compute.
+Exit codes: 0 done, 1 an error (one line says which), 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.core import TyperGroup
+
+from srelu24.cli import bench as cli_bench
+from srelu24.cli import bench_training, db, options, ship, tune, views
+from srelu24_gen import __version__, models
+from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Model, Shape
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+
+
+class _Commands(TyperGroup):
+    """An error raised on purpose is one red line, Ctrl-C one line; a traceback only with --debug."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Srelu24Error as error:
+            if ctx.params.get("debug"):
+                raise
+            views.note(f"error: {error}", style="bold red")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            views.note("interrupted; what was finished is kept", style="yellow")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app.add_typer(db.app, name="db")
+app.add_typer(cli_bench.app, name="bench")
+cli_bench.app.command("training")(bench_training.bench_training)
+cli_bench.app.command("training-report")(bench_training.report_training)
+cli_bench.app.command("step")(bench_training.bench_step)
+app.command()(tune.tune)
+app.command()(ship.pack)
+app.command()(ship.load)
+
+
+def _config(text: str) -> dict[str, Any]:
+    """``tile_m=192,stages=4`` as fields of a KernelConfig."""
+    fields: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise typer.BadParameter(f"{part!r} is not name=value, such as tile_m=192,stages=4")
+        words = {"true": True, "false": False}
+        fields[name] = int(value) if value.lstrip("-").isdigit() else words.get(value, value)
+    return fields
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"srelu24 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Generate, tune and serve kernels for squared-ReLU FFNs with 2:4-pruned activations."""
+
+
+def _models_table(known: list[Model]) -> Table:
+    table = Table(title="models", title_justify="left")
+    for column in ("model", "name", "D", "F", "note"):
+        table.add_column(column, justify="right" if column in ("D", "F") else "left", overflow="fold")
+    for each in known:
+        table.add_row(each.key, each.name, str(each.d_model), str(each.d_ff), each.note)
+    return table
+
+
+@app.command("list")
+def list_kernels(
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    gpu: options.Gpu = None,
+    dtype: options.Dtype = DType.BF16,
+    named: Annotated[bool, typer.Option("--models", help="List the models that --model knows instead.")] = False,
+    matrix: Annotated[bool, typer.Option("--matrix", help="List which GPUs have which kernels instead.")] = False,
+    page: Annotated[Path | None, typer.Option(help="With --matrix: fill the table of this page.")] = None,
+    json: options.Json = False,
+) -> None:
+    """The kernels of a shape and their candidate configurations: chosen, built, recorded."""
+    from srelu24.documents import support
+    from srelu24.shipping import catalogue
+
+    if matrix:
+        if page is not None:
+            views.note(f"{page} was {'changed' if support.update(page) else 'up to date'}")
+        elif json:
+            views.show_json(support.matrix())
+        else:
+            print(support.markdown(), end="")
+        return
+
+    if named:
+        known = list(models.MODELS.values())
+        if json:
+            views.show_json(known)
+        else:
+            views.show(_models_table(known))
+        return
+    shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
+    target = options.target_of(gpu)
+    tables = {each: catalogue.kernels(each, dtype, target) for each in shapes}
+    if json:
+        views.show_json([row for rows in tables.values() for row in rows])
+        return
+    for each, rows in tables.items():
+        views.show(views.kernels_table(rows, f"{each} {dtype} on {target.name}"))
+
+
+@app.command()
+def render(
+    op: Annotated[Op, typer.Argument(help="The kernel.")],
+    dtype: options.Dtype = DType.BF16,
+    config: Annotated[str, typer.Option(help="Fields that differ from the default, as tile_m=192,stages=4.")] = "",
+    shape: Annotated[
+        Shape, typer.Option(help="What the default config suits.", show_default=False, **options.SHAPE)
+    ] = options.DEFAULT_SHAPES[0],
+    gpu: options.Gpu = None,
+    activation: Annotated[Activation | None, typer.Option(help="For gemm and sparsify24.")] = None,
+    bias: Annotated[bool, typer.Option("--bias", help="Add a bias.")] = False,
+    residual: Annotated[bool, typer.Option("--residual", help="Add a residual (spgemm).")] = False,
+    count: Annotated[bool, typer.Option("--count", help="Count non-zeros per feature (gemm_relu2_24).")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write here instead of to stdout.")] = None,
+) -> None:
+    """The CUDA source of a kernel, as it is compiled."""
+    import srelu24_gen.render
+    from srelu24_gen import space
+
+    if activation is None:
+        activation = Activation.RELU2 if op in (Op.GEMM_RELU2_24, Op.SPARSIFY24) else Activation.NONE
+    m, d, f = shape
+    problem = Problem(
+        Family(op, dtype, activation, bias, residual, count),
+        m,
+        d if op is Op.SPGEMM else f,
+        0 if not op.multiplies else f if op is Op.SPGEMM else d,
+    )
+    target = options.target_of(gpu)
+    chosen = KernelConfig.from_dict(space.default(problem, target).to_dict() | _config(config))
+    verdict = space.supports(problem, chosen, target)
+    if not verdict.ok:
+        raise Unsupported(f"{problem} with this config: {verdict.reason}")
+    source = srelu24_gen.render.render(KernelSpec(problem.family, chosen, target.arch)).source
+    if output is None:
+        print(source, end="")
+        return
+    try:
+        output.write_text(source)
+    except OSError as error:
+        raise Srelu24Error(f"{output} cannot be written ({error.strerror}); choose another path") from error
+
+
+@app.command()
+def build(
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    all_models: options.AllModels = False,
+    d_model: options.DModel = None,
+    d_ff: options.DFf = None,
+    from_module: options.FromModule = None,
+    tokens: options.Tokens = None,
+    gpu: options.Gpu = None,
+    dtype: options.TunedDtype = DType.BF16,
+    every: Annotated[bool, typer.Option("--all", help="All that tuning may time, not only what would run.")] = False,
+    which: options.WhichPasses = options.Passes.FORWARD,
+    bias: options.Bias = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
+    json: options.Json = False,
+) -> None:
+    """Compile kernels for a GPU, on any machine; what is in the cache is not compiled again."""
+    from srelu24.shipping import catalogue
+
+    shapes = options.shapes_of(
+        shape,
+        model,
+        tokens,
+        options.DEFAULT_SHAPES,
+        all_models=all_models,
+        d_model=d_model,
+        d_ff=d_ff,
+        from_module=from_module,
+    )
+    target = options.target_of(gpu)
+    specs = catalogue.specs_for(shapes, dtype, target, every_candidate=every, passes=which.passes, bias=bias)
+    with views.progress() as bar:
+        task = bar.add_task(f"building for {target.name}", total=len(specs))
+        rows = catalogue.build_kernels(specs, jobs, on_done=lambda: bar.advance(task))
+    if json:
+        views.show_json(rows)
+    else:
+        views.show(views.built_table(rows))
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(json: options.Json = False) -> None:
+    """What this machine has, what is wrong, and how to mend it; exits with 1 when something is wrong."""
+    from srelu24.cli import doctor as doctor_module
+
+    checks = doctor_module.diagnose()
+    if json:
+        views.show_json(checks)
+    else:
+        views.show(views.doctor_table(checks))
+    if not doctor_module.healthy(checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    shape: options.Shapes = None,
+    model: options.Models = None,
+    tokens: options.Tokens = None,
+    dtype: options.Dtype = DType.BF16,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds of tuning per shape without a record.")] = 60.0,
+    bench: Annotated[bool, typer.Option(help="Time the FFN against its peers, where there is a GPU.")] = True,
+) -> None:
+    """The main job: check the machine, build, tune, run and time an FFN."""
+    from srelu24.cli import run as main_job
+
+    if not main_job.run(options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES), dtype, budget, bench):
+        raise typer.Exit(1)

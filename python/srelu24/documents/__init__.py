@@ -1,0 +1,1 @@
+"""Pages, tables and plots of this project's documents, made from result files and records."""

@@ -1,0 +1,1 @@
+"""Inputs, timing and verification, for the tuner and the benchmarks."""

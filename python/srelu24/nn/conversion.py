@@ -1,0 +1,208 @@
+"""Swaps the squared-ReLU FFNs of a model (:mod:`srelu24.nn.sites` finds them) for pruned ones, in place, and back.
+
+With a recipe of training or of the 8-bit forward each of them is a layer of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from srelu24.fp8.recipes import ScaleRecipe, Static, for_layer
+from srelu24.nn import sites
+from srelu24.nn.modules import Linear24, SquaredReLUFFN
+from srelu24.nn.sites import Site
+from srelu24.runtime.operands import check_mode
+from srelu24.training.recipe import Recipe
+from srelu24_gen.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A module that was changed.
+
+    Attributes:
+        path: qualified name; of the FFN, or of the second linear layer where only that was changed.
+        layer: "ffn" or "linear24".
+        d_model, d_ff: D and F.
+        note: why only the second layer, or which recipe; else empty.
+    """
+
+    path: str
+    layer: str
+    d_model: int
+    d_ff: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module with the shape of an FFN that was left alone, and why."""
+
+    path: str
+    kind: str
+    why: str
+
+
+@dataclass
+class Conversion:
+    """What :func:`convert` did; ``print`` it, or :meth:`revert` it."""
+
+    converted: list[Converted] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def revert(self) -> None:
+        """Puts the original modules back, with the layers as they are now: training since then is kept."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __str__(self) -> str:
+        lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
+        for done in self.converted:
+            what = "FFN" if done.layer == "ffn" else "second layer"
+            note = f" ({done.note})" if done.note else ""
+            lines.append(f"  {done.path or '(the model)'}: {what}, {done.d_model}x{done.d_ff}{note}")
+        lines += [f"  left {each.path or '(the model)'}: {each.kind}, {each.why}" for each in self.left]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    *,
+    recipe: Recipe | ScaleRecipe | str | None = None,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+    mode: str = "auto",
+) -> Conversion:
+    """Makes every squared-ReLU FFN of a model prune its hidden activations to 2:4, in place.
+
+    A module that is an FFN as a whole becomes a :class:`SquaredReLUFFN` with the same two layers as its children. Where
+    its code does more (RWKV's channel mix has a gate and a shift), only the second layer becomes a :class:`Linear24`.
+    Layers, parameters and state-dict keys stay the same objects and names. Everything else is left and named.
+
+    Args:
+        model: on any device, "meta" included; what is wrapped by torch.compile, DDP or FSDP is converted before.
+        recipe: train by a :class:`srelu24.Recipe`, in which every FFN becomes a layer of its qualified name, or compute
+            in 8 bits: "rowwise", "predicted" or "static" (a scale for each FFN, from :func:`srelu24.calibrate`). A
+            :class:`SquaredReLUFFN` that has none gets it too. What is not an FFN as a whole is then left.
+        filter: called with the qualified name and the module of every FFN found; False leaves it.
+        mode: of the converted layers, as for :func:`srelu24.ffn`: "auto" runs dense where pruning does not pay.
+
+    Returns:
+        What changed, what was left and why, and :meth:`Conversion.revert`.
+
+    Raises:
+        Unsupported: there is no such mode or recipe, both are given, or the model is no module.
+    """
+    check_mode(mode, "run")
+    if recipe is not None:
+        _check_recipe(recipe, mode)
+    report = Conversion()
+    chosen = filter or (lambda path, module: True)
+    for site in sites.find(model):
+        kind = type(site.module).__name__
+        if site.kind == "other":
+            report.left.append(Left(site.path, kind, site.why))
+        elif not chosen(site.path, site.module):
+            report.left.append(Left(site.path, kind, "left by the filter"))
+        elif site.kind == "ffn" and site.path:
+            _replace(model, site, recipe, mode, report)
+        elif recipe is not None:
+            report.left.append(Left(site.path, kind, f"a recipe runs whole FFNs; {site.why or _NOT_IN_PLACE}"))
+        else:
+            _prune_second(site, mode, report)
+    if recipe is not None:
+        replaced = {done.path for done in report.converted}
+        for path, module in model.named_modules():
+            if isinstance(module, SquaredReLUFFN) and path not in replaced and chosen(path, module):
+                _give_recipe(path, module, recipe, report)
+    return report
+
+
+_NOT_IN_PLACE = "the model itself cannot be replaced in place"
+
+
+def _check_recipe(recipe: Recipe | ScaleRecipe | str, mode: str) -> None:
+    if mode != "auto":
+        raise Unsupported(f"mode is {mode!r} and there is a recipe, which decides what runs; leave mode out.")
+    if isinstance(recipe, Static):
+        raise Unsupported("a Static recipe is for one layer; give recipe='static', which makes one for each FFN.")
+    if not isinstance(recipe, Recipe):
+        for_layer(recipe)
+
+
+def _named(recipe: Recipe | ScaleRecipe | str | None) -> str:
+    """For the report."""
+    if recipe is None:
+        return ""
+    return "trains by the recipe" if isinstance(recipe, Recipe) else f"8-bit, {for_layer(recipe).name}"
+
+
+def _replace(
+    model: nn.Module, site: Site, recipe: Recipe | ScaleRecipe | str | None, mode: str, report: Conversion
+) -> None:
+    """Puts a SquaredReLUFFN wherever the model holds the module; some models share one between layers."""
+    original = site.module
+    ffn = SquaredReLUFFN.of(site.up, site.down, site.names, mode, site.input_name).train(original.training)
+    try:
+        ffn.set_recipe(recipe, site.path)
+    except Unsupported as error:
+        report.left.append(Left(site.path, type(original).__name__, str(error)))
+        return
+    slots = [
+        (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is original
+    ]
+    for parent, name in slots:
+        parent._modules[name] = ffn
+
+    def undo() -> None:
+        ffn.set_recipe(None)
+        for name, layer in zip(site.names, (ffn.up, ffn.down), strict=True):
+            original._modules[name] = layer
+        original.train(ffn.training)
+        for parent, name in slots:
+            parent._modules[name] = original
+
+    report._undo.append(undo)
+    report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=_named(recipe)))
+
+
+def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | str, report: Conversion) -> None:
+    """To an FFN that is ours already."""
+    if ffn.recipe is not None:
+        report.left.append(Left(path, type(ffn).__name__, "it has a recipe already"))
+        return
+    try:
+        ffn.set_recipe(recipe, path)
+    except Unsupported as error:
+        report.left.append(Left(path, type(ffn).__name__, str(error)))
+        return
+    report._undo.append(lambda: ffn.set_recipe(None))
+    sizes = int(ffn.up.in_features), int(ffn.up.out_features)  # type: ignore[arg-type]
+    report.converted.append(Converted(path, "ffn", *sizes, note=_named(recipe)))
+
+
+def _prune_second(site: Site, mode: str, report: Conversion) -> None:
+    """Makes the second layer a Linear24 by its class alone: parameters, hooks and ties stay what they are."""
+    down = site.down
+    if type(down) is not nn.Linear:
+        why = f"{site.names[1]} is a {type(down).__name__}, and only a plain nn.Linear can be changed; {site.why}"
+        report.left.append(Left(site.path, type(site.module).__name__, why))
+        return
+    down.__class__ = Linear24
+    down.mode = mode  # type: ignore[assignment]
+
+    def undo() -> None:
+        del down.mode
+        down.__class__ = nn.Linear
+
+    report._undo.append(undo)
+    path = f"{site.path}.{site.names[1]}" if site.path else site.names[1]
+    note = site.why or _NOT_IN_PLACE
+    report.converted.append(Converted(path, "linear24", *_sizes(site), note=note))
+
+
+def _sizes(site: Site) -> tuple[int, int]:
+    return int(site.up.in_features), int(site.up.out_features)  # type: ignore[arg-type]
