@@ -13,7 +13,7 @@ import argparse
 import torch
 
 import srelu24
-from srelu24.cli import doctor
+from srelu24.cli import doctor, live
 from srelu24.runtime import dispatch
 from srelu24.shipping import catalogue
 from srelu24_gen import space
@@ -50,7 +50,7 @@ def main() -> None:
     if gpu:
         from srelu24.tuning import tuner
 
-        with tuner.live_view() as on_event:
+        with live.live_view() as on_event:
             tuner.tune_ffn(*shape, dtype, budget_s=args.budget, on_event=on_event)
         dispatch.clear_cache()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srelu24.fp8 import quantize, reference
 from srelu24.fp8.quantize import E4M3, E5M2, QuantizedRows
+from srelu24.numerics.dtypes import TORCH_DTYPE
 from srelu24.numerics.reference import prune24
 from srelu24.numerics.sparse24 import FragmentOrder, Sparse24, row_stride
 from srelu24.runtime import launch
@@ -227,7 +228,7 @@ def test_gemms_of_integers_bit_for_bit(spec: KernelSpec, m: int, n: int, k: int,
     weight_dtype = E5M2 if family.weight else E4M3
     w = QuantizedRows(integers(-2, 2, n, k, seed=1, device=device).to(weight_dtype), powers(n, -1, 1, 2, device))
     bias = integers(-8, 8, n, seed=3, device=device) if family.bias else None
-    out_dtype = launch.TORCH_DTYPE[family.out or family.dtype]
+    out_dtype = TORCH_DTYPE[family.out or family.dtype]
     if family.op is Op.SPGEMM:
         residual = integers(-8, 8, m, n, seed=4, device=device).to(out_dtype) if family.residual else None
         check_spgemm(spec, m, n, k, w, bias, residual)
@@ -267,7 +268,7 @@ def check_spgemm(
     packed = prune24(r, square=False, order=FragmentOrder.BITS8)
     s, _ = reference.square_to_e4m3(packed, torch.ones((), device=device))
     s_scale = powers(m, -1, 1, 7, device)
-    out_dtype = launch.TORCH_DTYPE[spec.family.out or spec.family.dtype]
+    out_dtype = TORCH_DTYPE[spec.family.out or spec.family.dtype]
     out = torch.full((m, n), math.nan, dtype=out_dtype, device=device)
     o = Operands(a=s, b=w.values, bias=bias, residual=residual, out=out, scales=Scales(a=s_scale, b=w.scale))
     launch.run(spec, o)
@@ -288,7 +289,7 @@ def test_one_scale_for_all_rows_and_values_that_are_not_finite(spec: KernelSpec,
     x.values[3, 7] = torch.tensor(math.nan).to(E4M3)
     x.scale[5] = math.inf
     r = reference.gemm_relu2_24(x, w)
-    out = poisoned(m, n, launch.TORCH_DTYPE[spec.family.out or DType.E4M3], device)
+    out = poisoned(m, n, TORCH_DTYPE[spec.family.out or DType.E4M3], device)
     scales = Scales(a=x.scale, b=w.scale, saturated=torch.zeros((), dtype=torch.int64, device=device))
     scales.s_inverse, scales.r_largest = torch.tensor([0.25], device=device), torch.zeros(m, device=device)
     launch.run(spec, Operands(a=x.values, b=w.values, out=out, scales=scales))

@@ -12,13 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from srelu24.bench.ablation import corpus as corpora
-from srelu24.bench.ablation import report, runs
+from srelu24.bench.ablation import runs
 from srelu24.bench.ablation.corpus import Corpus
 from srelu24.bench.ablation.model import Transformer
 from srelu24.bench.ablation.results import AblationFile, Grouping, Run, Setup
 from srelu24.bench.ablation.variants import Variant, attach
 from srelu24.bench.results import load_results
 from srelu24.cli.main import app
+from srelu24.documents import ablation
 from srelu24.documents.pages import tables
 from srelu24_gen.errors import RecordError, Unsupported
 
@@ -196,7 +197,7 @@ def made_up() -> AblationFile:
 
 
 def test_tables_and_plot(tmp_path: Path) -> None:
-    made = report.tables(made_up())
+    made = ablation.tables(made_up())
     assert "| dense | 2 | 1.1000 | 1.0000 .. 1.2000 | +0.0000 | 10.0% | 5.0 |" in made["training_ablation"]
     assert "| no mask reuse | 1, 1 diverged | - | - | - | 10.0% | 5.0 |" in made["training_ablation"]
     # Over the dense run of its own seed.
@@ -205,7 +206,7 @@ def test_tables_and_plot(tmp_path: Path) -> None:
     assert "seed 0" not in made["training_agreement"]
     assert "| widest | 1.00% | 0.50% | 1.00% | 1.00% |" in made["token_groups"]
     pytest.importorskip("matplotlib")
-    report.plot(made_up(), tmp_path / "plot.svg")
+    ablation.plot(made_up(), tmp_path / "plot.svg")
     assert "<svg" in (tmp_path / "plot.svg").read_text()
 
 
@@ -234,5 +235,5 @@ def test_the_report_fills_a_page_and_draws(tmp_path: Path) -> None:
 
 def test_the_training_page_asks_only_for_tables_that_exist(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
-    tables_there = tables(tmp_path) | report.tables(made_up())
+    tables_there = tables(tmp_path) | ablation.tables(made_up())
     assert set(re.findall(r"<!-- results:(\w+) -->", text)) <= set(tables_there)

@@ -61,15 +61,15 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         sparsify24=lambda h: reference.sparsify24(h, Activation.RELU2),
         linear=lambda x, w, activation="none": reference.gemm(x, w, activation=Activation(activation)),
     )
-    monkeypatch.setattr(peers, "ops", ops)
-    monkeypatch.setattr(forward, "ops", ops)
+    monkeypatch.setattr(peers, "functions", ops)
+    monkeypatch.setattr(forward, "functions", ops)
     dispatch = SimpleNamespace(
-        choose=lambda problem, gpu: None, gpu_of=lambda device: TARGETS["h200"], choose_ffn=choose_ffn, SPARSE=SPARSE
+        choose=lambda problem, gpu: None, gpu_of=lambda device: TARGETS["h200"], choose_ffn=choose_ffn
     )
     monkeypatch.setattr(peers, "dispatch", dispatch)
     monkeypatch.setattr(forward, "require_gpu", lambda device: None)
-    monkeypatch.setattr(forward.measure, "host_us", lambda call, device: 12.5)
-    monkeypatch.setattr(forward.measure, "interleave", interleave)
+    monkeypatch.setattr(forward.timing, "host_us", lambda call, device: 12.5)
+    monkeypatch.setattr(forward.timing, "interleave", interleave)
     for part in ("ffn", "sweep"):
         monkeypatch.setitem(
             bench_rows.PEERS, part, tuple(p for p in bench_rows.PEERS[part] if p.name != "torch_compile")
@@ -94,7 +94,7 @@ def test_a_sweep_shows_every_way_and_the_chosen_one(monkeypatch: pytest.MonkeyPa
         sparse = mode == "sparse" or (mode == "auto" and x.shape[0] >= 64)
         return reference.ffn(x, w1, w2) if sparse else dense_ffn(x, w1, w2)
 
-    monkeypatch.setattr(peers.ops, "ffn", chooses)
+    monkeypatch.setattr(peers.functions, "ffn", chooses)
     file = forward.bench_sweep([(16, 64, 128), SHAPE], DType.BF16, (0.5,), device="cpu")
     assert [(row.op, row.shape) for row in file.rows] == [("sweep", "16x64x128"), ("sweep", "64x64x128")]
     for row, way in zip(file.rows, ("gemm", SPARSE), strict=True):
@@ -215,7 +215,7 @@ def test_the_file_grows_with_every_group_and_ctrl_c_keeps_it(monkeypatch: pytest
             raise Interrupted({"srelu24": Timing.of([2.0]), "eager": Timing.of([3.0])})
         return interleave(candidates, **options)
 
-    monkeypatch.setattr(forward.measure, "interleave", interrupted)
+    monkeypatch.setattr(forward.timing, "interleave", interrupted)
     with pytest.raises(KeyboardInterrupt):
         bench_ffn([SHAPE], DType.BF16, (0.1, 0.5), device="cpu", json_path=path)
     ffn = BenchFile.load(path).rows[-1]
@@ -234,7 +234,7 @@ def test_events_advance_to_the_end() -> None:
 
 def test_real_timing_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam between benchmark and measurement: the host's clock, two peers."""
-    monkeypatch.setattr(forward.measure, "interleave", REAL_INTERLEAVE)
+    monkeypatch.setattr(forward.timing, "interleave", REAL_INTERLEAVE)
     monkeypatch.setitem(bench_rows.ENERGY_SECONDS, "ffn", 0.0)
     monkeypatch.setitem(bench_rows.PEERS, "ffn", tuple(p for p in peers.FFN if p.name in ("srelu24", "eager")))
     monkeypatch.setitem(bench_rows.PEERS, "gemm", ())

@@ -9,8 +9,7 @@ import pytest
 
 from command_line import SMALL, srelu24
 from srelu24.bench import results
-from srelu24.cli import doctor
-from srelu24.cli import run as main_job
+from srelu24.cli import doctor, live
 from srelu24_gen.models import Pass, Shape
 from srelu24_gen.spec import DType
 from srelu24_gen.target import target_by_key
@@ -26,8 +25,8 @@ def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(main_job, "benchmark", lambda *given: asked.append(given))
-    monkeypatch.setattr(main_job, "benchmark_tuning", lambda *given: asked.append(given))
+    monkeypatch.setattr(live, "benchmark", lambda *given: asked.append(given))
+    monkeypatch.setattr(live, "benchmark_tuning", lambda *given: asked.append(given))
     monkeypatch.setattr(doctor, "this_gpu", lambda: H200)
     where = ["--results", str(tmp_path)]
     srelu24("bench", "sweep", "--model", "nanochat", "--tokens", "16,64", "--seconds", "1.5", *where)
@@ -41,7 +40,7 @@ def test_bench_sweep_and_tuning_write_below_the_gpu_folder(tmp_path: Path, monke
     assert asked.pop() == (shapes, held, DType.BF16, 0.1, 3.0, 9.0, tmp_path / "h200" / "tuning.json", Pass.FORWARD)
     srelu24(*tuning, "--pass", "backward", *where)
     assert asked.pop()[-2:] == (tmp_path / "h200" / "tuning_step.json", Pass.BACKWARD)
-    monkeypatch.setattr(main_job, "benchmark_search", lambda *given: asked.append(given))
+    monkeypatch.setattr(live, "benchmark_search", lambda *given: asked.append(given))
     srelu24("bench", "search", "--model", "nanochat", "--tokens", "16,64", "--cold", "40", "--warm", "9", *where)
     assert asked.pop() == (shapes, DType.BF16, 0.1, (40.0, 9.0), tmp_path / "h200" / "search.json", Pass.FORWARD)
     srelu24("bench", "tuning", "--held-out", "32", *where)

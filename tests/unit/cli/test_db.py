@@ -21,7 +21,7 @@ from srelu24.cli import main
 from srelu24.db import health
 from srelu24.db.database import Database
 from srelu24.db.records import ChainStep, Evidence, Trial, TuningRecord
-from srelu24.tuning import worker
+from srelu24.tuning import recheck, worker
 from srelu24_gen import compile as compiler
 from srelu24_gen import paths
 from srelu24_gen.errors import RenderError, ToolchainError
@@ -313,7 +313,7 @@ def test_verify_runs_the_winners_of_this_gpu_and_ends_with_1_when_one_is_wrong(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = FakeGpu({2: "wrong result: [0, 0]"})
-    monkeypatch.setattr(health, "GpuRunner", lambda: gpu)
+    monkeypatch.setattr(recheck, "GpuRunner", lambda: gpu)
     ship(db, record(1, OTHER), record(2), record(3, gpu="h100"))
     put(db, record(1), record(4, dataclasses.replace(CONFIG, stages=40)))
     verdicts = printed("verify", code=1)
@@ -330,7 +330,7 @@ def test_verify_runs_the_winners_of_this_gpu_and_ends_with_1_when_one_is_wrong(
 
 
 def test_verify_with_nothing_to_verify_says_so(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "GpuRunner", lambda: FakeGpu({}))
+    monkeypatch.setattr(recheck, "GpuRunner", lambda: FakeGpu({}))
     put(db, record(gpu="h100"))
     assert "no record for NVIDIA H200" in srelu24("verify").stderr
 
@@ -376,7 +376,7 @@ def test_a_winner_runs_in_a_child_on_data_of_its_own_density(monkeypatch: pytest
     monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
     monkeypatch.setattr(dispatch, "gpu_of", lambda device: H200 if device.index == 1 else None)
     monkeypatch.setattr(worker, "Worker", FakeWorker)
-    runner = health.GpuRunner()
+    runner = recheck.GpuRunner()
     assert runner.target == H200
     assert runner.check(record(1, density=0.5), OTHER) == ""
     assert "hangs" in runner.check(record(2), CONFIG)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import SMALL, srelu24
+from srelu24.cli import live
 from srelu24.cli import run as main_job
 from srelu24.shipping import catalogue
 from srelu24_gen.models import MODELS, TOKENS, Shape
@@ -74,7 +75,7 @@ def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     monkeypatch.setattr(tune, "_runners", lambda gpus: [])
     monkeypatch.setattr(many, "tune_shapes", several)
     monkeypatch.setattr(main_job, "run", lambda given, *_: shapes.extend(given) or True)
-    monkeypatch.setattr(main_job, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
+    monkeypatch.setattr(live, "benchmark", lambda what, given, *_, **__: shapes.extend(given))
     return shapes
 
 

@@ -10,6 +10,7 @@ import torch
 from srelu24.measuring import workload
 from srelu24.measuring.workload import make_ffn, make_preactivations, operands_for, poison, prune
 from srelu24.numerics import reference
+from srelu24.numerics.dtypes import TORCH_DTYPE
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
@@ -23,7 +24,7 @@ def test_density_is_met(d: int, density: float, dtype: DType) -> None:
     measured = float((data.x.double() @ data.w1.double().T > 0).double().mean())
     # 2048 features whose share varies from one to the next: about 0.01 of noise.
     assert measured == pytest.approx(density, abs=0.025)
-    assert {t.dtype for t in (data.x, data.w1, data.w2)} == {workload.TORCH_DTYPE[dtype]}
+    assert {t.dtype for t in (data.x, data.w1, data.w2)} == {TORCH_DTYPE[dtype]}
     assert (data.x.shape, data.w1.shape, data.w2.shape) == ((512, d), (2048, d), (d, 2048))
 
 

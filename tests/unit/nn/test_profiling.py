@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import srelu24
+from srelu24.db.choice import SPARSE, FfnChoice
 from srelu24.runtime import dispatch
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
@@ -119,13 +120,13 @@ def test_hooks_are_gone_and_the_model_is_as_before(model: nn.Module) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("way", "recommended"), [(dispatch.SPARSE, "sparse"), ("cublas", "dense")])
+@pytest.mark.parametrize(("way", "recommended"), [(SPARSE, "sparse"), ("cublas", "dense")])
 def test_expectations_are_the_dispatchers(way: str, recommended: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def choose(shape: Shape, *rest: object) -> dispatch.FfnChoice:
+    def choose(shape: Shape, *rest: object) -> FfnChoice:
         asked.append((shape, *rest))
-        return dispatch.FfnChoice(way, "cublas", 1.25, "measured", "measured: so it is")
+        return FfnChoice(way, "cublas", 1.25, "measured", "measured: so it is")
 
     monkeypatch.setattr(dispatch, "choose_ffn", choose)
     model = nn.Sequential(MLP()).bfloat16()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import srelu24
 from interruption import at_every_line
-from srelu24.db.choice import MARGIN, SPARSE
+from srelu24.db.choice import MARGIN, PREDICTED_MARGIN, SPARSE, FfnChoice
 from srelu24.db.database import Database
 from srelu24.db.records import DenseTime, Evidence, TuningRecord
 from srelu24.numerics import reference
@@ -72,7 +72,7 @@ def put(*found: list[TuningRecord]) -> None:
     dispatch.clear_cache()
 
 
-def choice(m: int, d: int = D, f: int = F, b1: bool = False) -> dispatch.FfnChoice:
+def choice(m: int, d: int = D, f: int = F, b1: bool = False) -> FfnChoice:
     return choose_ffn(Shape(m, d, f), DType.BF16, b1, False, H200)
 
 
@@ -175,7 +175,7 @@ def test_the_gain_stays_between_its_neighbours(measured: dict[int, float], m: in
         assert min(near) - 1e-9 <= found.gain <= max(near) + 1e-9
     else:
         assert found.gain <= max(near) + 1e-9, "fewer tokens than were measured never look better"
-    assert (found.way == SPARSE) == (found.gain >= (MARGIN if measured else dispatch.PREDICTED_MARGIN))
+    assert (found.way == SPARSE) == (found.gain >= (MARGIN if measured else PREDICTED_MARGIN))
 
 
 def test_another_gpu_decides_nothing_here() -> None:
@@ -269,4 +269,4 @@ def test_zeros_are_kept_per_width_type_and_device() -> None:
 
 def test_the_model_is_cautious_for_every_named_width() -> None:
     for d, f in ((768, 3072), (2688, 1856), (4096, 16384), (8192, 32768)):
-        assert cost.ffn_gain(Shape(16, d, f), DType.BF16, H200) < dispatch.PREDICTED_MARGIN
+        assert cost.ffn_gain(Shape(16, d, f), DType.BF16, H200) < PREDICTED_MARGIN

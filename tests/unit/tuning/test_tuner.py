@@ -13,6 +13,7 @@ import pytest
 
 import fake_child
 from fake_gpu import DEFAULTS, GEMM1, GEMM2, GOOD, H200, NEXT, OTHERS, D, F, FakeGpu, M, better
+from srelu24.cli import live
 from srelu24.db.choice import answer
 from srelu24.db.database import Database
 from srelu24.db.records import Trial
@@ -370,7 +371,7 @@ def test_events_tell_the_whole_story_and_the_live_view_takes_them(
 ) -> None:
     events: list[Event] = []
     gpu = FakeGpu(better(*GOOD), broken=[NEXT])
-    with tuner.live_view() as draw:
+    with live.live_view() as draw:
         report = run(db, gpu, on_event=lambda event: (events.append(event), draw(event))[0])
     stages = [(e.stage, e.what) for e in events if isinstance(e, StageStarted)]
     both = f"{GEMM1} + {GEMM2}"
