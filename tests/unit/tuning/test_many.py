@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from fake_gpu import H200, FakeGpu
+from srelu24.cli import live
 from srelu24.db.database import Database
-from srelu24.tuning import tuner, worker
+from srelu24.tuning import worker
 from srelu24.tuning.events import Event, ShapeEnded, ShapeStarted
 from srelu24.tuning.many import Budget, Tuned, Work, tune_shapes, weight
 from srelu24.tuning.worker import Job, Outcome
@@ -179,7 +180,7 @@ def test_what_ends_one_gpu_ends_all_and_leaves_no_false_failure(db: Database, er
 
 
 def test_the_live_view_draws_many_shapes(db: Database, capsys: pytest.CaptureFixture[str]) -> None:
-    with tuner.live_view() as draw:
+    with live.live_view() as draw:
         run(db, gpu(), shapes=[SHAPES[0], Shape(256, 12, 64)], on_event=draw)
         run(db, gpu(), shapes=[SHAPES[0]], on_event=draw)
     shown = " ".join(capsys.readouterr().err.split())

@@ -13,6 +13,7 @@ import cpu_session
 from fake_gpu import H200, FakeGpu
 from on_the_cpu import OnTheCpu
 from rows import record
+from srelu24.cli import live
 from srelu24.db import health
 from srelu24.db.database import Database
 from srelu24.db.records import ChainStep, Trial
@@ -158,7 +159,7 @@ def test_little_time_still_finds_what_won_at_another_number_of_tokens(db: Databa
 
 def test_stages_are_told_by_gemm_and_the_live_view_takes_them(db: Database, capsys: pytest.CaptureFixture[str]) -> None:
     events: list[Event] = []
-    with tuner.live_view() as draw:
+    with live.live_view() as draw:
         run(db, planted(), on_event=lambda event: (events.append(event), draw(event))[0])
     stages = [(e.stage, e.what) for e in events if isinstance(e, StageStarted)]
     assert sorted(stages) == sorted(
