@@ -44,8 +44,8 @@ FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
 class Constants:
     """What the model knows of the kernels on a GPU, besides the limits of its target: as fitted to the H200."""
 
-    clock_hz: float = 1.5e9
-    """Of an SM, on real data."""
+    clock_share: float = 1500 / 1980
+    """Of the highest clock of a multiprocessor: what it runs at on real data."""
     latency_cycles: float = 1700.0
     """From the issue of a load to its arrival under load."""
     stall_dense: float = 0.053
@@ -126,6 +126,7 @@ def predict(problem: Problem, config: KernelConfig, target: GpuTarget, known: Co
     problem = dataclasses.replace(problem, m=max(problem.m, 1))
     family = problem.family
     bandwidth = known.dram_share * 1e9 * target.dram_gbps
+    clock_hz = known.clock_share * 1e6 * target.clock_mhz
     bytes_a, bytes_b, bytes_out = _operand_bytes(problem)
     if not family.op.multiplies:
         memory = 1e6 * (bytes_a + bytes_out) / bandwidth
@@ -145,7 +146,7 @@ def predict(problem: Problem, config: KernelConfig, target: GpuTarget, known: Co
     if c.producer is Producer.THREAD:
         step = max(step, known.thread_step_cycles)
         stall = (known.stall_sparse if sparse else known.stall_dense) * mma
-    steps_us, stall_us = (1e6 * steps * cycles / known.clock_hz for cycles in (step, stall))
+    steps_us, stall_us = (1e6 * steps * cycles / clock_hz for cycles in (step, stall))
 
     band = plan.group * c.tile_m * c.cluster_m * bytes_a / problem.m
     kept = known.l2_share * target.l2_bytes
@@ -197,15 +198,16 @@ def speaks_for(problem: Problem, target: GpuTarget) -> bool:
 
 
 def best(problem: Problem, target: GpuTarget) -> KernelConfig:
-    """What runs where nothing was measured: the first of :func:`rank` where the model speaks for the problem, else the
-    default of ``space``. M counts as :func:`rounded`.
+    """What runs where nothing was measured: of :func:`rank` the first whose tile has been timed, where the model speaks
+    for the problem, else the default of ``space``. M counts as :func:`rounded`.
 
     Raises:
         Unsupported: no kernel computes the problem.
     """
     if not speaks_for(problem, target):
         return space.default(problem, target)
-    return _ranked(dataclasses.replace(problem, m=rounded(problem.m)), target)[0]
+    ranked = _ranked(dataclasses.replace(problem, m=rounded(problem.m)), target)
+    return next(config for config in ranked if space.is_timed(config, target))
 
 
 def rounded(tokens: int) -> int:

@@ -35,6 +35,8 @@ class _Space(Protocol):
 
     def default(self, problem: Problem, target: GpuTarget) -> KernelConfig: ...
 
+    def is_timed(self, config: KernelConfig) -> bool: ...
+
     def batch_invariant(self, config: KernelConfig) -> KernelConfig: ...
 
 
@@ -118,6 +120,11 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
     if not problem.family.op.multiplies:
         return KernelConfig()
     return _space(target).default(problem, target)
+
+
+def is_timed(config: KernelConfig, target: GpuTarget) -> bool:
+    """Whether tiles like the configuration's have been timed, so that it may be served without a record of its own."""
+    return _space(target).is_timed(config)
 
 
 def has_kernel(family: Family, target: GpuTarget) -> Verdict:

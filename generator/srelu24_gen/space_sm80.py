@@ -60,6 +60,11 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     return Verdict(True)
 
 
+def is_timed(config: KernelConfig) -> bool:
+    """No tile is served by the cost model, which is not fitted to these kernels; the default's is as good as any."""
+    return True
+
+
 def configs(problem: Problem, target: GpuTarget) -> Iterator[KernelConfig]:
     """What may be worth trying; not all of it is valid. The ring takes all shared memory, or half of it, so that a
     second CTA of a multiprocessor works while this one stores."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from srelu24_gen.bindings import (
     E_VECTOR_COLUMNS,
@@ -20,11 +21,28 @@ from srelu24_gen.families import Verdict
 from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem, Producer
 from srelu24_gen.target import GpuTarget
 
-_TILES_M = (64, 128, 192)
-_TILES_N = (128, 256)
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows and columns of the output that a CTA computes at a time. A line here is all that a tile needs."""
+
+    m: int
+    n: int
+    timed: bool = False
+    """Whether the cost model has been held to times of it. Until then the tuner tries it, and nobody is served it."""
+
+
+TILES = (
+    Tile(64, 128, timed=True),
+    Tile(64, 256, timed=True),
+    Tile(128, 128, timed=True),
+    Tile(128, 256, timed=True),
+    Tile(192, 128, timed=True),
+    Tile(192, 256, timed=True),
+)
+_LARGE = 128 * 256
+"""Elements of a tile from which on it is tried for large problems: smaller ones move more bytes per FLOP."""
 _LEAST_SPLIT_M = 128
-_ACCUMULATOR_OVERHEAD = 32
-"""Registers a consumer thread needs besides its accumulators: descriptors, ring position, E."""
 _DEFAULT_GROUP = 8
 _RASTER_GROUPS = (2, 4, _DEFAULT_GROUP, 16)
 _SPLIT_PAYS_FROM = {"dense": 16, "sparse": 26}
@@ -50,47 +68,36 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     op, c = family.op, config
     if c.producer is Producer.ALL:
         return Verdict(False, f"the wgmma kernels have one producer, warpgroup or thread, not {c.producer.value}")
-    if c.tile_m not in _TILES_M:
-        return Verdict(False, f"tile_m = {c.tile_m} is not one of {_TILES_M}: a consumer warpgroup owns 64 rows")
-    if c.tile_n not in _TILES_N:
-        return Verdict(False, f"tile_n = {c.tile_n} is not one of {_TILES_N}, the MMA widths the templates bind")
+    if not any((tile.m, tile.n) == (c.tile_m, c.tile_n) for tile in TILES):
+        tiles = ", ".join(f"{tile.m}x{tile.n}" for tile in TILES)
+        return Verdict(False, f"a tile of {c.tile_m}x{c.tile_n} is not one of {tiles}")
     if op in PACKING_OPS and c.tile_n != E_VECTOR_COLUMNS and not family.promote:
         return Verdict(False, f"{op.value} needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
     if c.tile_k != _tile_k(family):
         return Verdict(
             False, f"tile_k = {c.tile_k} is not {_tile_k(family)}, the 128-byte swizzle span of {family.dtype.value} B"
         )
-    if family.promote and c.tile_n != min(_TILES_N):
-        return Verdict(
-            False, f"promoted sums take twice the accumulators, which fit with tile_n = {min(_TILES_N)} only"
-        )
     if c.cluster_m not in (1, 2):
         return Verdict(False, f"cluster_m = {c.cluster_m} is not 1 or 2; 4 leaves multiprocessors idle")
     if c.raster_group < 1:
         return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
-    size = footprint(family, c)
-    needed = c.tile_n // 2 + _ACCUMULATOR_OVERHEAD  # promoted sums are no operands of a wgmma
-    # A wgmma is checked against the registers every thread is launched with, before setmaxnreg.
-    launched = min(255, target.registers_per_sm // size.threads // 8 * 8)
-    if launched < needed:
+    if c.tile_n // c.cluster_m % load_block(op):
         return Verdict(
-            False, f"{size.threads} threads leave {launched} registers each; tile_n = {c.tile_n} needs about {needed}"
+            False,
+            f"a CTA of a cluster of {c.cluster_m} loads {c.tile_n // c.cluster_m} of the {c.tile_n} columns of a tile, "
+            f"which is no multiple of {load_block(op)}, the rows of B that {op.value} loads together",
         )
+    verdict = _supports_registers(family, c, target)
+    if not verdict.ok:
+        return verdict
     if c.stream_k and c.tile_m < _LEAST_SPLIT_M:
         return Verdict(
             False, f"stream_k is for tiles of {_LEAST_SPLIT_M} rows or more: {c.tile_m} leave little to split"
         )
-    if c.tile_m == max(_TILES_M) and c.tile_n == max(_TILES_N):
-        if family.residual:
-            return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left to load a residual")
-        adds = family.accumulate and family.out is not DType.FP32
-        if c.stream_k and op is Op.SPGEMM_TOKENS and (adds or c.cluster_m == 1):
-            return Verdict(
-                False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for stream_k and the store of {op.value}"
-            )
     least = 2 if c.producer is Producer.WARPGROUP else 3
     if c.stages < least:
         return Verdict(False, f"stages = {c.stages}; a {c.producer.value} producer needs at least {least}")
+    size = footprint(family, c)
     if size.shared_bytes > target.smem_per_block:
         return Verdict(
             False, f"{c.stages} stages need {size.shared_bytes} bytes of shared memory; {target.smem_per_block} there"
@@ -98,23 +105,67 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     return Verdict(True)
 
 
+def _supports_registers(family: Family, config: KernelConfig, target: GpuTarget) -> Verdict:
+    """Whether the threads of a consumer have registers for their accumulators and for what else they hold.
+
+    ptxas counts twice: a wgmma may have no more operands than the registers that every thread is launched with, and
+    what a consumer holds after setmaxnreg must not be spilled. The second numbers are from what ptxas made of every
+    tile; a compile test holds them to it.
+    """
+    size = footprint(family, config)
+    launched = min(255, target.registers_per_sm // size.threads // 8 * 8)
+    accumulators = config.tile_n // 2
+    operands = accumulators + 32  # descriptors and the position in the ring
+    if launched < operands:
+        return Verdict(
+            False,
+            f"{size.threads} threads leave {launched} registers each; tile_n = {config.tile_n} needs about {operands}",
+        )
+    held, why = operands, ""
+    if family.promote:
+        held, why = 2 * accumulators + 24, " with promoted sums, which take twice the accumulators,"
+    elif family.residual:
+        held, why = accumulators + 48, " with a residual to load"
+    elif _adds_or_reduces(family, config):
+        held, why = accumulators + 48, f" with stream_k and the store of {family.op.value}"
+    elif family.op in SPARSE_OPS:
+        held, why = accumulators + 40, " with the metadata of the next k-block"
+    if size.consumer_registers < held:
+        return Verdict(
+            False,
+            f"a thread of a {config.tile_m}x{config.tile_n} tile has {size.consumer_registers} registers;"
+            f"{why} it needs about {held}",
+        )
+    return Verdict(True)
+
+
+def _adds_or_reduces(family: Family, config: KernelConfig) -> bool:
+    """Whether the store of a split weight gradient needs more registers: it reads what it adds to, or it has one CTA a
+    cluster to do all of it."""
+    adds = family.accumulate and family.out is not DType.FP32
+    return family.op is Op.SPGEMM_TOKENS and config.stream_k and (adds or config.cluster_m == 1)
+
+
+def is_timed(config: KernelConfig) -> bool:
+    """Whether the cost model has been held to times of the configuration's tile."""
+    return any((tile.m, tile.n) == (config.tile_m, config.tile_n) and tile.timed for tile in TILES)
+
+
 def configs(problem: Problem, target: GpuTarget) -> Iterator[KernelConfig]:
     """What may be worth trying; not all of it is valid. The ring is always as deep as fits.
 
-    Tiles of less than 128x256 move more bytes per FLOP; they are tried only where larger ones would leave
+    Tiles of fewer elements than 128x256 move more bytes per FLOP; they are tried only where larger ones would leave
     multiprocessors idle, and there the raster hardly matters.
     """
     family = problem.family
     few_tiles = -(-problem.m // 128) * -(-problem.n // 256) < target.sm_count
     groups = (_DEFAULT_GROUP,) if few_tiles else _RASTER_GROUPS
     producers = (Producer.WARPGROUP, Producer.THREAD)
-    for tile_m, tile_n, cluster_m, producer, stream_k in itertools.product(
-        _TILES_M, _TILES_N, (2, 1), producers, (False, True)
-    ):
-        small = tile_m < 128 or (tile_n < max(_TILES_N) and not family.promote)
+    for tile, cluster_m, producer, stream_k in itertools.product(TILES, (2, 1), producers, (False, True)):
+        small = tile.m * tile.n < _LARGE // (2 if family.promote else 1)
         if small and (stream_k or not few_tiles):  # stream-K fills the GPU with large tiles
             continue
-        base = KernelConfig(tile_m, tile_n, _tile_k(family), cluster_m, producer=producer, stream_k=stream_k)
+        base = KernelConfig(tile.m, tile.n, _tile_k(family), cluster_m, producer=producer, stream_k=stream_k)
         base = dataclasses.replace(base, stages=max_stages(family, base, target.smem_per_block))
         for group in groups:
             yield dataclasses.replace(base, raster_group=group)
@@ -126,7 +177,7 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
     family = problem.family
     config = KernelConfig(
         tile_m=128,
-        tile_n=min(_TILES_N) if family.promote else max(_TILES_N),
+        tile_n=128 if family.promote else 256,
         tile_k=_tile_k(family),
         cluster_m=2 if problem.m > 128 else 1,
     )

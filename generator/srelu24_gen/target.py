@@ -49,6 +49,8 @@ class GpuTarget:
     """Peak memory bandwidth, GB/s (NVIDIA data sheets)."""
     watts: int = 700
     """Power limit as sold; only the cost model reads it."""
+    clock_mhz: int = 1980
+    """The highest clock of a multiprocessor; only the cost model reads it."""
 
     @property
     def kernels(self) -> str:
@@ -63,7 +65,7 @@ class GpuTarget:
 
 
 def _ampere(key: str, name: str, sm_count: int, l2_mib: int, dram_gbps: int, watts: int) -> GpuTarget:
-    limits = {"smem_per_block": 163 * KIB, "dense_flops_per_clock": 2048}
+    limits = {"smem_per_block": 163 * KIB, "dense_flops_per_clock": 2048, "clock_mhz": 1410}
     return GpuTarget(key, name, "sm_80", sm_count, l2_bytes=l2_mib * MIB, dram_gbps=dram_gbps, watts=watts, **limits)
 
 
@@ -79,10 +81,15 @@ TARGETS: dict[str, GpuTarget] = {
     target.key: target
     for target in (
         GpuTarget("h100", "NVIDIA H100 80GB HBM3"),
-        GpuTarget("h100-pcie", "NVIDIA H100 PCIe", sm_count=114, dram_gbps=2000, watts=350),
-        GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB, dram_gbps=3900, watts=400),
+        GpuTarget("h100-pcie", "NVIDIA H100 PCIe", sm_count=114, dram_gbps=2000, watts=350, clock_mhz=1755),
+        GpuTarget("h100-nvl", "NVIDIA H100 NVL", l2_bytes=60 * MIB, dram_gbps=3900, watts=400, clock_mhz=1785),
         GpuTarget("h200", "NVIDIA H200", l2_bytes=60 * MIB, dram_gbps=4800),
         GpuTarget("gh200", "NVIDIA GH200 480GB", l2_bytes=60 * MIB, dram_gbps=4000, watts=900),
+        GpuTarget("gh200-144gb", "NVIDIA GH200 144G HBM3e", l2_bytes=60 * MIB, dram_gbps=4900, watts=900),
+        # Its tensor cores do a quarter of an H100's work a clock, which no driver says.
+        GpuTarget(
+            "h20", "NVIDIA H20", sm_count=78, l2_bytes=60 * MIB, dense_flops_per_clock=1024, dram_gbps=4000, watts=500
+        ),
         _ampere("a100", "NVIDIA A100-SXM4-80GB", 108, l2_mib=40, dram_gbps=2039, watts=400),
         _ampere("a100-40gb", "NVIDIA A100-SXM4-40GB", 108, l2_mib=40, dram_gbps=1555, watts=400),
         _small("a10", "NVIDIA A10", "sm_86", 72, l2_mib=6, dram_gbps=600, watts=150, flops=1024),
@@ -120,24 +127,28 @@ def target_for_device(
     smem_per_block: int | None = None,
     registers_per_sm: int = GpuTarget.registers_per_sm,
     l2_bytes: int = GpuTarget.l2_bytes,
+    dram_gbps: int | None = None,
+    watts: int | None = None,
+    clock_mhz: int | None = None,
 ) -> GpuTarget:
     """The target of a device as its driver describes it, with the native kernel family where it has one.
 
     A known model keeps its key; any other device (another name, or a part of a known model such as a MIG slice) gets a
-    key made from its name and keeps its own limits, so that records never mix.
+    key made from its name and keeps its own limits, so that records never mix. What no driver says, the tensor cores'
+    rate, is that of the first known model of the same architecture.
 
     Args:
-        smem_per_block: None takes that of a known GPU of the same architecture, or the least that any has.
+        smem_per_block, dram_gbps, watts, clock_mhz: None where the driver does not say, takes that of a known GPU of
+        the
+            same architecture; where there is none, the least shared memory that any has.
 
     Raises:
         Unsupported: no kernel family runs on its compute capability.
     """
     arch = arch_of(name, compute_capability)
     for target in TARGETS.values():
-        # GH200 modules differ in memory only, which is the tail of their name.
-        same_name = name.startswith("NVIDIA GH200 ") if target.key == "gh200" else name == target.name
-        if same_name and sm_count == target.sm_count and arch == target.arch:
-            return _as_asked(dataclasses.replace(target, name=name))
+        if name == target.name and sm_count == target.sm_count and arch == target.arch:
+            return _as_asked(target)
     key = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "", 1)).strip("-") or "gpu"
     if key in TARGETS or name in {t.name for t in TARGETS.values()}:
         key = f"{key}-{sm_count}sm"
@@ -151,6 +162,9 @@ def target_for_device(
         smem_per_block=smem_per_block or like.smem_per_block,
         registers_per_sm=registers_per_sm,
         l2_bytes=l2_bytes,
+        dram_gbps=dram_gbps or like.dram_gbps,
+        watts=watts or like.watts,
+        clock_mhz=clock_mhz or like.clock_mhz,
     )
     return _as_asked(found)
 

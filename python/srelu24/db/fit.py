@@ -31,7 +31,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 """What the model is fitted to, by name."""
-KEPT = ("clock_hz", "static_watts", "l2_share")
+KEPT = ("clock_share", "static_watts", "l2_share")
 """Constants that the fit leaves alone: the first two only scale others, and the last one makes steps."""
 FIELDS = ("tile_m", "tile_n", "cluster_m", "producer", "stream_k", "raster_group")
 """Of a configuration in a file of trials; the rest follows from them."""

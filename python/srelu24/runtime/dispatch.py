@@ -10,6 +10,7 @@ import torch
 from srelu24.db.choice import Choice, FfnChoice, answer, answer_ffn
 from srelu24.db.database import Database
 from srelu24.numerics.dtypes import DTYPES
+from srelu24.runtime import device as limits
 from srelu24.runtime.launch import GemmLauncher, Launcher, launcher_for
 from srelu24.runtime.pair import Pair
 from srelu24_gen import compile as compiler
@@ -44,6 +45,9 @@ def gpu_of(device: torch.device) -> GpuTarget:
         p.multi_processor_count,
         smem_per_block=p.shared_memory_per_multiprocessor - SYSTEM_SHARED_BYTES,
         l2_bytes=p.L2_cache_size,
+        dram_gbps=limits.dram_gbps(device),
+        watts=limits.watts(device),
+        clock_mhz=limits.clock_mhz(device),
     )
 
 

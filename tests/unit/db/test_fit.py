@@ -181,7 +181,7 @@ def test_fit_says_how_right_the_cost_model_is_and_saves_what_it_fitted_to(db: Da
     assert found["gpu"] == "h200"
     assert found["before"]["problems"] == 2, "one with two trials, and a record"
     assert 0 < found["after"]["rms"] < found["before"]["rms"]
-    assert found["constants"]["clock_hz"] == 1.5e9
+    assert found["constants"]["clock_share"] == 1500 / 1980
     again = printed(str(file), "--steps", "20")
     assert again["before"]["problems"] == 2
     table = run(str(file), "--steps", "0")

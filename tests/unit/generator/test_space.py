@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srelu24_gen import space
+from srelu24_gen import cost, space, space_sm90
 from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Problem, Producer
@@ -77,9 +77,9 @@ def test_another_architecture_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "config", "words"),
     [
-        (DENSE, KernelConfig(tile_m=96), "tile_m = 96 is not one of"),
-        (DENSE, KernelConfig(tile_m=256), "tile_m = 256 is not one of"),
-        (DENSE, KernelConfig(tile_n=64), "tile_n = 64 is not one of"),
+        (DENSE, KernelConfig(tile_m=96), "a tile of 96x256 is not one of 64x128"),
+        (DENSE, KernelConfig(tile_m=256), "a tile of 256x256 is not one of"),
+        (DENSE, KernelConfig(tile_n=64), "a tile of 128x64 is not one of"),
         (FUSED, KernelConfig(tile_n=128), "needs tile_n = 256"),
         (DENSE, KernelConfig(tile_k=128), "tile_k = 128 is not 64"),
         (DENSE, KernelConfig(cluster_m=4), "cluster_m = 4 is not 1 or 2"),
@@ -201,11 +201,15 @@ def test_types_that_do_not_go_together(family: Family, words: str) -> None:
     ("family", "config", "words"),
     [
         (SPARSE8, KernelConfig(), "tile_k = 64 is not 128, the 128-byte swizzle span of e4m3 B"),
-        (dataclasses.replace(SPARSE8, promote=True), KernelConfig(tile_k=128), "fit with tile_n = 128 only"),
+        (
+            dataclasses.replace(SPARSE8, promote=True),
+            KernelConfig(tile_k=128),
+            "with promoted sums, which take twice the accumulators, it needs about 280",
+        ),
         (
             dataclasses.replace(SPARSE8, residual=True),
             KernelConfig(tile_m=192, tile_k=128, producer=THREAD),
-            "no registers left to load a residual",
+            "with a residual to load it needs about 176",
         ),
     ],
 )
@@ -219,3 +223,76 @@ def test_8_bit_widths_are_multiples_of_16() -> None:
     assert space.supports_problem(Problem(SPARSE8, 5, 48, 272), H200).ok
     for n, k in ((40, 272), (48, 264)):
         assert "is not a multiple of 16" in space.supports_problem(Problem(SPARSE8, 5, n, k), H200).reason
+
+
+# ---- tiles that somebody adds
+
+
+def with_tiles(monkeypatch: pytest.MonkeyPatch, *added: tuple[int, int]) -> None:
+    monkeypatch.setattr(space_sm90, "TILES", (*space_sm90.TILES, *(space_sm90.Tile(m, n) for m, n in added)))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        (DENSE, KernelConfig(tile_n=96, cluster_m=2, stages=3)),
+        (WEIGHTS, KernelConfig(tile_n=192, cluster_m=2, stages=3)),
+        (DENSE, KernelConfig(tile_n=80, cluster_m=1, stages=3)),
+    ],
+)
+def test_what_a_cta_loads_of_a_new_tile_is_whole_blocks(
+    family: Family, config: KernelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TMA box of fewer rows than the barrier expects bytes for would wait for ever."""
+    with_tiles(monkeypatch, (config.tile_m, config.tile_n))
+    verdict = space.supports_config(family, config, H200)
+    assert not verdict.ok
+    assert "no multiple of" in verdict.reason
+    whole = dataclasses.replace(config, tile_n=192, cluster_m=1)
+    with_tiles(monkeypatch, (128, 192))
+    assert space.supports_config(family, whole, H200).ok
+
+
+@pytest.mark.parametrize(
+    ("family", "tile", "config"),
+    [  # what ptxas spilled: 28, 236 and 1860 bytes
+        (RESIDUAL, (192, 256), KernelConfig(tile_m=192, producer=THREAD, stream_k=True)),
+        (SPARSE, (256, 192), KernelConfig(tile_m=256, tile_n=192, cluster_m=1, producer=THREAD)),
+        (SPARSE, (256, 192), KernelConfig(tile_m=256, tile_n=192, cluster_m=2, producer=THREAD)),
+        (
+            Family(Op.GEMM, DType.E4M3, out=DType.BF16, promote=True),
+            (256, 128),
+            KernelConfig(tile_m=256, tile_n=128, tile_k=128),
+        ),
+    ],
+)
+def test_a_new_tile_changes_no_other_and_what_would_spill_is_refused(
+    family: Family, tile: tuple[int, int], config: KernelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(family, 4096, 4096, 4096)
+    before = space.candidates(problem, H200)
+    with_tiles(monkeypatch, (256, 128), (256, 192), (256, 256), (192, 192))
+    assert tile in [(each.m, each.n) for each in space_sm90.TILES]
+    verdict = space.supports_config(family, dataclasses.replace(config, stages=3), H200)
+    assert not verdict.ok
+    assert "registers" in verdict.reason
+    after = space.candidates(problem, H200)
+    old = {(each.m, each.n) for each in space_sm90.TILES if each.timed}
+    assert [each for each in after if (each.tile_m, each.tile_n) in old] == before
+
+
+def test_a_tile_that_nobody_timed_is_tried_and_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_tiles(monkeypatch, (256, 128), (192, 192))
+    cost._ranked.cache_clear()
+    try:
+        ranked = [
+            (problem, cost.rank(problem, H200), cost.best(problem, H200))
+            for problem in (Problem(DENSE, m, n, 4096) for m in (512, 1024, 3072, 8192) for n in (2048, 4096, 6144))
+        ]
+    finally:
+        cost._ranked.cache_clear()
+    new = {(256, 128), (192, 192)}
+    assert any((first.tile_m, first.tile_n) in new for _, (first, *_), _ in ranked), "the model likes none: try others"
+    for _, candidates, best in ranked:
+        assert new & {(each.tile_m, each.tile_n) for each in candidates}, "the tuner has it to try"
+        assert (best.tile_m, best.tile_n) not in new

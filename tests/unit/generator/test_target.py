@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from srelu24_gen import target
+from srelu24_gen import cost, space, target
 from srelu24_gen.errors import ToolchainError, Unsupported
+from srelu24_gen.spec import DType, Family, KernelConfig, Op, Problem
 from srelu24_gen.target import TARGETS, Toolchain, target_by_key, target_for_device
 
 SHARED_KIB = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_90a": 228, "sm_120": 100}
@@ -52,7 +54,7 @@ def test_an_unknown_key_names_the_known_ones() -> None:
         ("NVIDIA H100 NVL", 132, "h100-nvl"),
         ("NVIDIA H200", 132, "h200"),
         ("NVIDIA GH200 480GB", 132, "gh200"),
-        ("NVIDIA GH200 144G HBM3e", 132, "gh200"),
+        ("NVIDIA GH200 144G HBM3e", 132, "gh200-144gb"),
         ("NVIDIA H200 NVL", 132, "h200-nvl"),
         ("NVIDIA H800", 132, "h800"),
         ("NVIDIA H20", 78, "h20"),
@@ -76,6 +78,26 @@ def test_part_of_a_known_gpu_is_another_target_with_its_own_limits() -> None:
     found = target_for_device("NVIDIA H200", (9, 0), 60, smem_per_block=1000, registers_per_sm=2000, l2_bytes=3000)
     assert found.key not in TARGETS
     assert (found.sm_count, found.smem_per_block, found.registers_per_sm, found.l2_bytes) == (60, 1000, 2000, 3000)
+
+
+def test_an_unlisted_gpu_is_what_its_driver_says() -> None:
+    """What the driver does not say is that of a listed one of its architecture, never more than one guess."""
+    found = target_for_device("NVIDIA H900", (9, 0), 100, dram_gbps=6000, watts=450, clock_mhz=1600)
+    assert (found.key, found.sm_count, found.dram_gbps, found.watts, found.clock_mhz) == ("h900", 100, 6000, 450, 1600)
+    assert found.dense_flops_per_clock == TARGETS["h100"].dense_flops_per_clock
+    silent = target_for_device("NVIDIA H900", (9, 0), 100)
+    assert (silent.dram_gbps, silent.watts) == (TARGETS["h100"].dram_gbps, TARGETS["h100"].watts)
+
+
+def test_predictions_follow_the_gpu() -> None:
+    """An H20 has a quarter of an H100's tensor rate on 78 of its 132 multiprocessors."""
+    problem = Problem(Family(Op.GEMM, DType.BF16), 16384, 8192, 8192)
+    us = {key: cost.cost(problem, space.default(problem, TARGETS[key]), TARGETS[key]).us for key in ("h20", "h100")}
+    flops = 2 * 16384 * 8192 * 8192
+    assert us["h20"] > 1e6 * flops / 148e12, "above what its data sheet allows"
+    assert us["h20"] / us["h100"] > 3
+    slow = dataclasses.replace(TARGETS["h200"], clock_mhz=990)
+    assert cost.cost(problem, KernelConfig(), slow).us > 1.5 * cost.cost(problem, KernelConfig(), TARGETS["h200"]).us
 
 
 @pytest.mark.parametrize(
