@@ -24,6 +24,9 @@ PORTABLE_MODULES = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-candidate", action="store_true", help="tests/compile/test_every_tile.py compiles all variants."
+    )
     parser.addoption("--family", choices=("sm90", "sm80"), default="sm90", help="Kernel family that tests/gpu runs.")
 
 

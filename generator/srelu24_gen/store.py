@@ -63,6 +63,17 @@ class KernelMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Size of the whole file, with cubin_sha256 the proof that it is intact."""
     cubin_sha256: str
 
+    @property
+    def fault(self) -> str:
+        """Why the kernel is not worth running, in words; empty where nothing is wrong with it.
+
+        A kernel that spills registers or whose MMAs ptxas serialised computes what it should, several times slower.
+        """
+        if self.spill_bytes or self.stack_bytes:
+            return f"it spills registers: {self.spill_bytes} bytes, with {self.stack_bytes} bytes of stack"
+        serialised = [warning for warning in self.warnings if "wgmma" in warning]
+        return f"ptxas serialised its MMAs: {serialised[0]}" if serialised else ""
+
 
 class BuildStore:
     """One folder of built kernels, by default :func:`srelu24_gen.paths.cache_dir`. Safe for many processes."""
