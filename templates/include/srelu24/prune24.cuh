@@ -9,6 +9,7 @@
 #pragma once
 
 #include <srelu24/packed.cuh>
+#include <srelu24/static_for.cuh>
 
 namespace srelu24 {
 
@@ -60,10 +61,7 @@ __device__ __forceinline__ uint32_t prune16(uint32_t const (&value)[16], uint4& 
     low[G] = low_halves(kept0, kept1);
     high[G] = high_halves(kept0, kept1);
   };
-  group.template operator()<0>();
-  group.template operator()<1>();
-  group.template operator()<2>();
-  group.template operator()<3>();
+  static_for<4>(group);
   row_low = make_uint4(low[0], low[1], low[2], low[3]);
   row_high = make_uint4(high[0], high[1], high[2], high[3]);
   return word;
