@@ -185,6 +185,7 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
                                             Scaling<Config, Params, Held> const& scaling) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
+  using Activation = typename Config::Activation;
   auto start_of = [&](int h) {  // of what this thread stores of its row; the rest is at constants from there
     int64_t place = at.row + 8 * h;
     if constexpr (Config::kPermuted) place = p.tokens.token_of(place);
@@ -205,7 +206,7 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float const even = acc[accumulator_index(8 * i + 2 * c, h)], odd = acc[accumulator_index(8 * i + 2 * c + 1, h)];
-        y[c] = Config::kRelu2 ? P::square(P::round_relu(even, odd)) : P::round(even, odd);
+        y[c] = Activation::template finish<P>(Activation::template round<P>(even, odd));
       }
       store16((kKeep ? rows[h] : start_of(h)) + 32 * i, make_uint4(y[0], y[1], y[2], y[3]), at.row + 8 * h < p.m);
     }
@@ -233,13 +234,14 @@ __device__ __forceinline__ void count_nonzeros16(uint32_t const (&value)[16], in
   if (g + 8 < valid) atomicAdd(counts + g + 8, static_cast<int>(high >> shift & 0xff));
 }
 
-/// Squared ReLU, 2:4 along the columns, packed values and E; LoadOrder::kOwn16. A 16-byte vector of E covers 256
+/// The activation, 2:4 along the columns, packed values and E; LoadOrder::kOwn16. A 16-byte vector of E covers 256
 /// columns; of it the thread writes the words of its own 64, 128 or 256.
 template <class Config, class Params>
 __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], Params const& p,
                                              BlockPosition const& at) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
+  using Activation = typename Config::Activation;
   using E = MetadataLayout;
   constexpr int kWords = Config::kTileN / E::kWordColumns;
   // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
@@ -254,17 +256,19 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
       uint32_t const inside = column_of<Config>(at, 2 * q + f / 8) < p.n ? rows : 0u;
-      value[f] = P::round_relu(acc[accumulator_index(16 * q + f, 0)], acc[accumulator_index(16 * q + f, 1)]) & inside;
+      value[f] =
+          Activation::template round<P>(acc[accumulator_index(16 * q + f, 0)], acc[accumulator_index(16 * q + f, 1)]) &
+          inside;
     }
     int const feature = at.column + 64 * q + at.thread % 4 * 16;
     if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);
     uint4 low, high;
-    words.of[q] = prune16<Element, true, true>(value, low, high);
+    words.of[q] = prune16<Element, Activation>(value, low, high);
     auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
     store16(out, low, feature < p.n && at.row < p.m);
     store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);
     if constexpr (Config::kTokens) {
-      drop_and_square<Element>(value, words.of[q]);
+      finish_kept<Element, Activation>(value, words.of[q]);
       store_along_tokens<Config>(value, p, at, at.column + 64 * q);
     }
   }

@@ -2,6 +2,8 @@
 // scales or as scaled e4m3 (docs/fp8.md).
 #pragma once
 
+#include <cuda/std/type_traits>
+
 #include <srelu24/epilogue.cuh>
 #include <srelu24/scale.cuh>
 
@@ -49,6 +51,9 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
                                                     BlockPosition const& at, Scaling<Config, Params> const& scaling,
                                                     float const (&s_inverse)[2]) {
   using P = Packed<cutlass::bfloat16_t>;
+  static_assert(cuda::std::is_same_v<typename Config::Activation, Relu2>,
+                "scaled_squares finishes no other activation");
+  using Activation = Unfinished<typename Config::Activation>;
   constexpr bool kToE4m3 = kStoresE4m3<Config>;
   bool const odd = at.thread % 2 != 0;
   // Beyond the matrix there may be anything, and it becomes zero groups: where it is decided on, not value by value.
@@ -62,13 +67,14 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     uint32_t value[16];
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
-      value[f] = P::round_relu(acc[accumulator_index(16 * q + f, 0)], acc[accumulator_index(16 * q + f, 1)]);
+      value[f] =
+          Activation::template round<P>(acc[accumulator_index(16 * q + f, 0)], acc[accumulator_index(16 * q + f, 1)]);
     }
     int const own = at.column + 64 * q + at.thread % 4 * 16;  // first of this thread's 16 columns
     bool const inside = own < p.n;                            // n is a multiple of 16
     uint4 low, high;                                          // eight kept r of each row
     uint32_t const word =
-        select(inside ? rows : 0u, prune16<cutlass::bfloat16_t, true, false>(value, low, high), kZeroGroups);
+        select(inside ? rows : 0u, prune16<cutlass::bfloat16_t, Activation>(value, low, high), kZeroGroups);
     uint32_t const other = __shfl_xor_sync(~0u, word, 1);
     words[q] = odd ? high_halves(other, word) : low_halves(word, other);
     if constexpr (kToE4m3) {

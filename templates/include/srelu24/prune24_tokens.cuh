@@ -35,16 +35,16 @@ struct KeptMasks {
   }
 };
 
-/// Square relu values and set to zero those that were not kept; `word`: prune16's of the same values.
-template <class Element>
-__device__ __forceinline__ void drop_and_square(uint32_t (&value)[16], uint32_t word) {
+/// Finish the values that were kept and set the others to zero; `word`: what prune16 said of the same values.
+template <class Element, class Activation>
+__device__ __forceinline__ void finish_kept(uint32_t (&value)[16], uint32_t word) {
   using P = Packed<Element>;
   auto group = [&]<int G>() {
     uint32_t x[4];
     auto const kept = KeptMasks::of<4 * G>(word);
     kept.expand(~0u, ~0u, x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[4 * G + i] = P::square(value[4 * G + i]) & x[i];
+    for (int i = 0; i < 4; ++i) value[4 * G + i] = Activation::template finish<P>(value[4 * G + i]) & x[i];
   };
   static_for<4>(group);
 }

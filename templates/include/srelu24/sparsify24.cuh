@@ -15,7 +15,7 @@ struct SparsifyParams {
   int32_t m, n;
 };
 
-template <class Element, bool Relu2>
+template <class Element, class Activation>
 __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {
   using P = Packed<Element>;
   using E = MetadataLayout;
@@ -52,12 +52,12 @@ __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         uint32_t const even = low_halves(low[c], high[c]), odd = high_halves(low[c], high[c]);
-        value[8 * i + 2 * c] = Relu2 ? P::relu(even) : even;
-        value[8 * i + 2 * c + 1] = Relu2 ? P::relu(odd) : odd;
+        value[8 * i + 2 * c] = Activation::template prepare<P>(even);
+        value[8 * i + 2 * c + 1] = Activation::template prepare<P>(odd);
       }
     }
     uint4 kept_low, kept_high;
-    words[q] = prune16<Element, Relu2, Relu2>(value, kept_low, kept_high);
+    words[q] = prune16<Element, Activation>(value, kept_low, kept_high);
     int const c = column + 64 * q;
     if (c < p.n) {
       auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(row) * p.out_stride + c / 2;
