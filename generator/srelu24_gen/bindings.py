@@ -24,13 +24,26 @@ K_BLOCK_BYTES = 128
 _MOST_STAGES = 8
 """Deeper rings hide nothing more: eight k-blocks are several microseconds."""
 
-_ELEMENT = {
-    DType.BF16: "bfloat16_t",
-    DType.FP16: "half_t",
-    DType.E4M3: "float_e4m3_t",
-    DType.E5M2: "float_e5m2_t",
+
+@dataclass(frozen=True, slots=True)
+class CppType:
+    """How C++ spells a :class:`DType`."""
+
+    element: str
+    """The type of an element."""
+    mma: str
+    """Its part in the names of CUTLASS's MMA atoms."""
+
+
+CPP_TYPES = {
+    DType.BF16: CppType("cutlass::bfloat16_t", "BF16"),
+    DType.FP16: CppType("cutlass::half_t", "F16"),
+    DType.E4M3: CppType("cutlass::float_e4m3_t", "E4M3"),
+    DType.E5M2: CppType("cutlass::float_e5m2_t", "E5M2"),
+    DType.FP32: CppType("float", "F32"),
 }
-_MMA_TYPE = {DType.BF16: "BF16", DType.FP16: "F16", DType.E4M3: "E4M3", DType.E5M2: "E5M2"}
+CPP_ACTIVATIONS = {Activation.NONE: "Identity", Activation.RELU2: "Relu2"}
+"""The structs of ``activation.cuh``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +124,7 @@ def max_stages(family: Family, config: KernelConfig, shared_bytes: int) -> int:
 
 
 def load_block(op: Op) -> int:
-    """Rows of B that the kernel's load order permutes together (``LoadOrder`` in ``tile_load.cuh``)."""
+    """Rows of B that the kernel's load order permutes together (``load_order.cuh``)."""
     return 64 if op in (*PACKING_OPS, Op.SPGEMM_TOKENS) else 32
 
 
@@ -134,8 +147,8 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
     family, config = spec.family, spec.config
     names: dict[str, str | int] = {
         "name": spec.name,
-        "element": _ELEMENT[family.dtype],
-        "relu2": _cpp(family.activation is Activation.RELU2),
+        "element": CPP_TYPES[family.dtype].element,
+        "activation": CPP_ACTIVATIONS[family.activation],
     }
     if not family.op.multiplies:
         return names
@@ -149,6 +162,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "threads": size.threads,
         "shared_bytes": size.shared_bytes,
         "sparse": _cpp(family.op in SPARSE_OPS),
+        "output": CPP_TYPES[family.out or family.dtype].element,
         "load_order": "kOwn16" if family.op in PACKING_OPS else "kOwn8",
         "prune": _cpp(family.op is Op.GEMM_RELU2_24),
         "bias": _cpp(family.bias),
@@ -167,7 +181,6 @@ def _wgmma_names(family: Family, config: KernelConfig, size: Footprint) -> dict[
         "producer_lag": PRODUCER_LAG,
         "producer_registers": size.producer_registers,
         "consumer_registers": size.consumer_registers,
-        "output": "float" if family.out is DType.FP32 else f"cutlass::{_ELEMENT[family.out or family.dtype]}",
         "scaled": _cpp(family.scaled),
         "promote": _cpp(family.promote),
         "mma": _wgmma(family, config.tile_n),
@@ -185,13 +198,13 @@ def _mma_sync_names(family: Family, config: KernelConfig, size: Footprint) -> di
     weight = family.weight or family.dtype
     k = 32 // family.dtype.bytes  # of a dense MMA, which takes 32 bytes of it
     first = 89 if family.scaled else 80
+    types = CPP_TYPES[family.dtype].mma + CPP_TYPES[weight].mma
     return {
         "warp_m": warp_rows(config),
         "warp_n": WARP_COLUMNS,
-        "weight": _ELEMENT[weight],
-        "output": _ELEMENT[family.out or family.dtype],
+        "weight": CPP_TYPES[weight].element,
         "scaled": _cpp(family.scaled),
-        "mma": f"SM{first}_16x8x{k}_F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[weight]}F32_TN",
+        "mma": f"SM{first}_16x8x{k}_F32{types}F32_TN",
         "mma_k": 2 * k,
     }
 
@@ -199,7 +212,7 @@ def _mma_sync_names(family: Family, config: KernelConfig, size: Footprint) -> di
 def _wgmma(family: Family, n: int) -> str:
     """The CUTLASS atom below ``cute::SM90::GMMA``: an instruction takes 32 bytes of K, of packed A too."""
     k = 32 // family.dtype.bytes
-    types = f"F32{_MMA_TYPE[family.dtype]}{_MMA_TYPE[family.weight or family.dtype]}"
+    types = "F32" + CPP_TYPES[family.dtype].mma + CPP_TYPES[family.weight or family.dtype].mma
     order = "_TN" if family.scaled else ""  # 8-bit operands are K-major, and their atoms say so by name
     return (
         f"SPARSE::GMMA_64x{n}x{2 * k}_{types}_SS{order}"

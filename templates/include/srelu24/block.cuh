@@ -3,6 +3,7 @@
 
 #include <cutlass/arch/memory.h>
 
+#include <srelu24/metadata.cuh>
 #include <srelu24/packed.cuh>
 
 namespace srelu24 {
@@ -14,6 +15,12 @@ struct BlockPosition {
   int block;   // row / 64
   int thread;  // of the 128 that share the block: 32 * (row / 16 % 4) + lane
 };
+
+/// The index of the accumulator that holds, of the columns of the output that a thread has, number `column`, in row g
+/// (`half` 0) or g + 8 (`half` 1). A thread has kTileN / 4 columns; its LoadOrder says which of the output they are.
+__device__ __forceinline__ constexpr int accumulator_index(int column, int half) {
+  return 4 * (column / 2) + 2 * half + column % 2;
+}
 
 __device__ __forceinline__ void store16(void* p, uint4 const& value, bool guard) {
   cutlass::arch::global_store<uint4, sizeof(uint4)>(value, p, guard);

@@ -2,6 +2,7 @@
 // tokens: what a weight gradient computes densely is not in its sparse part. A thread does 16 rows of a column.
 #pragma once
 
+#include <srelu24/metadata.cuh>
 #include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
@@ -20,15 +21,15 @@ __device__ __forceinline__ void dense_columns(DenseColumnsParams const& p) {
   if (p.out == nullptr) return;
 
   // E in fragment order: a word has 16 columns of row g in its low half and of row g + 8 in its high half.
-  uint32_t const* const words = p.metadata +
-                                (block / 4 * static_cast<int64_t>((p.n + 255) / 256) + column / 256) * 512 +
-                                (block % 4 * 32 + column % 64 / 16) * 4 + column % 256 / 64;
+  using E = MetadataLayout;
+  uint32_t const* const words = p.metadata + E(p.n).block(block / 4, column / E::kVectorColumns) * E::kBlockWords +
+                                4 * (E::thread(block % 4, 0, 0) + column % E::kWordColumns / 16) + E::word(column);
   auto const* const values = static_cast<uint16_t const*>(p.values) + column / 4 * 2;
   auto* const out = static_cast<uint16_t*>(p.out) + j;
   uint32_t const place = column % 4;
 #pragma unroll
   for (int g = 0; g < 8; ++g) {
-    uint32_t const word = __ldg(words + 16 * g);
+    uint32_t const word = __ldg(words + 4 * E::thread(0, g, 0));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int const row = g + 8 * h;

@@ -57,7 +57,7 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Par
         }
       }
 #pragma unroll
-      for (int c = 0; c < 8; ++c) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] = x[c];
+      for (int c = 0; c < 8; ++c) acc[accumulator_index(8 * i + c, h)] = x[c];
     }
   }
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Par
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) acc[16 * i + 4 * (c / 2) + 2 * h + c % 2] += bias[c];
+      for (int h = 0; h < 2; ++h) acc[accumulator_index(8 * i + c, h)] += bias[c];
     }
   }
 }
@@ -155,7 +155,7 @@ struct Scaling {
       for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float& x = acc[16 * i + 4 * ((c + j) / 2) + 2 * h + j % 2];
+          float& x = acc[accumulator_index(8 * i + c + j, h)];
           x = __fmul_rn(__fmul_rn(x, scales[j]), row_scale[h]);
           if constexpr (Config::kBias) x = __fadd_rn(x, biases[j]);
         }
@@ -171,7 +171,7 @@ struct Scaling {
         }
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          float& x = acc[16 * i + 4 * (c / 2) + 2 * h + c % 2];
+          float& x = acc[accumulator_index(8 * i + c, h)];
           x = __fadd_rn(x, r[c]);
         }
       }
@@ -185,6 +185,7 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
                                             Scaling<Config, Params, Held> const& scaling) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
+  using Activation = typename Config::Activation;
   auto start_of = [&](int h) {  // of what this thread stores of its row; the rest is at constants from there
     int64_t place = at.row + 8 * h;
     if constexpr (Config::kPermuted) place = p.tokens.token_of(place);
@@ -204,8 +205,8 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
       uint32_t y[4];
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float const even = acc[16 * i + 4 * c + 2 * h], odd = acc[16 * i + 4 * c + 2 * h + 1];
-        y[c] = Config::kRelu2 ? P::square(P::round_relu(even, odd)) : P::round(even, odd);
+        float const even = acc[accumulator_index(8 * i + 2 * c, h)], odd = acc[accumulator_index(8 * i + 2 * c + 1, h)];
+        y[c] = Activation::template finish<P>(Activation::template round<P>(even, odd));
       }
       store16((kKeep ? rows[h] : start_of(h)) + 32 * i, make_uint4(y[0], y[1], y[2], y[3]), at.row + 8 * h < p.m);
     }
@@ -233,14 +234,16 @@ __device__ __forceinline__ void count_nonzeros16(uint32_t const (&value)[16], in
   if (g + 8 < valid) atomicAdd(counts + g + 8, static_cast<int>(high >> shift & 0xff));
 }
 
-/// Squared ReLU, 2:4 along the columns, packed values and E; LoadOrder::kOwn16. A 16-byte vector of E covers 256
+/// The activation, 2:4 along the columns, packed values and E; LoadOrder::kOwn16. A 16-byte vector of E covers 256
 /// columns; of it the thread writes the words of its own 64, 128 or 256.
 template <class Config, class Params>
 __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], Params const& p,
                                              BlockPosition const& at) {
   using Element = typename Config::Output;
   using P = Packed<Element>;
-  constexpr int kWords = Config::kTileN / 64;
+  using Activation = typename Config::Activation;
+  using E = MetadataLayout;
+  constexpr int kWords = Config::kTileN / E::kWordColumns;
   // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
 
@@ -252,25 +255,25 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
     uint32_t value[16];
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
-      int const x = 4 * (8 * q + f / 2) + f % 2;
       uint32_t const inside = column_of<Config>(at, 2 * q + f / 8) < p.n ? rows : 0u;
-      value[f] = P::round_relu(acc[x], acc[x + 2]) & inside;
+      value[f] =
+          Activation::template round<P>(acc[accumulator_index(16 * q + f, 0)], acc[accumulator_index(16 * q + f, 1)]) &
+          inside;
     }
     int const feature = at.column + 64 * q + at.thread % 4 * 16;
     if constexpr (Config::kCountNonzeros) count_nonzeros16(value, p.counts + feature, p.n - feature);
     uint4 low, high;
-    words.of[q] = prune16<Element, true, true>(value, low, high);
+    words.of[q] = prune16<Element, Activation>(value, low, high);
     auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(at.row) * p.out_stride + feature / 2;
     store16(out, low, feature < p.n && at.row < p.m);
     store16(out + 8 * p.out_stride, high, feature < p.n && at.row + 8 < p.m);
     if constexpr (Config::kTokens) {
-      drop_and_square<Element>(value, words.of[q]);
+      finish_kept<Element, Activation>(value, words.of[q]);
       store_along_tokens<Config>(value, p, at, at.column + 64 * q);
     }
   }
-  int64_t const vectors = (p.n + 255) / 256;
-  uint4* const vector = p.out_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread;
-  int const word = kWords == 4 ? 0 : at.column % 256 / 64;
+  uint4* const vector = E(p.n).vectors(p.out_metadata, at.block, at.column / E::kVectorColumns) + at.thread;
+  int const word = kWords == 4 ? 0 : E::word(at.column);
   *reinterpret_cast<Words*>(reinterpret_cast<uint32_t*>(vector) + word) = words;
 }
 

@@ -2,6 +2,8 @@
 // scales or as scaled e4m3 (docs/fp8.md).
 #pragma once
 
+#include <cuda/std/type_traits>
+
 #include <srelu24/epilogue.cuh>
 #include <srelu24/scale.cuh>
 
@@ -49,6 +51,9 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
                                                     BlockPosition const& at, Scaling<Config, Params> const& scaling,
                                                     float const (&s_inverse)[2]) {
   using P = Packed<cutlass::bfloat16_t>;
+  static_assert(cuda::std::is_same_v<typename Config::Activation, Relu2>,
+                "scaled_squares finishes no other activation");
+  using Activation = Unfinished<typename Config::Activation>;
   constexpr bool kToE4m3 = kStoresE4m3<Config>;
   bool const odd = at.thread % 2 != 0;
   // Beyond the matrix there may be anything, and it becomes zero groups: where it is decided on, not value by value.
@@ -62,14 +67,14 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     uint32_t value[16];
 #pragma unroll
     for (int f = 0; f < 16; ++f) {
-      int const x = 4 * (8 * q + f / 2) + f % 2;
-      value[f] = P::round_relu(acc[x], acc[x + 2]);
+      value[f] =
+          Activation::template round<P>(acc[accumulator_index(16 * q + f, 0)], acc[accumulator_index(16 * q + f, 1)]);
     }
     int const own = at.column + 64 * q + at.thread % 4 * 16;  // first of this thread's 16 columns
     bool const inside = own < p.n;                            // n is a multiple of 16
     uint4 low, high;                                          // eight kept r of each row
     uint32_t const word =
-        select(inside ? rows : 0u, prune16<cutlass::bfloat16_t, true, false>(value, low, high), kZeroGroups);
+        select(inside ? rows : 0u, prune16<cutlass::bfloat16_t, Activation>(value, low, high), kZeroGroups);
     uint32_t const other = __shfl_xor_sync(~0u, word, 1);
     words[q] = odd ? high_halves(other, word) : low_halves(word, other);
     if constexpr (kToE4m3) {
@@ -94,12 +99,12 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
       store16(out + 8 * p.out_stride, high, inside && at.row + 8 < p.m);
     }
   }
-  int64_t const vectors = (p.n + 255) / 256;
-  uint4* const metadata = p.out_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread;
+  using E = MetadataLayout;
+  uint4* const metadata = E(p.n).vectors(p.out_metadata, at.block, at.column / E::kVectorColumns) + at.thread;
   if constexpr (Config::kTileN == 256) {
     *metadata = make_uint4(words[0], words[1], words[2], words[3]);
   } else if constexpr (Config::kTileN == 64) {  // others write the other words, beyond n too
-    reinterpret_cast<uint32_t*>(metadata)[at.column % 256 / 64] = words[0];
+    reinterpret_cast<uint32_t*>(metadata)[E::word(at.column)] = words[0];
   } else {  // half a vector; nobody else writes the other half of the last one
     static_assert(Config::kTileN == 128);
     auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;

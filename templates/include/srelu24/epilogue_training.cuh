@@ -23,9 +23,12 @@ __device__ __forceinline__ void store_along_tokens(uint32_t const (&value)[16], 
   store16(values, kept.first, inside);
   store16(values + out.stride, kept.second, inside);
   if (column < p.n) {
-    int64_t const vectors = (p.m + 255) / 256;
-    int64_t const vector = (column / 64 * vectors + token / 256) * 128 + 32 * t + 4 * g + token / 16 % 4;
-    out.metadata[4 * vector + token / 64 % 4] = kept.word;
+    // E of the transpose: its rows are features, its columns tokens.
+    using E = MetadataLayout;
+    E const layout(p.m);
+    int64_t const vector = layout.block(column / 64, token / E::kVectorColumns) * E::kBlockVectors + 32 * t + 4 * g +
+                           token / 16 % 4;  // thread(t, g, token / 16 % 4) of that block
+    out.metadata[4 * vector + token / E::kWordColumns % 4] = kept.word;
   }
 }
 
@@ -51,8 +54,10 @@ __device__ __forceinline__ void store_hidden_gradient(float (&acc)[Config::kTile
   using P = Packed<Element>;
   static_assert(Config::kTileN == 256, "one 16-byte vector of E covers 256 columns");
   auto const& s = p.tokens;
-  int64_t const vectors = (p.n + 255) / 256;
-  uint4 const e = __ldg(s.s_metadata + (at.block * vectors + at.column / 256) * 128 + at.thread);
+  using E = MetadataLayout;
+  E const layout(p.n);
+  uint4 const e =
+      __ldg(s.s_metadata + layout.block(at.block, at.column / E::kVectorColumns) * E::kBlockVectors + at.thread);
   uint32_t const words[4] = {e.x, e.y, e.z, e.w};
   auto const* const s_row = static_cast<Element const*>(s.s) + at.row * s.s_stride;
   auto* const out_row = static_cast<Element*>(p.out) + at.row * p.out_stride;
@@ -72,8 +77,8 @@ __device__ __forceinline__ void store_hidden_gradient(float (&acc)[Config::kTile
       uint32_t x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        int const a = 4 * (8 * q + 2 * G + i / 2) + i % 2;
-        x[i] = P::round(acc[a], acc[a + 2]);
+        int const column = 16 * q + 4 * G + i;
+        x[i] = P::round(acc[accumulator_index(column, 0)], acc[accumulator_index(column, 1)]);
       }
       auto const kept = KeptMasks::of<4 * G>(words[q]);
       uint32_t const y0 = gradient2<Element>(kept.first(x), low_halves(s_lows[G], s_highs[G]));
@@ -84,10 +89,7 @@ __device__ __forceinline__ void store_hidden_gradient(float (&acc)[Config::kTile
 #pragma unroll
       for (int i = 0; i < 4; ++i) value[4 * G + i] = x[i];
     };
-    group.template operator()<0>();
-    group.template operator()<1>();
-    group.template operator()<2>();
-    group.template operator()<3>();
+    static_for<4>(group);
     store16(out_row + feature / 2, make_uint4(low[0], low[1], low[2], low[3]), inside && low_inside);
     store16(out_row + 8 * p.out_stride + feature / 2, make_uint4(high[0], high[1], high[2], high[3]),
             inside && high_inside);
@@ -112,7 +114,7 @@ __device__ __forceinline__ void store_weight_gradient(float (&acc)[Config::kTile
     int64_t const column = at.column + 8 * j + at.thread % 4 * 2 + odd;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float x = acc[4 * j + 2 * h], y = acc[4 * j + 2 * h + 1];
+      float x = acc[accumulator_index(2 * j, h)], y = acc[accumulator_index(2 * j + 1, h)];
       int64_t const row = at.row + 8 * h - odd;
       if constexpr (Config::kTransposed) {
         float const other = __shfl_xor_sync(~0u, odd ? x : y, 4);

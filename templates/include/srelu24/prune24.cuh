@@ -8,7 +8,9 @@
 // compared as 15-bit integers, which is that order exactly, for bfloat16 and half alike.
 #pragma once
 
+#include <srelu24/activation.cuh>
 #include <srelu24/packed.cuh>
+#include <srelu24/static_for.cuh>
 
 namespace srelu24 {
 
@@ -38,9 +40,8 @@ __device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t
 }
 
 /// Prune 16 neighbouring features: `value[f]` holds feature f of both rows.
-/// With Relu the values are relu(y), non-negative; without it selection is by magnitude. Kept values are squared, or
-/// keep their bits.
-template <class Element, bool Relu, bool Square>
+/// They come from Activation::round or prepare; selection is by magnitude, and kept values get Activation::finish.
+template <class Element, class Activation>
 __device__ __forceinline__ uint32_t prune16(uint32_t const (&value)[16], uint4& row_low, uint4& row_high) {
   using P = Packed<Element>;
   uint32_t low[4], high[4], word = 0;
@@ -49,21 +50,16 @@ __device__ __forceinline__ uint32_t prune16(uint32_t const (&value)[16], uint4& 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[i] = value[4 * G + i];
-      // relu leaves +0 and one canonical NaN; elsewhere drop the sign and make all NaNs tie.
-      magnitude[i] = Relu ? v[i] : __vminu2(v[i] & 0x7fff7fffu, P::kInfinity + 0x00010001u);
+      // Where signs may occur, drop them, and let all NaNs tie.
+      magnitude[i] = Activation::kNonNegative ? v[i] : __vminu2(v[i] & 0x7fff7fffu, P::kInfinity + 0x00010001u);
     }
     prune_group<4 * G>(v, magnitude, kept0, kept1, word);
-    if constexpr (Square) {
-      kept0 = P::square(kept0);
-      kept1 = P::square(kept1);
-    }
+    kept0 = Activation::template finish<P>(kept0);
+    kept1 = Activation::template finish<P>(kept1);
     low[G] = low_halves(kept0, kept1);
     high[G] = high_halves(kept0, kept1);
   };
-  group.template operator()<0>();
-  group.template operator()<1>();
-  group.template operator()<2>();
-  group.template operator()<3>();
+  static_for<4>(group);
   row_low = make_uint4(low[0], low[1], low[2], low[3]);
   row_high = make_uint4(high[0], high[1], high[2], high[3]);
   return word;

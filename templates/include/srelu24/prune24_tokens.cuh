@@ -35,21 +35,18 @@ struct KeptMasks {
   }
 };
 
-/// Square relu values and set to zero those that were not kept; `word`: prune16's of the same values.
-template <class Element>
-__device__ __forceinline__ void drop_and_square(uint32_t (&value)[16], uint32_t word) {
+/// Finish the values that were kept and set the others to zero; `word`: what prune16 said of the same values.
+template <class Element, class Activation>
+__device__ __forceinline__ void finish_kept(uint32_t (&value)[16], uint32_t word) {
   using P = Packed<Element>;
   auto group = [&]<int G>() {
     uint32_t x[4];
     auto const kept = KeptMasks::of<4 * G>(word);
     kept.expand(~0u, ~0u, x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[4 * G + i] = P::square(value[4 * G + i]) & x[i];
+    for (int i = 0; i < 4; ++i) value[4 * G + i] = Activation::template finish<P>(value[4 * G + i]) & x[i];
   };
-  group.template operator()<0>();
-  group.template operator()<1>();
-  group.template operator()<2>();
-  group.template operator()<3>();
+  static_for<4>(group);
 }
 
 /// Eight of a thread's 16 features, pruned along the groups of its warp.
@@ -82,10 +79,7 @@ __device__ __forceinline__ KeptTokens prune_tokens16(uint32_t const (&value)[16]
     for (int i = 0; i < 4; ++i) magnitude[i] = __vminu2(v[i] & 0x7fff7fffu, P::kInfinity + 0x00010001u);
     prune_group<4 * J>(v, magnitude, kept0[J], kept1[J], word);
   };
-  pair.template operator()<0>();
-  pair.template operator()<1>();
-  pair.template operator()<2>();
-  pair.template operator()<3>();
+  static_for<4>(pair);
 
   // Nibble n is now of feature 2 n, or of 2 (n - 4) + 1, of this thread's eight. A transpose over nibbles and the eight
   // threads with the same t gives each the whole word of one feature and of the one eight later.

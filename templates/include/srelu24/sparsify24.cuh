@@ -1,6 +1,7 @@
 // Dense [m, n] to packed 2:4: one warpgroup per 64 rows x 256 columns, all in registers.
 #pragma once
 
+#include <srelu24/metadata.cuh>
 #include <srelu24/prune24.cuh>
 
 namespace srelu24 {
@@ -14,14 +15,15 @@ struct SparsifyParams {
   int32_t m, n;
 };
 
-template <class Element, bool Relu2>
+template <class Element, class Activation>
 __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {
   using P = Packed<Element>;
-  int const vectors = (p.n + 255) / 256;
+  using E = MetadataLayout;
+  int const vectors = E(p.n).column_blocks;
   int const block = blockIdx.x / vectors, vector = blockIdx.x % vectors;
   int const thread = threadIdx.x;
   int const row = 64 * block + thread / 32 * 16 + thread % 32 / 4;
-  int const column = 256 * vector + thread % 4 * 16;
+  int const column = E::kVectorColumns * vector + thread % 4 * 16;
   auto const* in = static_cast<Element const*>(p.in);
 
   // All loads before the first use: 16 x 16 bytes in flight per thread.
@@ -50,12 +52,12 @@ __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         uint32_t const even = low_halves(low[c], high[c]), odd = high_halves(low[c], high[c]);
-        value[8 * i + 2 * c] = Relu2 ? P::relu(even) : even;
-        value[8 * i + 2 * c + 1] = Relu2 ? P::relu(odd) : odd;
+        value[8 * i + 2 * c] = Activation::template prepare<P>(even);
+        value[8 * i + 2 * c + 1] = Activation::template prepare<P>(odd);
       }
     }
     uint4 kept_low, kept_high;
-    words[q] = prune16<Element, Relu2, Relu2>(value, kept_low, kept_high);
+    words[q] = prune16<Element, Activation>(value, kept_low, kept_high);
     int const c = column + 64 * q;
     if (c < p.n) {
       auto* out = static_cast<Element*>(p.out) + static_cast<int64_t>(row) * p.out_stride + c / 2;
@@ -63,7 +65,8 @@ __device__ __forceinline__ void sparsify24(SparsifyParams const& p) {
       if (row + 8 < p.m) *reinterpret_cast<uint4*>(out + 8 * p.out_stride) = kept_high;
     }
   }
-  p.out_metadata[static_cast<int64_t>(blockIdx.x) * 128 + thread] = make_uint4(words[0], words[1], words[2], words[3]);
+  p.out_metadata[static_cast<int64_t>(blockIdx.x) * E::kBlockVectors + thread] =
+      make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 }  // namespace srelu24

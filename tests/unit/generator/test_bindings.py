@@ -7,7 +7,16 @@ import itertools
 import pytest
 
 from srelu24_gen import space
-from srelu24_gen.bindings import footprint, load_block, loads_ragged_n, names_for, template_for
+from srelu24_gen.bindings import (
+    CPP_ACTIVATIONS,
+    CPP_TYPES,
+    footprint,
+    load_block,
+    loads_ragged_n,
+    names_for,
+    template_for,
+)
+from srelu24_gen.paths import templates_dir
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
 from srelu24_gen.target import TARGETS
 
@@ -82,7 +91,11 @@ def test_names_of_a_sparse_kernel() -> None:
     spec = KernelSpec(Family(Op.SPGEMM, DType.FP16, residual=True), KernelConfig(tile_m=192, producer=THREAD))
     names = names_for(spec)
     assert template_for(spec) == "sm90/gemm.cu.jinja"
-    assert names["element"] == "half_t"
+    assert (names["element"], names["output"], names["activation"]) == (
+        "cutlass::half_t",
+        "cutlass::half_t",
+        "Identity",
+    )
     assert names["mma"] == "SPARSE::GMMA_64x256x32_F32F16F16_SS"
     assert (names["sparse"], names["prune"], names["bias"], names["residual"]) == ("true", "false", "false", "true")
     assert (names["load_order"], names["ragged_n"], names["producer_warpgroup"]) == ("kOwn8", "false", "false")
@@ -91,10 +104,18 @@ def test_names_of_a_sparse_kernel() -> None:
 
 def test_names_of_the_fused_kernel_and_of_sparsify24() -> None:
     fused = names_for(KernelSpec(Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2, bias=True), KernelConfig()))
-    assert fused["element"] == "bfloat16_t"
+    assert fused["element"] == "cutlass::bfloat16_t"
     assert fused["mma"] == "MMA_64x256x16_F32BF16BF16_SS"
-    assert (fused["sparse"], fused["prune"], fused["relu2"], fused["bias"]) == ("false", "true", "true", "true")
+    assert (fused["sparse"], fused["prune"], fused["activation"], fused["bias"]) == ("false", "true", "Relu2", "true")
     assert (fused["load_order"], fused["ragged_n"]) == ("kOwn16", "true")
     spec = KernelSpec(Family(Op.SPARSIFY24, DType.BF16, Activation.NONE), KernelConfig())
     assert template_for(spec) == "sm90/sparsify24.cu.jinja"
-    assert names_for(spec) == {"name": spec.name, "element": "bfloat16_t", "relu2": "false"}
+    assert names_for(spec) == {"name": spec.name, "element": "cutlass::bfloat16_t", "activation": "Identity"}
+
+
+def test_every_type_and_activation_has_a_c_plus_plus_name() -> None:
+    assert set(CPP_TYPES) == set(DType)
+    assert set(CPP_ACTIVATIONS) == set(Activation)
+    header = (templates_dir() / "include" / "srelu24" / "activation.cuh").read_text()
+    for name in CPP_ACTIVATIONS.values():
+        assert f"struct {name} {{" in header

@@ -79,7 +79,7 @@ def test_8_bits_are_for_architectures_that_have_them() -> None:
     config = space.default(Problem(FP8, 4096, 4096, 4096), L40S)
     assert (config.tile_m, config.tile_n, config.tile_k, config.stages) == (256, 128, 128, 3)
     names = names_for(KernelSpec(dataclasses.replace(FP8, weight=DType.E5M2), config, "sm_89"))
-    assert (names["element"], names["weight"], names["mma_k"]) == ("float_e4m3_t", "float_e5m2_t", 64)
+    assert (names["element"], names["weight"], names["mma_k"]) == ("cutlass::float_e4m3_t", "cutlass::float_e5m2_t", 64)
     dense = names_for(KernelSpec(Family(Op.GEMM, DType.E4M3, out=DType.BF16), config, "sm_89"))
     assert dense["mma"] == "SM89_16x8x32_F32E4M3E4M3F32_TN"
 

@@ -36,7 +36,7 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
     int slice = 0, k_begin = 0, k_end = p.k_blocks;
     Tile const tile = raster(p.raster, number(slice));
     if constexpr (Config::kStreamK) {
-      constexpr int kUnit = 256 / Config::kTileK;
+      constexpr int kUnit = MetadataLayout::kVectorColumns / Config::kTileK;
       k_begin = first_unit(p.split, slice) * kUnit;
       k_end = min(first_unit(p.split, slice + 1) * kUnit, p.k_blocks);
     }

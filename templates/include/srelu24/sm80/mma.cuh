@@ -6,6 +6,7 @@
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/mma_sm89.hpp>
 
+#include <srelu24/metadata.cuh>
 #include <srelu24/sm80/params.cuh>
 
 namespace srelu24 {
@@ -15,7 +16,8 @@ namespace srelu24 {
 /// its 64 columns and from 2, 3 for the others, as the MMA's selector says; an 8-bit one the word of its step from all.
 template <class Config, int Strips>
 struct Metadata {
-  static constexpr int kBlocks = Config::kSparse ? 256 / Config::kTileK : 1, kWords = 4 / kBlocks;
+  using E = MetadataLayout;
+  static constexpr int kBlocks = Config::kSparse ? E::kVectorColumns / Config::kTileK : 1, kWords = 4 / kBlocks;
 
   uint4 const* source;
   uint4 vector[Strips];
@@ -25,9 +27,10 @@ struct Metadata {
   /// From row `first`, of a block of 64 in which all strips lie; k-blocks from `begin` to `end`.
   __device__ __forceinline__ Metadata(GemmParams const& p, int first, int begin, int end) {
     if constexpr (Config::kSparse) {
-      int const vectors = (p.k + 255) / 256;
+      E const layout(p.k);
       int64_t const block = min(first, p.m - 1) / 64;  // beyond M: of other rows, for results that are dropped
-      source = p.metadata + (block * vectors + begin / kBlocks) * 128 + first % 64 * 2 + threadIdx.x % 32;
+      // A strip of 16 rows is 32 threads of E.
+      source = layout.vectors(p.metadata, block, begin / kBlocks) + first % 64 * 2 + threadIdx.x % 32;
       left = (end - begin - 1) / kBlocks;
       load();
     }
@@ -44,7 +47,7 @@ struct Metadata {
         word[s] = all[w];
       }
       if (w == 3) {
-        source += left > 0 ? 128 : 0;  // the last one once more, for nobody
+        source += left > 0 ? E::kBlockVectors : 0;  // the last one once more, for nobody
         --left;
         load();
       }
@@ -56,7 +59,7 @@ struct Metadata {
  private:
   __device__ __forceinline__ void load() {
 #pragma unroll
-    for (int s = 0; s < Strips; ++s) vector[s] = __ldg(source + 32 * s);
+    for (int s = 0; s < Strips; ++s) vector[s] = __ldg(source + E::thread(s, 0, 0));
   }
 };
 

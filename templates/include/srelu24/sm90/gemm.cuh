@@ -52,8 +52,10 @@ __device__ __forceinline__ void consume(GemmParams const& p, SharedStorage<Confi
     return {row, work.tile.n * Config::kTileN, work.k_begin, work.exists() ? work.k_end : work.k_begin};
   };
   auto metadata = [&](Piece const& piece) {  // rows beyond M read the last block's E; their result is dropped
-    int64_t const block = min(piece.row, p.m - 1) / 64;
-    return p.metadata + (block * ((p.k + 255) / 256) + piece.k_begin / kVectorBlocks<Config>)*128 + threadIdx.x % 128;
+    using E = MetadataLayout;
+
+    return E(p.k).vectors(p.metadata, min(piece.row, p.m - 1) / 64, piece.k_begin / kVectorBlocks<Config>) +
+           threadIdx.x % 128;
   };
 
   pieces.advance(-1, piece(0));

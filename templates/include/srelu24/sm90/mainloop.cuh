@@ -133,7 +133,7 @@ struct Mainloop {
   __device__ __forceinline__ bool sparse_vector(Accumulators& accumulators, bool& first, int& left,
                                                 uint4 const*& metadata, uint32_t (&e)[4], uint32_t (&next)[4],
                                                 Producer& producer) {
-    metadata += 128;
+    metadata += MetadataLayout::kBlockVectors;
 #pragma unroll
     for (int q = 0; q < kVectorBlocks<Config>; ++q) {
       step(accumulators, first, producer, [&](DescriptorA a, DescriptorB b) {

@@ -1,6 +1,7 @@
 // What a cluster works on: whole tiles in bands along M, then, with stream-K, its share of the last wave.
 #pragma once
 
+#include <srelu24/metadata.cuh>
 #include <srelu24/sm90/params.cuh>
 
 namespace srelu24 {
@@ -20,7 +21,7 @@ __device__ __forceinline__ int first_unit(SplitParams const& p, int cluster) {
 
 /// k-blocks that a vector of E feeds. Split tiles are cut between vectors, whether A is sparse or not.
 template <class Config>
-inline constexpr int kVectorBlocks = 256 / Config::kTileK;
+inline constexpr int kVectorBlocks = MetadataLayout::kVectorColumns / Config::kTileK;
 
 /// The work at `index`. A cluster walks cluster, cluster + clusters, ...: first whole tiles; then, with
 /// stream-K, its even share of the remaining tiles' K: less than two tiles, so it lies in up to three. The
