@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from srelu24_gen.spec import Activation, DType, Family, Instructions, KernelConfig, KernelSpec, Op, Producer
+from srelu24_gen.spec import (
+    EPILOGUES,
+    PRUNED_ACTIVATIONS,
+    DType,
+    Family,
+    Instructions,
+    KernelConfig,
+    KernelSpec,
+    Op,
+    Producer,
+)
 
 WARPGROUP_THREADS = 128
 BOOKKEEPING_BYTES = 1024
@@ -14,7 +24,7 @@ PRODUCER_LAG = 2
 """Stages a producer thread leaves empty: what it refills was read so many steps ago."""
 SPARSE_OPS = (Op.SPGEMM, Op.SPGEMM_TOKENS)
 """Kernels whose A is packed."""
-PACKING_OPS = (Op.GEMM_RELU2_24, Op.GEMM_DRELU2_24)
+PACKING_OPS = (*PRUNED_ACTIVATIONS, Op.GEMM_DRELU2_24)
 """GEMMs whose output is packed."""
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
@@ -42,8 +52,6 @@ CPP_TYPES = {
     DType.E5M2: CppType("cutlass::float_e5m2_t", "E5M2"),
     DType.FP32: CppType("float", "F32"),
 }
-CPP_ACTIVATIONS = {Activation.NONE: "Identity", Activation.RELU2: "Relu2"}
-"""The structs of ``activation.cuh``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +156,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
     names: dict[str, str | int] = {
         "name": spec.name,
         "element": CPP_TYPES[family.dtype].element,
-        "activation": CPP_ACTIVATIONS[family.activation],
+        "activation": EPILOGUES[family.activation].struct,
     }
     if not family.op.multiplies:
         return names
@@ -164,7 +172,7 @@ def names_for(spec: KernelSpec) -> dict[str, str | int]:
         "sparse": _cpp(family.op in SPARSE_OPS),
         "output": CPP_TYPES[family.out or family.dtype].element,
         "load_order": "kOwn16" if family.op in PACKING_OPS else "kOwn8",
-        "prune": _cpp(family.op is Op.GEMM_RELU2_24),
+        "prune": _cpp(family.op.prunes),
         "bias": _cpp(family.bias),
         "residual": _cpp(family.residual),
         "count_nonzeros": _cpp(family.count_nonzeros),

@@ -27,7 +27,16 @@ from srelu24_gen import space
 from srelu24_gen.bindings import PACKING_OPS, SPARSE_OPS, footprint
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, Instructions, KernelConfig, Op, Problem, Producer, instructions_of
+from srelu24_gen.spec import (
+    PRUNED_ACTIVATIONS,
+    DType,
+    Instructions,
+    KernelConfig,
+    Op,
+    Problem,
+    Producer,
+    instructions_of,
+)
 from srelu24_gen.target import GpuTarget
 from srelu24_gen.work_plan import WorkPlan, plan_work
 
@@ -36,7 +45,7 @@ FITTED = Instructions.WGMMA
 it says of sparse against dense is worth nothing."""
 LEAST_WIDTH = 768
 """Of D and F in the trials. Narrower layers gain nothing by this model, since nothing holds it to the truth there."""
-FORWARD_GEMMS = (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM)
+FORWARD_GEMMS = (Op.GEMM, *PRUNED_ACTIVATIONS, Op.SPGEMM)
 """What the constants are fitted for."""
 
 

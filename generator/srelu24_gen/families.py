@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from srelu24_gen.bindings import PACKING_OPS
-from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
+from srelu24_gen.spec import EPILOGUES, PRUNED_ACTIVATIONS, WIDE_TYPES, Activation, DType, Family, Op, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,16 @@ def supports_training_sizes(problem: Problem) -> Verdict:
 def supports_family(family: Family) -> Verdict:
     """Whether the family's options go together."""
     op = family.op
-    if op is Op.GEMM_RELU2_24 and family.activation is not Activation.RELU2:
-        return Verdict(False, "gemm_relu2_24 always applies squared ReLU; its activation must be relu2")
+    if op.prunes and family.activation is not PRUNED_ACTIVATIONS[op]:
+        only = PRUNED_ACTIVATIONS[op].value
+        return Verdict(False, f"{op.value} always applies {only}; its activation must be {only}")
     if op is Op.SPGEMM and family.activation is not Activation.NONE:
         return Verdict(False, "spgemm has no activation; it is the second GEMM of the layer")
-    if family.count_nonzeros and op is not Op.GEMM_RELU2_24:
-        return Verdict(False, f"only gemm_relu2_24 counts non-zeros, not {op.value}")
+    if family.count_nonzeros and not op.prunes:
+        return Verdict(False, f"only GEMMs that prune count non-zeros, not {op.value}")
     if family.residual and op is not Op.SPGEMM:
         return Verdict(False, f"only spgemm adds a residual, not {op.value}")
-    if family.bias and op not in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM):
+    if family.bias and not (op.prunes or op in (Op.GEMM, Op.SPGEMM)):
         return Verdict(False, f"{op.value} takes no bias")
     verdict = _supports_training_options(family)
     return _supports_types(family) if verdict.ok else verdict
@@ -64,13 +65,19 @@ def _supports_training_options(family: Family) -> Verdict:
     for name in ("accumulate", "transposed"):
         if getattr(family, name) and op is not Op.SPGEMM_TOKENS:
             return Verdict(False, f"only spgemm_tokens has an output that is {name}, not {op.value}")
+    if (family.tokens or (family.permuted and family.activates)) and not _has_gradient(family):
+        return Verdict(False, f"the kernels of a training step have no gradient of {family.activation.value}")
     if (family.tokens or family.permuted) and family.dtype not in WIDE_TYPES:
         return Verdict(False, f"a training step does not take {family.dtype.value}")
     return Verdict(True)
 
 
+def _has_gradient(family: Family) -> bool:
+    return family.op is Op.GEMM_DRELU2_24 or EPILOGUES[family.activation].trains
+
+
 _RESULTS: dict[tuple[Op, DType], tuple[DType | None, ...]] = {
-    **{(op, dtype): (None,) for op in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24) for dtype in WIDE_TYPES},
+    **{(op, dtype): (None,) for op in (Op.GEMM, *PRUNED_ACTIVATIONS, Op.SPGEMM, Op.SPARSIFY24) for dtype in WIDE_TYPES},
     (Op.GEMM, DType.E4M3): WIDE_TYPES,
     (Op.GEMM_RELU2_24, DType.E4M3): (DType.BF16, DType.E4M3),
     (Op.SPGEMM, DType.E4M3): WIDE_TYPES,
@@ -97,8 +104,10 @@ def _supports_types(family: Family) -> Verdict:
         return Verdict(False, f"{op.value} on {dtype.value} has no other type of weight and no promoted sums")
     if family.weight not in (None, DType.E5M2):
         return Verdict(False, f"a weight beside {dtype.value} is {dtype.value} or e5m2, not {family.weight}")
+    if family.scaled and not EPILOGUES[family.activation].scales:
+        return Verdict(False, f"the 8-bit kernels have no {family.activation.value}")
     if family.scaled and family.count_nonzeros:
-        return Verdict(False, "the 8-bit gemm_relu2_24 does not count non-zeros")
+        return Verdict(False, f"the 8-bit {op.value} does not count non-zeros")
     if not op.multiplies and op is not Op.SPARSIFY24 and family.activation is not Activation.NONE:
         return Verdict(False, f"{op.value} has no activation")
     return Verdict(True)

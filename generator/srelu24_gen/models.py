@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import NamedTuple, Self
 
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation, DType, Family, Op, Problem
+from srelu24_gen.spec import EPILOGUES, Activation, DType, Family, Op, Problem, pruning_op
 
 TOKENS: tuple[int, ...] = (512, 2048, 4096, 8192, 16384, 32768)
 """The standard token counts."""
@@ -49,13 +49,15 @@ class Shape(NamedTuple):
             )
         return cls(*map(int, match.groups()))
 
-    def gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
+    def gemms(
+        self, dtype: DType, b1: bool = False, b2: bool = False, activation: Activation = Activation.RELU2
+    ) -> tuple[Problem, Problem]:
         """The two GEMMs of the sparse FFN: X W1^T with pruning (N = F, K = D), then S W2^T (N = D, K = F).
 
         In e4m3 S is e4m3 too, and the result bf16.
         """
         s, y = (DType.E4M3, DType.BF16) if dtype is DType.E4M3 else (None, None)
-        first = Family(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1, out=s)
+        first = Family(pruning_op(activation), dtype, activation, b1, out=s)
         second = Family(Op.SPGEMM, dtype, bias=b2, out=y)
         return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
 
@@ -69,9 +71,11 @@ class Shape(NamedTuple):
             Problem(Family(Op.SQUARE_ROWS, DType.BF16, out=DType.E4M3), self.m, self.f),
         )
 
-    def dense_gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, Problem]:
-        """The two GEMMs of the dense FFN, squared ReLU in the first one's epilogue."""
-        first, second = Family(Op.GEMM, dtype, Activation.RELU2, b1), Family(Op.GEMM, dtype, bias=b2)
+    def dense_gemms(
+        self, dtype: DType, b1: bool = False, b2: bool = False, activation: Activation = Activation.RELU2
+    ) -> tuple[Problem, Problem]:
+        """The two GEMMs of the dense FFN, the activation in the first one's epilogue."""
+        first, second = Family(Op.GEMM, dtype, activation, b1), Family(Op.GEMM, dtype, bias=b2)
         return Problem(first, self.m, self.f, self.d), Problem(second, self.m, self.d, self.f)
 
     def step_gemms(self, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, ...]:
@@ -102,15 +106,28 @@ class Shape(NamedTuple):
             Problem(Family(Op.DENSE_COLUMNS, DType.BF16), self.m, self.f),
         )
 
-    def unfused_kernels(self, dtype: DType) -> tuple[Problem, ...]:
-        """Pruning on its own, before the second GEMM: with squared ReLU, and of what is activated already."""
-        return tuple(
-            Problem(Family(Op.SPARSIFY24, dtype, a), self.m, self.f) for a in (Activation.RELU2, Activation.NONE)
-        )
+    def unfused_kernels(self, dtype: DType, activation: Activation = Activation.RELU2) -> tuple[Problem, ...]:
+        """Pruning on its own, before the second GEMM: with the activation, and of what is activated already."""
+        return tuple(Problem(Family(Op.SPARSIFY24, dtype, a), self.m, self.f) for a in (activation, Activation.NONE))
 
-    def gemms_of(self, which: Pass, dtype: DType, b1: bool = False, b2: bool = False) -> tuple[Problem, ...]:
-        """The GEMMs of a pass, each once."""
-        return (self.gemms if which is Pass.FORWARD else self.step_gemms)(dtype, b1, b2)
+    def gemms_of(
+        self,
+        which: Pass,
+        dtype: DType,
+        b1: bool = False,
+        b2: bool = False,
+        activation: Activation = Activation.RELU2,
+    ) -> tuple[Problem, ...]:
+        """The GEMMs of a pass, each once.
+
+        Raises:
+            Unsupported: no kernels train with the activation.
+        """
+        if which is Pass.FORWARD:
+            return self.gemms(dtype, b1, b2, activation)
+        if not EPILOGUES[activation].trains:
+            raise Unsupported(f"the kernels of a training step have no gradient of {activation.value}; give relu2")
+        return self.step_gemms(dtype, b1, b2)
 
     @classmethod
     def of(cls, problem: Problem) -> Self:
@@ -118,8 +135,7 @@ class Shape(NamedTuple):
         op, (n, k) = problem.family.op, problem.widths
         if op is Op.SPGEMM_TOKENS:
             return cls(problem.tokens, d=k, f=n)
-        first = problem.family.activation is Activation.RELU2 or op is Op.GEMM_DRELU2_24
-        return cls(problem.tokens, *((k, n) if first else (n, k)))
+        return cls(problem.tokens, *((k, n) if problem.family.first else (n, k)))
 
     def __str__(self) -> str:
         return f"{self.m}x{self.d}x{self.f}"

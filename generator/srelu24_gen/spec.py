@@ -24,6 +24,8 @@ class Op(StrEnum):
     """Dense A B^T; M tokens, N output features, K input features."""
     GEMM_RELU2_24 = "gemm_relu2_24"
     """Dense A B^T, then squared ReLU, 2:4 pruning along N, packed output. N = F, K = D."""
+    GEMM_RELU_24 = "gemm_relu_24"
+    """The same with plain ReLU."""
     SPGEMM = "spgemm"
     """Packed 2:4 A times dense B^T. N = D, K = F."""
     SPARSIFY24 = "sparsify24"
@@ -45,7 +47,12 @@ class Op(StrEnum):
     @property
     def multiplies(self) -> bool:
         """Whether it is a GEMM; the others only move bytes, and have one configuration."""
-        return self in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS)
+        return self.prunes or self in (Op.GEMM, Op.SPGEMM, Op.GEMM_DRELU2_24, Op.SPGEMM_TOKENS)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether it is a first GEMM that applies an activation, prunes and packs: one of :data:`EPILOGUES`."""
+        return any(row.pruned is self for row in EPILOGUES.values())
 
 
 class DType(StrEnum):
@@ -73,6 +80,50 @@ class Activation(StrEnum):
 
     NONE = "none"
     RELU2 = "relu2"
+    RELU = "relu"
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """An activation and what there is of it. Its meaning is in ``srelu24.numerics.reference`` and docs/numerics.md."""
+
+    activation: Activation
+    struct: str
+    """The struct of ``activation.cuh`` that computes it."""
+    pruned: Op | None = None
+    """The GEMM that applies it and prunes the result to 2:4; None where nothing prunes such results."""
+    trains: bool = False
+    """Whether the kernels of a training step have its gradient."""
+    scales: bool = False
+    """Whether the 8-bit kernels have it."""
+
+
+EPILOGUES: dict[Activation, Epilogue] = {
+    row.activation: row
+    for row in (
+        Epilogue(Activation.NONE, "Identity", scales=True),
+        Epilogue(Activation.RELU2, "Relu2", Op.GEMM_RELU2_24, trains=True, scales=True),
+        Epilogue(Activation.RELU, "Relu", Op.GEMM_RELU_24),
+    )
+}
+"""One row an epilogue: operations, command line, tuner and tests follow from it (docs/extending.md)."""
+
+
+def pruning_op(activation: Activation) -> Op:
+    """The GEMM that applies an activation and prunes.
+
+    Raises:
+        Unsupported: none does.
+    """
+    op = EPILOGUES[activation].pruned
+    if op is None:
+        known = ", ".join(row.activation.value for row in EPILOGUES.values() if row.pruned)
+        raise Unsupported(f"no kernel prunes the results of the activation {activation.value}; those of {known} are")
+    return op
+
+
+PRUNED_ACTIVATIONS: dict[Op, Activation] = {row.pruned: row.activation for row in EPILOGUES.values() if row.pruned}
+"""What each pruning GEMM applies."""
 
 
 class Producer(StrEnum):
@@ -158,13 +209,23 @@ class Family:
         return self.op.multiplies and self.dtype is DType.E4M3
 
     @property
+    def first(self) -> bool:
+        """Whether it is a first GEMM of an FFN, of X and W1, or its gradient."""
+        return self.op.prunes or self.op is Op.GEMM_DRELU2_24 or (self.op is Op.GEMM and self.activates)
+
+    @property
+    def activates(self) -> bool:
+        """Whether its results go through an activation."""
+        return self.activation is not Activation.NONE
+
+    @property
     def name(self) -> str:
         """For example ``gemm_relu2_24_bf16_bias`` or ``spgemm_e4m3_to_bf16``; unique per family."""
         parts = [self.op.value, self.dtype.value]
         parts += [self.weight.value] if self.weight else []
         parts += ["to", self.out.value] if self.out else []
         parts += ["promoted"] if self.promote else []
-        if self.activation is not Activation.NONE and self.op is not Op.GEMM_RELU2_24:
+        if self.activation is not Activation.NONE and not self.op.prunes:
             parts.append(self.activation.value)
         parts += [n for n in ("bias", "residual") if getattr(self, n)]
         if self.count_nonzeros:

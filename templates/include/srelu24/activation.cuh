@@ -51,6 +51,24 @@ struct Relu2 {
   }
 };
 
+/// max(x, 0), rounded once: the first half of Relu2.
+struct Relu {
+  enum : bool { kNonNegative = true };
+
+  template <class P>
+  static __device__ __forceinline__ uint32_t round(float low, float high) {
+    return P::round_relu(low, high);
+  }
+  template <class P>
+  static __device__ __forceinline__ uint32_t prepare(uint32_t x) {
+    return P::relu(x);
+  }
+  template <class P>
+  static __device__ __forceinline__ uint32_t finish(uint32_t x) {
+    return x;
+  }
+};
+
 /// The first half of an activation alone: for kernels that do the second half elsewhere, as those of 8 bits do, which
 /// square in fp32 on the way to a scaled result.
 template <class Activation>

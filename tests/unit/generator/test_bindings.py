@@ -8,7 +8,6 @@ import pytest
 
 from srelu24_gen import space
 from srelu24_gen.bindings import (
-    CPP_ACTIVATIONS,
     CPP_TYPES,
     footprint,
     load_block,
@@ -17,7 +16,7 @@ from srelu24_gen.bindings import (
     template_for,
 )
 from srelu24_gen.paths import templates_dir
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
+from srelu24_gen.spec import EPILOGUES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
 from srelu24_gen.target import TARGETS
 
 THREAD, WARPGROUP = Producer.THREAD, Producer.WARPGROUP
@@ -115,7 +114,7 @@ def test_names_of_the_fused_kernel_and_of_sparsify24() -> None:
 
 def test_every_type_and_activation_has_a_c_plus_plus_name() -> None:
     assert set(CPP_TYPES) == set(DType)
-    assert set(CPP_ACTIVATIONS) == set(Activation)
+    assert set(EPILOGUES) == set(Activation)
     header = (templates_dir() / "include" / "srelu24" / "activation.cuh").read_text()
-    for name in CPP_ACTIVATIONS.values():
-        assert f"struct {name} {{" in header
+    for row in EPILOGUES.values():
+        assert f"struct {row.struct} {{" in header
