@@ -10,7 +10,8 @@ from torch import Tensor
 import srelu24
 from srelu24.fp8 import kernels
 from srelu24.fp8.quantize import E4M3
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.dtypes import FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.launch import Scales
 
 DTYPES = [torch.bfloat16, torch.float16]

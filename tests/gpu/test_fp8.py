@@ -13,9 +13,9 @@ from torch import Tensor
 
 from srelu24.fp8 import quantize, reference
 from srelu24.fp8.quantize import E4M3, E5M2, QuantizedRows
-from srelu24.numerics.dtypes import TORCH_DTYPE
+from srelu24.numerics.dtypes import TORCH_DTYPE, FragmentOrder
 from srelu24.numerics.reference import prune24
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24, row_stride
+from srelu24.numerics.sparse24 import Sparse24, row_stride
 from srelu24.runtime import launch
 from srelu24.runtime.launch import Operands, Scales
 from srelu24_gen import space
@@ -265,7 +265,7 @@ def check_spgemm(
 ) -> None:
     device = w.values.device
     r = few(integers(0, 2, m, k, seed=5, device=device), 6).bfloat16()
-    packed = prune24(r, square=False, order=FragmentOrder.BITS8)
+    packed = prune24(r, order=FragmentOrder.BITS8)
     s, _ = reference.square_to_e4m3(packed, torch.ones((), device=device))
     s_scale = powers(m, -1, 1, 7, device)
     out_dtype = TORCH_DTYPE[spec.family.out or spec.family.dtype]
@@ -314,9 +314,7 @@ def test_promoted_sums_are_closer(sparse: bool, device: torch.device) -> None:
     one = torch.full((m,), 2.0**-14, device=device)
     a: Tensor | Sparse24 = x
     if sparse:
-        a, _ = reference.square_to_e4m3(
-            prune24(x.bfloat16(), square=False, order=FragmentOrder.BITS8), torch.ones((), device=device)
-        )
+        a, _ = reference.square_to_e4m3(prune24(x.bfloat16(), order=FragmentOrder.BITS8), torch.ones((), device=device))
         x = a.to_dense()
     exact = x.double() @ w.double().T
     errors = {}

@@ -16,6 +16,7 @@ from torch import Tensor
 from srelu24.db.choice import SPARSE
 from srelu24.measuring.verify import exact_float32
 from srelu24.measuring.workload import make_ffn, prune
+from srelu24.numerics.dtypes import STORAGE_TYPES
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.ops import functions
 from srelu24.runtime import dense, dispatch
@@ -26,9 +27,9 @@ from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 Output = Tensor | Sparse24
 Run = Callable[[], Output]
 
-TOLERANCE = {DType.BF16: 1e-2, DType.FP16: 2e-3}
-"""Relative error (Frobenius norm) allowed against float32: a few roundings to the storage type, far below a wrong
-tile. Dropping what pruning drops costs more than this at 50 % density."""
+TOLERANCE = {dtype: row.tolerance for dtype, row in STORAGE_TYPES.items() if row.tolerance}
+"""Relative error (Frobenius norm) allowed against float32. Dropping what pruning drops costs more than this at 50 %
+density."""
 
 _CHUNK_ROWS = 4096
 

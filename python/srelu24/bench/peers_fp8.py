@@ -16,7 +16,8 @@ from srelu24.bench.peers import Case, Peer, Run
 from srelu24.fp8 import kernels, quantize, reference
 from srelu24.fp8.quantize import E4M3, LARGEST, SMALLEST_AMAX, QuantizedRows, QuantizedWeight
 from srelu24.measuring.verify import exact_float32
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.dtypes import FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.launch import Scales
 from srelu24_gen.errors import Unsupported
 

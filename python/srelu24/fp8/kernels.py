@@ -12,8 +12,8 @@ from torch import Tensor
 
 from srelu24.fp8.quantize import E4M3, E5M2
 from srelu24.fp8.recipes import Predicted, Rowwise
-from srelu24.numerics.dtypes import DTYPES
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.dtypes import DTYPES, FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.dispatch import launcher_of
 from srelu24.runtime.launch import Operands, Scales
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem

@@ -9,8 +9,8 @@ from torch import Tensor
 from srelu24.fp8 import kernels, recipes, reference
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
-from srelu24.numerics.dtypes import DTYPES
-from srelu24.numerics.sparse24 import STORAGE_DTYPES, FragmentOrder
+from srelu24.numerics.activations import squared_relu
+from srelu24.numerics.dtypes import DTYPES, STORAGE_DTYPES, WIDE_NAMES, FragmentOrder
 from srelu24.runtime.dispatch import gpu_of
 from srelu24.runtime.fallback import warn_dense
 from srelu24.runtime.operands import ALIGNMENT, DISABLED, check_vector, differentiated, kernel_reason
@@ -87,7 +87,7 @@ def dense_reason(
     if DISABLED:
         return "SRELU24_DISABLE is set"
     if x.dtype not in STORAGE_DTYPES:
-        return f"the type of x is {x.dtype}, and the 8-bit forward takes bfloat16 and float16"
+        return f"the type of x is {x.dtype}, and the 8-bit forward takes {WIDE_NAMES}"
     for name, width in (("D", x.shape[-1]), ("F", w1.shape[0])):
         if width == 0 or width % FragmentOrder.BITS8.granule:
             return f"{name} = {width} is not a positive multiple of {FragmentOrder.BITS8.granule}"
@@ -107,7 +107,7 @@ def dense_reason(
 
 def _dense(x: Tensor, w1: QuantizedRows, w2: QuantizedRows, b1: Tensor | None, b2: Tensor | None) -> Tensor:
     """Unpruned, the weights widened to the type of x."""
-    h = torch.nn.functional.linear(x, w1.dequantize(x.dtype), b1).relu().square()
+    h = squared_relu(torch.nn.functional.linear(x, w1.dequantize(x.dtype), b1))
     return torch.nn.functional.linear(h, w2.dequantize(x.dtype), b2)
 
 

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from srelu24.fp8 import ops, recipes
 from srelu24.fp8.quantize import QuantizedWeight, quantize_weight
 from srelu24.fp8.recipes import ScaleRecipe, Static
+from srelu24.numerics.activations import squared_relu
 from srelu24.runtime.fallback import warn_dense
 from srelu24.runtime.kept_memory import allocate_kept
 from srelu24.runtime.operands import autocast, check_matrix, check_vector
@@ -42,7 +43,7 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     reason = dense_reason(x, w1, w2, b1, b2)
     if reason is not None:
         warn_dense(reason)
-        return torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu().square(), w2, b2)
+        return torch.nn.functional.linear(squared_relu(torch.nn.functional.linear(x, w1, b1)), w2, b2)
     x, b1, b2 = autocast(x, b1, b2)  # type: ignore[assignment]
     if isinstance(known, Static) and recipes.calibrating():
         return ops.ffn(x, quantized(w1), quantized(w2), b1, b2, known)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srelu24.numerics.sparse24 import FP8_DTYPES
+from srelu24.numerics.dtypes import FP8_DTYPES, STORAGE_DTYPES, STORAGE_TYPES, TORCH_DTYPE, WIDE_NAMES
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.spec import DType
 
-E4M3, E5M2 = FP8_DTYPES
-LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+E4M3, E5M2 = TORCH_DTYPE[DType.E4M3], TORCH_DTYPE[DType.E5M2]
+LARGEST = {row.torch_dtype: row.largest for row in STORAGE_TYPES.values() if row.largest is not None}
 """Largest finite value of a type."""
 SMALLEST_AMAX = 2.0**-96
 """A row whose largest magnitude is less is scaled as if it were this: its scale and the inverse stay normal numbers,
@@ -107,8 +108,9 @@ def quantize_weight(w: Tensor, dtype: torch.dtype = E4M3) -> QuantizedWeight:
     """
     if not isinstance(w, Tensor):
         raise Unsupported(f"the weight is a {type(w).__name__}; a torch.Tensor [N, K] is needed")
-    if w.dim() != 2 or w.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise Unsupported(f"the weight is {w.dtype} {list(w.shape)}; [N, K] in bfloat16, float16 or float32 is needed")
+    if w.dim() != 2 or w.dtype not in (*STORAGE_DTYPES, torch.float32):
+        wanted = f"{WIDE_NAMES.replace(' and ', ', ')} or float32"
+        raise Unsupported(f"the weight is {w.dtype} {list(w.shape)}; [N, K] in {wanted} is needed")
     if dtype not in LARGEST:
         raise Unsupported(f"the weight was to become {dtype}; it can be {' or '.join(map(str, LARGEST))}")
     if not bool(w.isfinite().all()):

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from srelu24.fp8.quantize import QuantizedRows, count_saturated, saturate
 from srelu24.numerics import reference
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24, pack_metadata, unpack_metadata
+from srelu24.numerics.activations import rounded_relu
+from srelu24.numerics.dtypes import FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24, pack_metadata, unpack_metadata
 
 BOUND_MARGIN = 1.07
 """What rounding may add to Cauchy-Schwarz: e4m3 up to 1/16 in X (the norm of W1 is of its rounded values), bf16 1/256
@@ -28,8 +30,7 @@ def gemm_relu2_24(
 ) -> Sparse24:
     """The kept r of ``prune24(relu(X W1^T + bias))`` in bf16, not squared: x [M, D], w1 [F, D], bias [F] -> [M, F]."""
     y = _scaled_product(x.values, x.scale, w1, bias, None, accumulate)
-    relu = reference.rounded_relu(y, torch.bfloat16)
-    return reference.prune24(relu, square=False, order=FragmentOrder.BITS8)
+    return reference.prune24(rounded_relu(y, torch.bfloat16), order=FragmentOrder.BITS8)
 
 
 def row_amax(r: Tensor) -> Tensor:

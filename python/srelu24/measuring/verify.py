@@ -19,6 +19,7 @@ from torch import Tensor
 from srelu24.measuring import verify_fp8
 from srelu24.measuring.workload import poison
 from srelu24.numerics import reference
+from srelu24.numerics.activations import rule_of
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime import launch
 from srelu24.runtime.launch import Operands
@@ -141,7 +142,8 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """What the contract allows for a chunk of rows: relu or identity of the accumulator, storage precision [R, N]."""
+    """What the contract allows for a chunk of rows before the last step of the activation, in the storage type [R, N]:
+    what pruning selects by magnitude."""
 
     low: Tensor
     exact: Tensor
@@ -175,11 +177,9 @@ def accumulators(problem: Problem, operands: Operands) -> Iterator[tuple[int, Te
         yield row0, acc, (noise * 2.0**-22).nan_to_num(nan=0.0, posinf=0.0)
 
 
-def _bounds(acc: Tensor, noise: Tensor, dtype: torch.dtype, relu: bool) -> _Bounds:
-    def stored(x: Tensor) -> Tensor:
-        return (torch.where(x <= 0, 0.0, x) if relu else x).to(dtype)
-
-    return _Bounds(stored(acc - noise), stored(acc), stored(acc + noise))
+def _bounds(acc: Tensor, noise: Tensor, dtype: torch.dtype, activation: Activation) -> _Bounds:
+    select = rule_of(activation).select
+    return _Bounds(*(select(x, dtype) for x in (acc - noise, acc, acc + noise)))
 
 
 def check_dense(problem: Problem, operands: Operands) -> Check:
@@ -188,19 +188,19 @@ def check_dense(problem: Problem, operands: Operands) -> Check:
     if not isinstance(out, Tensor) or tuple(out.shape) != (problem.m, problem.n):
         raise Unsupported(f"{problem} has no dense output of [{problem.m}, {problem.n}] to check; allocate one")
     findings = Findings("output")
-    squared = problem.family.activation is Activation.RELU2
+    activation = problem.family.activation
     try:
         for row0, acc, noise in accumulators(problem, operands):
-            low, exact, high = _storage(_bounds(acc, noise, out.dtype, squared), squared)
+            low, exact, high = _storage(_bounds(acc, noise, out.dtype, activation), activation)
             findings.compare(out[row0 : row0 + acc.shape[0]], low, high, exact, row0)
     except Wrong as wrong:
         return Check(False, findings.max_error, str(wrong))
     return passed(findings)
 
 
-def _storage(bounds: _Bounds, squared: bool) -> tuple[Tensor, Tensor, Tensor]:
-    low, exact, high = bounds.low, bounds.exact, bounds.high
-    return (low * low, exact * exact, high * high) if squared else (low, exact, high)
+def _storage(bounds: _Bounds, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    finish = rule_of(activation).finish
+    return finish(bounds.low), finish(bounds.exact), finish(bounds.high)
 
 
 def check_packed(problem: Problem, operands: Operands) -> Check:
@@ -214,9 +214,9 @@ def check_packed(problem: Problem, operands: Operands) -> Check:
     try:
         for row0, acc, noise in accumulators(problem, operands):
             packed = unpack(out, row0, row0 + acc.shape[0])
-            bounds = _bounds(acc, noise, out.dtype, relu=True)
+            bounds = _bounds(acc, noise, out.dtype, Activation.RELU2)
             _check_selection(packed, bounds, row0)
-            low, exact, high = (t.gather(1, packed.columns) for t in _storage(bounds, squared=True))
+            low, exact, high = (t.gather(1, packed.columns) for t in _storage(bounds, Activation.RELU2))
             findings.compare(packed.values, low, high, exact, row0)
             fewest += (bounds.low != 0).sum(0)  # NaN != 0: it counts
             most += (bounds.high != 0).sum(0)
@@ -276,8 +276,8 @@ def _check_sparsify24(problem: Problem, operands: Operands) -> Check:
             got, exact = out.values[row0 : row0 + rows], expected.values
             findings.compare(got, exact, exact, exact, row0)
             bits = got.contiguous().view(torch.int16) == exact.contiguous().view(torch.int16)
-            if problem.family.activation is Activation.RELU2:
-                bits |= exact.isnan()  # what a NaN becomes when it is squared is left open
+            if problem.family.activation is not Activation.NONE:
+                bits |= exact.isnan()  # the contract leaves open which NaN comes out of an activation
             findings.require(bits, row0, lambda _: "has the wrong sign of zero or NaN payload")
     except Wrong as wrong:
         return Check(False, findings.max_error, str(wrong))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from srelu24.numerics.dtypes import row_of
 from srelu24.numerics.sparse24 import Sparse24, unpack_metadata
 from srelu24.runtime.launch import Operands
 from srelu24_gen.errors import Unsupported
@@ -18,9 +19,6 @@ from srelu24_gen.spec import DType, Problem
 
 SUM_BITS = 10
 """A sum may be off by 2^-10 of the product of its operands' norms, which bounds all partial sums (Cauchy-Schwarz)."""
-_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float8_e4m3fn: 2.0**-3}
-"""Relative: a value that noise moves over a boundary moves by a whole step."""
-_SMALLEST = {torch.bfloat16: 0.0, torch.float16: 2.0**-24, torch.float8_e4m3fn: 2.0**-9}
 _CHUNK_ROWS = 1024
 
 
@@ -102,7 +100,9 @@ def _check_padding(out: Sparse24) -> None:
 
 
 def _compare(what: str, got: Tensor, wanted: Tensor, noise: Tensor, row0: int) -> float:
-    bound = noise + (wanted.abs() + noise) * (_ROUNDING[got.dtype] + 2.0**-7) + _SMALLEST[got.dtype]
+    row = row_of(got.dtype)
+    assert row.step is not None
+    bound = noise + (wanted.abs() + noise) * (row.step + 2.0**-7) + row.smallest
     error = (got.float() - wanted).abs()
     _require(what, error <= bound, row0)  # NaN is in no bound
     return float(error.max()) if error.numel() else 0.0

@@ -18,6 +18,7 @@ from torch import Tensor
 from srelu24.fp8 import quantize
 from srelu24.fp8 import reference as fp8_reference
 from srelu24.numerics import reference
+from srelu24.numerics.activations import rule_of, squared_relu
 from srelu24.numerics.dtypes import TORCH_DTYPE
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.launch import Operands, Scales, allocate
@@ -101,7 +102,7 @@ def prune(h: Tensor, activation: Activation = Activation.RELU2) -> Sparse24:
 def operands_for(problem: Problem, density: float, device: torch.device | str, seed: int = 0) -> Operands:
     """Inputs and outputs of one kernel, as an FFN of that density gives them.
 
-    A of ``gemm`` is X where the activation is RELU2 (the first GEMM of an FFN) and relu2(X W1^T) where it is NONE
+    A of ``gemm`` is X where the activation gives no negative values (the first GEMM of an FFN), else relu2(X W1^T)
     (the second). A of ``sparsify24`` is X W1^T. Outputs are poisoned, so that what a kernel leaves out shows: NaN in
     values, -1 in metadata. Counts are 0, since kernels add to them.
 
@@ -119,7 +120,7 @@ def operands_for(problem: Problem, density: float, device: torch.device | str, s
 
     a: Tensor | Sparse24
     b: Tensor | None = None
-    first_gemm = family.op is Op.GEMM_RELU2_24 or (family.op is Op.GEMM and family.activation is Activation.RELU2)
+    first_gemm = family.op is Op.GEMM_RELU2_24 or (family.op is Op.GEMM and rule_of(family.activation).nonnegative)
     if first_gemm:
         data = make_ffn(m, k, n, family.dtype, density, device, seed)
         a, b = data.x, data.w1
@@ -127,7 +128,7 @@ def operands_for(problem: Problem, density: float, device: torch.device | str, s
         a = make_preactivations(m, n, family.dtype, density, device, seed)
     else:
         h = make_preactivations(m, k, family.dtype, density, device, seed)
-        a = prune(h) if family.op is Op.SPGEMM else torch.relu(h).square()
+        a = prune(h) if family.op is Op.SPGEMM else squared_relu(h)
         b = normal(n, k).div_(math.sqrt(k)).to(storage)
     out = allocate(problem, torch.device(device))
     poison(out)
@@ -198,7 +199,7 @@ class SharedData:
 
     def operands(self, family: Family) -> Operands:
         """For the kernel of a family that :meth:`serves` accepts; outputs are shared and not poisoned."""
-        first = family.activation is Activation.RELU2
+        first = rule_of(family.activation).nonnegative
         problem = next(
             p
             for p in (*self._shape.gemms(self._dtype), *self._shape.dense_gemms(self._dtype))

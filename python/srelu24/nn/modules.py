@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from srelu24.fp8.recipes import ScaleRecipe, for_layer
+from srelu24.numerics.activations import squared_relu
 from srelu24.ops.functions import ffn, linear24
 from srelu24.runtime.operands import check_mode, is_dtensor
 from srelu24.training.recipe import LayerState, Recipe
@@ -168,7 +169,7 @@ class SquaredReLUFFN(nn.Module):
             if isinstance(self.recipe, ScaleRecipe):
                 self._check_not_sharded()
             return ffn(x, *weights, mode=self.mode, recipe=self.recipe)  # type: ignore[arg-type]
-        return down(up(x).relu().square())  # type: ignore[misc, no-any-return]
+        return down(squared_relu(up(x)))  # type: ignore[misc, no-any-return]
 
     def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The input among the arguments of a call.

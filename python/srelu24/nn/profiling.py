@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from srelu24.db.choice import SPARSE, FfnChoice
 from srelu24.figures import figure
 from srelu24.nn import sites
 from srelu24.nn.modules import Linear24, SquaredReLUFFN
+from srelu24.numerics.activations import squared_relu
 from srelu24.numerics.dtypes import DTYPES
 from srelu24.runtime import dispatch
 from srelu24_gen.errors import Unsupported
@@ -182,7 +182,7 @@ class _Layer:
 
         def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             (x,) = (*args, *kwargs.values())  # all of these take one input, by whatever name
-            seen.add(x if up is None else functional.relu(up(x)).square())
+            seen.add(x if up is None else squared_relu(up(x)))
 
         return self._watched.register_forward_pre_hook(look, with_kwargs=True)
 

@@ -1,21 +1,23 @@
 """The numerics contract of docs/numerics.md in plain PyTorch, on any device. Kernels are held to this.
 
 Source of the method: arXiv 2503.16672, section 3. Shapes: X [M, D], W1 [F, D], W2 [D, F], S [M, F] packed along F,
-biases [F] and [D]; all of one storage type, bf16 or fp16. Everywhere ``accumulate`` is the type in which products are
+biases [F] and [D]; all of one 16-bit storage type. Everywhere ``accumulate`` is the type in which products are
 summed and biases added: float32 by contract, float64 for a closer look at what the exact sum would give. The sum is
 rounded to float32 before anything else happens, so only its own error changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from srelu24.numerics.sparse24 import STORAGE_DTYPES, FragmentOrder, Sparse24, pack_metadata
+from srelu24.numerics.activations import rounded_relu, rule_of, square, unchanged
+from srelu24.numerics.dtypes import STORAGE_DTYPES, FragmentOrder, row_of
+from srelu24.numerics.sparse24 import Sparse24, pack_metadata
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation
-
-_INF_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 
 
 def gemm(
@@ -34,19 +36,17 @@ def gemm(
         b: [N, K], a Linear weight.
         bias: [N].
         residual: [M, N], added before the activation.
-        activation: NONE, or RELU2 (relu rounded to the storage type, then squared in it).
+        activation: as :mod:`srelu24.numerics.activations` says.
         accumulate: see the module.
 
     Returns:
         [M, N] in the type of ``a``.
 
     Raises:
-        Unsupported: dtypes, devices or shapes do not fit together.
+        Unsupported: dtypes, devices or shapes do not fit together, or the activation is unknown.
     """
-    acc = _accumulate(a, b, bias, residual, accumulate)
-    if activation is Activation.RELU2:
-        return _square(rounded_relu(acc, a.dtype))
-    return acc.to(a.dtype)
+    rule = rule_of(activation)
+    return rule.store(_accumulate(a, b, bias, residual, accumulate), a.dtype)
 
 
 def gemm_relu2_24(
@@ -58,7 +58,7 @@ def gemm_relu2_24(
         Unsupported: dtypes, devices or shapes do not fit together, or F is not a multiple of 8.
     """
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return prune24(rounded_relu(acc, x.dtype), square=True)
+    return prune24(rounded_relu(acc, x.dtype), finish=square)
 
 
 def spgemm(
@@ -84,12 +84,11 @@ def sparsify24(h: Tensor, activation: Activation) -> Sparse24:
     bits.
 
     Raises:
-        Unsupported: not a 2-D bf16 or fp16 tensor, or F is not a multiple of 8.
+        Unsupported: not a 2-D tensor in a 16-bit type, F is not a multiple of 8, or the activation is unknown.
     """
+    rule = rule_of(activation)
     _expect("h", h, (None, None), h)
-    if activation is Activation.RELU2:
-        return prune24(rounded_relu(h, h.dtype), square=True)
-    return prune24(h, square=False)
+    return prune24(rule.select(h, h.dtype), finish=rule.finish)
 
 
 def ffn(
@@ -123,32 +122,35 @@ def count_nonzeros(
     return (rounded_relu(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
 
 
-def prune24(x: Tensor, *, square: bool, order: FragmentOrder = FragmentOrder.BITS16) -> Sparse24:
-    """Keep the 2 largest magnitudes of every 4 neighbours, lower index first on ties; square what is kept if asked.
+def prune24(
+    x: Tensor,
+    *,
+    finish: Callable[[Tensor], Tensor] = unchanged,
+    order: FragmentOrder = FragmentOrder.BITS16,
+) -> Sparse24:
+    """Keep the 2 largest magnitudes of every 4 neighbours, lower index first on ties.
 
     Args:
-        x: [M, F], bf16 or fp16.
+        x: [M, F], a 16-bit type.
+        finish: what becomes of the kept values before they are stored, element by element.
         order: in which E is stored.
     """
+    row = row_of(x.dtype)
+    assert row.infinity is not None
     m, f = x.shape
     packed = Sparse24.empty(m, f, x.dtype, x.device, order)
     # Magnitude bits order as the magnitudes do, and NaNs, clamped to one rank, come above infinity.
-    magnitude = (x.view(torch.int16) & 0x7FFF).clamp(max=_INF_BITS[x.dtype] + 1)
+    magnitude = (x.view(row.bits) & 0x7FFF).clamp(max=row.infinity + 1)
     keep = _two_largest([magnitude[:, p::4] for p in range(4)])
     x0, x1, x2, x3 = (x[:, p::4] for p in range(4))
     v0 = torch.where(keep[0], x0, torch.where(keep[1], x1, x2))
     v1 = torch.where(keep[3], x3, torch.where(keep[2], x2, x1))
-    packed.values[:, 0::2] = _square(v0) if square else v0
-    packed.values[:, 1::2] = _square(v1) if square else v1
+    packed.values[:, 0::2] = finish(v0)
+    packed.values[:, 1::2] = finish(v1)
     first = torch.where(keep[0], 0, torch.where(keep[1], 1, 2)).to(torch.uint8)
     second = torch.where(keep[3], 3, torch.where(keep[2], 2, 1)).to(torch.uint8)
     packed.metadata.copy_(pack_metadata(first | second << 2, order))
     return packed
-
-
-def rounded_relu(acc: Tensor, dtype: torch.dtype) -> Tensor:
-    """relu(acc) rounded to ``dtype``; negative values and -0.0 become +0.0, NaN stays NaN."""
-    return acc.masked_fill(acc <= 0, 0.0).to(dtype)
 
 
 def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -166,13 +168,6 @@ def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | No
     return acc.to(torch.float32)
 
 
-def _square(v: Tensor) -> Tensor:
-    """v * v with one rounding. The product of two 8- or 11-bit significands is exact in float32, or so small that its
-    rounding there cannot change what it rounds to in v's type."""
-    wide = v.to(torch.float32)
-    return (wide * wide).to(v.dtype)
-
-
 def _two_largest(keys: list[Tensor]) -> list[Tensor]:
     """For each of four positions, whether fewer than two others come before it (larger, or equal and lower index)."""
     keep = []
@@ -188,7 +183,7 @@ def _two_largest(keys: list[Tensor]) -> list[Tensor]:
 def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
     """Refuse a tensor that is not of this shape (None: any size) and of the storage type and device of ``like``."""
     if tensor.dtype not in STORAGE_DTYPES:
-        raise Unsupported(f"{name} is {tensor.dtype}; torch.bfloat16 or torch.float16 is needed")
+        raise Unsupported(f"{name} is {tensor.dtype}; {' or '.join(map(str, STORAGE_DTYPES))} is needed")
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise Unsupported(
             f"{name} is {tensor.dtype} on {tensor.device}, the first operand {like.dtype} on {like.device}; "

@@ -8,42 +8,19 @@ storage; ``cutlass/gemm/collective/builders/sm90_sparse_config.inl``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from srelu24.numerics.dtypes import FP8_DTYPES, STORAGE_DTYPES, FragmentOrder, row_of
 from srelu24_gen.errors import Unsupported
 
 ZERO_GROUP = 0x4
 """The nibble of a group of four zeros: positions 0 and 1."""
 
-STORAGE_DTYPES = (torch.bfloat16, torch.float16)
-"""What the 16-bit kernels store packed values as."""
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""What the 8-bit kernels store packed values as."""
-_BITS = dict.fromkeys(STORAGE_DTYPES, torch.int16) | dict.fromkeys(FP8_DTYPES, torch.uint8)
-
-
-class FragmentOrder(StrEnum):
-    """Which sparse tensor-core instructions read E as it lies."""
-
-    BITS16 = "16-bit"
-    """wgmma.sp m64nNk32: bf16 and fp16 values."""
-    BITS8 = "8-bit"
-    """wgmma.sp m64nNk64: e4m3 and e5m2 values. 16-bit values may have it too, on their way to becoming 8-bit."""
-
-    @classmethod
-    def of(cls, dtype: torch.dtype) -> FragmentOrder:
-        """The order that the kernels consuming values of ``dtype`` read."""
-        return cls.BITS8 if dtype in FP8_DTYPES else cls.BITS16
-
-    @property
-    def granule(self) -> int:
-        """What F must be a multiple of: half of a 16-byte row step."""
-        return 16 if self is FragmentOrder.BITS8 else 8
+_PACKED_DTYPES = (*STORAGE_DTYPES, *FP8_DTYPES)
 
 
 def row_stride(f: int, itemsize: int = 2) -> int:
@@ -143,7 +120,7 @@ class Sparse24:
         """The pruned matrix [M, F] in the storage type: kept values bit for bit, +0 elsewhere."""
         nibbles = unpack_metadata(self.metadata, *self.shape, self.order)
         first, second = nibbles & 3, nibbles >> 2
-        bits = self.values.view(_BITS[self.dtype])
+        bits = self.values.view(row_of(self.dtype).bits)
         v0, v1 = bits[:, 0::2], bits[:, 1::2]
         zero = bits.new_zeros(())
         columns = [torch.where(first == p, v0, torch.where(second == p, v1, zero)) for p in range(4)]
@@ -170,7 +147,7 @@ class Sparse24:
         pad = row_stride(f, self.values.itemsize) - f // 2
         values = self.values
         if pad:
-            values = torch.nn.functional.pad(values.view(_BITS[self.dtype]), (0, pad)).view(self.dtype)
+            values = torch.nn.functional.pad(values.view(row_of(self.dtype).bits), (0, pad)).view(self.dtype)
         e = order.pack(unpack_metadata(self.metadata, m, f, self.order))
         return values, e.view(-(-f // order.columns), -(-m // 64), 2 * order.columns)
 
@@ -322,8 +299,8 @@ def _check_shape(m: int, f: int, order: FragmentOrder) -> None:
 
 
 def _check_dtype(dtype: torch.dtype, order: FragmentOrder) -> None:
-    if dtype not in _BITS:
-        raise Unsupported(f"packed values are {dtype}; one of {', '.join(map(str, _BITS))} is needed")
+    if dtype not in _PACKED_DTYPES:
+        raise Unsupported(f"packed values are {dtype}; one of {', '.join(map(str, _PACKED_DTYPES))} is needed")
     if dtype in FP8_DTYPES and order is not FragmentOrder.BITS8:
         raise Unsupported(f"packed values are {dtype} and their metadata is in the {order} order; 8-bit is needed")
 

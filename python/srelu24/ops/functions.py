@@ -14,7 +14,9 @@ from srelu24.fp8 import ops as fp8_ops
 from srelu24.fp8 import plain as fp8_plain
 from srelu24.fp8.quantize import QuantizedWeight
 from srelu24.fp8.recipes import ScaleRecipe
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.activations import rule_of
+from srelu24.numerics.dtypes import FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24
 from srelu24.ops.library import dense_linear, fallback_ffn
 from srelu24.runtime.fallback import FallbackWarning as FallbackWarning
 from srelu24.runtime.fallback import warn_dense
@@ -131,7 +133,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     Raises:
         Unsupported: ranks, sizes, types or devices do not fit together.
     """
-    _activation(activation)
+    rule_of(activation)
     check_tensor("x", x)
     if x.dim() < 1:
         raise Unsupported("x has no dimensions; it must be [..., K].")
@@ -176,7 +178,7 @@ def sparsify24(h: Tensor, activation: str = "relu2") -> Sparse24:
     Raises:
         Unsupported: not a 2-D bf16 or fp16 tensor that the kernel can read; the message says why.
     """
-    _activation(activation)
+    rule_of(activation)
     check_matrix("h", h, (None, None), h)
     _refuse_gradients(h)
     values, metadata = torch.ops.srelu24.sparsify24(h, activation)
@@ -211,11 +213,6 @@ def _check_gemm1(x: Tensor, w1: Tensor, b1: Tensor | None) -> None:
 def _refuse_gradients(*tensors: Tensor | None) -> None:
     if differentiated(*tensors):
         raise Unsupported(f"A packed operand has no dense form to fall back to: {NO_BACKWARD}.")
-
-
-def _activation(activation: str) -> None:
-    if activation not in list(Activation):
-        raise Unsupported(f"activation is {activation!r}; it must be one of {', '.join(Activation)}.")
 
 
 def linear24(a: Tensor, w: Tensor, bias: Tensor | None = None, *, mode: str = "auto") -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srelu24.db.choice import SPARSE
 from srelu24.numerics import reference
+from srelu24.numerics.activations import rule_of
 from srelu24.numerics.dtypes import DTYPES
 from srelu24.numerics.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24.runtime import dense
@@ -233,13 +234,16 @@ def fallback_ffn(
 
 
 def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(torch.nn.functional.linear(x, w1, b1).relu().square(), w2, b2)
+    return torch.nn.functional.linear(dense_linear(x, w1, b1, Activation.RELU2), w2, b2)
 
 
 def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """``act(x w^T + bias)`` in dense PyTorch."""
-    y = torch.nn.functional.linear(x, w, bias)
-    return y.relu().square() if activation == Activation.RELU2 else y
+    """``act(x w^T + bias)`` in dense PyTorch.
+
+    Raises:
+        Unsupported: the activation is unknown.
+    """
+    return rule_of(activation).plain(torch.nn.functional.linear(x, w, bias))
 
 
 def _packed(values: Tensor, metadata: Tensor, f: int) -> Sparse24:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from srelu24.numerics.activations import rule_of
 from srelu24.runtime.dispatch import family_of, launcher_of
 from srelu24.runtime.kept_memory import allocate_kept
 from srelu24.runtime.launch import Operands
@@ -33,9 +34,10 @@ def ffn(way: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tens
 
 
 def library_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """``act(x w^T + bias)`` by cuBLAS, in two kernels with squared ReLU: relu is in cuBLASLt's epilogue."""
-    if activation is Activation.NONE:
-        return linear(x, w, bias)
+    """``act(x w^T + bias)`` by cuBLAS. With squared ReLU that is two kernels: cuBLASLt has relu in its epilogue, and
+    the squares are taken in place."""
+    if activation is not Activation.RELU2:
+        return rule_of(activation).plain(linear(x, w, bias))
     h = torch._addmm_activation(_zeros(w) if bias is None else bias, x, w.t())
     return h.mul_(h)
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srelu24.numerics.dtypes import TORCH_DTYPE
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24
+from srelu24.numerics.dtypes import TORCH_DTYPE, FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.arguments import Arguments as Arguments
 from srelu24.runtime.arguments import encode_mma_sync, fast_divmod, plan_mma_sync, raster_params
 from srelu24.runtime.loader import ArgumentBlock, LoadedKernel, load, stream

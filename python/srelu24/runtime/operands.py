@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from srelu24.numerics.dtypes import DTYPES
+from srelu24.numerics.dtypes import DTYPES, STORAGE_DTYPES, WIDE_NAMES
 from srelu24.runtime.dispatch import BATCH, MODES, gpu_of
 from srelu24_gen.errors import Unsupported
 
 ALIGNMENT = 16
 """Bytes to which the TMA needs addresses and row strides aligned."""
 
-FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-"""Types that something computes: the kernels the first two, PyTorch the others."""
+FLOATS = frozenset({*STORAGE_DTYPES, torch.float32, torch.float64})
+"""Types that a call takes: the kernels compute the 16-bit ones, PyTorch the others."""
 
 DISABLED = os.environ.get("SRELU24_DISABLE", "0") not in ("", "0")
 """The kernels are switched off for this process: read once, so that a call does not pay for it."""
@@ -131,7 +131,7 @@ def check_vector(name: str, tensor: Tensor | None, size: int, like: Tensor) -> N
 
 def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.dtype not in FLOATS:
-        raise Unsupported(f"{name} is {tensor.dtype}; bfloat16 or float16 is needed.")
+        raise Unsupported(f"{name} is {tensor.dtype}; {WIDE_NAMES.replace(' and ', ' or ')} is needed.")
     if tensor.dtype != like.dtype:
         raise Unsupported(f"{name} is {tensor.dtype} and the input {like.dtype}; give both the same type.")
     if tensor.device != like.device:
@@ -145,7 +145,7 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
     if DISABLED:
         return "SRELU24_DISABLE is set"
     if first.dtype not in DTYPES:
-        return f"the type is {first.dtype}, and the kernels take bfloat16 and float16"
+        return f"the type is {first.dtype}, and the kernels take {WIDE_NAMES}"
     on_gpu = first.is_cuda
     if on_gpu:
         try:

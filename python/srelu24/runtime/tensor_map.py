@@ -6,14 +6,14 @@ import ctypes
 
 from cuda.bindings import driver
 
+from srelu24.numerics.dtypes import STORAGE_TYPES
 from srelu24.runtime.loader import check, make_context_current
 from srelu24_gen.spec import DType
 
-_TMA_DTYPE = {
-    DType.BF16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    DType.FP16: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-    DType.E4M3: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    DType.E5M2: driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+_TMA_TYPE = {
+    dtype: getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{row.tma}")
+    for dtype, row in STORAGE_TYPES.items()
+    if row.tma
 }
 _SWIZZLE = {
     64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
@@ -41,7 +41,7 @@ def tensor_map(
     rank = len(dims)
     encoded = check(
         driver.cuTensorMapEncodeTiled(
-            _TMA_DTYPE[dtype],
+            _TMA_TYPE[dtype],
             rank,
             address,
             [driver.cuuint64_t(d) for d in dims],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from srelu24.numerics.activations import rounded_relu, squared_relu_gradient
 from srelu24.training.order import token_order
 
 
@@ -81,7 +82,7 @@ def forward(
 ) -> Forward:
     """One layer forward; ``pruning`` None is the dense step of the warm-up."""
     y1 = _linear(x, w1, b1, accumulate)
-    r = y1.masked_fill(y1 <= 0, 0.0).to(x.dtype)
+    r = rounded_relu(y1, x.dtype)
     counts = (r != 0).sum(dim=0, dtype=torch.int32)
     hidden = r * r
     s = hidden
@@ -106,11 +107,9 @@ def backward(
     dy1 = dx = dw1 = dw2 = db1 = None
     if needed.x or needed.w1 or needed.b1:
         ds = _product(g, w2, accumulate).to(x.dtype)
-        # Without a type to work in, in place and in the storage type, whatever that rounds: [M, F] in fp32 is large.
+        # Where ``accumulate`` is None this stays in the storage type, whatever that rounds: [M, F] in fp32 is large.
         wide = x.dtype if accumulate is None else torch.promote_types(x.dtype, torch.float32)
-        dy1 = ds.to(wide).mul_(hidden.to(wide).sqrt()).mul_(2).to(x.dtype)
-        # Zero, not 0 * ds, where S is zero: ds may be Inf or NaN there.
-        dy1.masked_fill_(hidden == 0, 0.0)
+        dy1 = squared_relu_gradient(ds.to(wide), hidden.to(wide)).to(x.dtype)
     if dy1 is not None and needed.x:
         dx = _product(_along_features(dy1, pruning), w1, accumulate)
     if dy1 is not None and needed.w1:

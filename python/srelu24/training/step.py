@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from srelu24.numerics.dtypes import DTYPES
+from srelu24.numerics.dtypes import DTYPES, WIDE_NAMES
 from srelu24.numerics.sparse24 import Sparse24, metadata_shape
 from srelu24.runtime.dispatch import choose, compiles, gpu_of, missing
 from srelu24.training import kernels, movers
@@ -36,7 +36,7 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool, bi
     if not wanted:
         return "the recipe says kernels=False"
     if x.dtype not in DTYPES:
-        return f"the type is {x.dtype}, and the kernels take bfloat16 and float16"
+        return f"the type is {x.dtype}, and the kernels take {WIDE_NAMES}"
     m, d = x.shape
     if m % 16 or d % 64 or f % 64:
         return f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"

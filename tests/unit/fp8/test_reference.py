@@ -11,7 +11,8 @@ from torch import Tensor
 from srelu24.fp8 import quantize, reference
 from srelu24.fp8.quantize import E4M3, QuantizedRows, QuantizedWeight
 from srelu24.numerics import reference as reference16
-from srelu24.numerics.sparse24 import FragmentOrder, Sparse24, unpack_metadata
+from srelu24.numerics.dtypes import FragmentOrder
+from srelu24.numerics.sparse24 import Sparse24, unpack_metadata
 
 
 def integers(rows: int, columns: int, seed: int) -> Tensor:
@@ -23,7 +24,7 @@ def weight(values: Tensor, scale: Tensor) -> QuantizedWeight:
 
 
 def packed_of(r: Tensor) -> Sparse24:
-    return reference16.prune24(r, square=False, order=FragmentOrder.BITS8)
+    return reference16.prune24(r, order=FragmentOrder.BITS8)
 
 
 def slow_pruned(r: Tensor) -> Tensor:
