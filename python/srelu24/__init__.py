@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from srelu24.ops.explanation import Explanation as Explanation
     from srelu24.ops.explanation import explain as explain
     from srelu24.ops.functions import ffn as ffn
+    from srelu24.ops.functions import gemm_24 as gemm_24
     from srelu24.ops.functions import gemm_relu2_24 as gemm_relu2_24
     from srelu24.ops.functions import gemm_relu2_24_count as gemm_relu2_24_count
     from srelu24.ops.functions import linear as linear
@@ -61,6 +62,7 @@ _HOME = {
     "convert": "nn.conversion",
     "explain": "ops.explanation",
     "ffn": "ops.functions",
+    "gemm_24": "ops.functions",
     "gemm_relu2_24": "ops.functions",
     "gemm_relu2_24_count": "ops.functions",
     "linear": "ops.functions",

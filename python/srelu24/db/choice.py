@@ -11,7 +11,7 @@ from srelu24.db.database import Database
 from srelu24.db.records import TuningRecord
 from srelu24_gen import cost, space
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, KernelConfig, Problem, instructions_of
+from srelu24_gen.spec import Activation, DType, KernelConfig, Problem, instructions_of
 from srelu24_gen.target import GpuTarget
 
 DOUBT = 1.02
@@ -98,7 +98,15 @@ def _gain(problem: Problem, config: KernelConfig, target: GpuTarget) -> float:
     return max(1.0, cost.cost(problem, config, target).us / first.us)
 
 
-def answer_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget, db: Database) -> FfnChoice:
+def answer_ffn(
+    shape: Shape,
+    dtype: DType,
+    b1: bool,
+    b2: bool,
+    target: GpuTarget,
+    db: Database,
+    activation: Activation = Activation.RELU2,
+) -> FfnChoice:
     """Whether the FFN runs sparse or dense, by the times that the tuner stored for D and F on this GPU.
 
     At an M that was measured, those times decide. Between two, the gain is interpolated in log M; above the largest it
@@ -108,7 +116,7 @@ def answer_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget
     Raises:
         Unsupported: no kernel computes the sparse pair on ``target``; the message is the reason.
     """
-    first, second = shape.gemms(dtype, b1, b2)
+    first, second = shape.gemms(dtype, b1, b2, activation)
     for problem in (first, second):
         space.default(problem, target)
     points = []

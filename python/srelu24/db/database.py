@@ -242,12 +242,14 @@ class Database:
 
 
 def _related(a: Family, b: Family) -> bool:
-    """Whether records of one may answer for the other: the same kernel but for options and the 16-bit type."""
-    return (a.op, a.dtype.bytes) == (b.op, b.dtype.bytes) and (a.activation == b.activation or a.name == b.name)
+    """Whether records of one may answer for the other: the same kernel but for options, the 16-bit type, and which
+    activation it applies."""
+    alike = a.op == b.op or (a.op.prunes and b.op.prunes)
+    return alike and a.dtype.bytes == b.dtype.bytes and (a.activates == b.activates or a.name == b.name)
 
 
 def _option_differences(a: Family, b: Family) -> int:
-    options = (f.name for f in dataclasses.fields(Family) if f.name not in ("op", "activation"))
+    options = (f.name for f in dataclasses.fields(Family) if f.name != "op")
     return sum(getattr(a, name) != getattr(b, name) for name in options)
 
 

@@ -85,6 +85,13 @@ ACTIVATION_RULES: dict[str, ActivationRule] = {
         nonnegative=True,
         gradient=squared_relu_gradient,
     ),
+    Activation.RELU: ActivationRule(
+        select=rounded_relu,
+        finish=unchanged,
+        plain=torch.relu,
+        nonnegative=True,
+        gradient=lambda da, a: da.masked_fill_(a == 0, 0.0),
+    ),
 }
 """The table."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from srelu24.numerics.activations import rounded_relu, rule_of, square, unchanged
+from srelu24.numerics.activations import rule_of, unchanged
 from srelu24.numerics.dtypes import STORAGE_DTYPES, FragmentOrder, row_of
 from srelu24.numerics.sparse24 import Sparse24, pack_metadata
 from srelu24_gen.errors import Unsupported
@@ -52,13 +52,27 @@ def gemm(
 def gemm_relu2_24(
     x: Tensor, w1: Tensor, bias: Tensor | None = None, *, accumulate: torch.dtype = torch.float32
 ) -> Sparse24:
-    """``prune24(relu2(X W1^T + bias))`` along F: x [M, D], w1 [F, D], bias [F] -> packed [M, F].
+    """:func:`gemm_24` with squared ReLU."""
+    return gemm_24(x, w1, bias, accumulate=accumulate)
+
+
+def gemm_24(
+    x: Tensor,
+    w1: Tensor,
+    bias: Tensor | None = None,
+    activation: str = Activation.RELU2,
+    *,
+    accumulate: torch.dtype = torch.float32,
+) -> Sparse24:
+    """``prune24(act(X W1^T + bias))`` along F: x [M, D], w1 [F, D], bias [F] -> packed [M, F].
 
     Raises:
-        Unsupported: dtypes, devices or shapes do not fit together, or F is not a multiple of 8.
+        Unsupported: dtypes, devices or shapes do not fit together, F is not a multiple of 8, or the activation is
+            unknown.
     """
+    rule = rule_of(activation)
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return prune24(rounded_relu(acc, x.dtype), finish=square)
+    return prune24(rule.select(acc, x.dtype), finish=rule.finish)
 
 
 def spgemm(
@@ -97,21 +111,28 @@ def ffn(
     w2: Tensor,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
+    activation: str = Activation.RELU2,
     *,
     accumulate: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The whole forward, ``spgemm(gemm_relu2_24(x, w1, b1), w2, b2)``: x [M, D], w1 [F, D], w2 [D, F] -> [M, D].
+    """The whole forward, ``spgemm(gemm_24(x, w1, b1), w2, b2)``: x [M, D], w1 [F, D], w2 [D, F] -> [M, D].
 
     Raises:
         Unsupported: dtypes, devices or shapes do not fit together, or F is not a multiple of 8.
     """
-    return spgemm(gemm_relu2_24(x, w1, b1, accumulate=accumulate), w2, b2, accumulate=accumulate)
+    return spgemm(gemm_24(x, w1, b1, activation, accumulate=accumulate), w2, b2, accumulate=accumulate)
 
 
 def count_nonzeros(
-    x: Tensor, w1: Tensor, bias: Tensor | None = None, *, accumulate: torch.dtype = torch.float32
+    x: Tensor,
+    w1: Tensor,
+    bias: Tensor | None = None,
+    activation: str = Activation.RELU2,
+    *,
+    accumulate: torch.dtype = torch.float32,
 ) -> Tensor:
-    """For every feature, in how many rows the rounded relu(X W1^T + bias) is not zero, before pruning: int32 [F].
+    """For every feature, in how many rows what pruning selects by is not zero, before pruning: int32 [F]. With
+    (squared) ReLU that is the rounded relu(X W1^T + bias).
 
     A NaN counts as non-zero.
 
@@ -119,7 +140,7 @@ def count_nonzeros(
         Unsupported: dtypes, devices or shapes do not fit together.
     """
     acc = _accumulate(x, w1, bias, None, accumulate)
-    return (rounded_relu(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
+    return (rule_of(activation).select(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
 
 
 def prune24(

@@ -19,7 +19,7 @@ from srelu24.runtime.operands import autocast, check_ffn, check_mode, check_tens
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, KernelSpec, Problem
+from srelu24_gen.spec import Activation, DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
 
@@ -70,6 +70,7 @@ def explain(
     mode: str = "auto",
     deterministic: str = "run",
     recipe: ScaleRecipe | str | None = None,
+    activation: str = Activation.RELU2,
 ) -> Explanation:
     """Say what :func:`srelu24.ffn` would run with the same arguments, without running it.
 
@@ -113,25 +114,31 @@ def explain(
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")
     shape = Shape(rows.shape[0], x.shape[-1], w1.shape[0])
     kind = (DTYPES[x.dtype], b1 is not None, b2 is not None)
-    return _to_be_had(explain_kernels(shape, *kind, gpu_of(x.device), mode), mode)
+    return _to_be_had(explain_kernels(shape, *kind, gpu_of(x.device), mode, Activation(activation)), mode)
 
 
 def explain_kernels(
-    shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget, mode: str = "auto"
+    shape: Shape,
+    dtype: DType,
+    b1: bool,
+    b2: bool,
+    target: GpuTarget,
+    mode: str = "auto",
+    activation: Activation = Activation.RELU2,
 ) -> Explanation:
     """What runs for such operands on such a GPU, which need not be there.
 
     Raises:
         Unsupported: no kernel computes the sparse FFN.
     """
-    choice = choose_ffn(shape, dtype, b1, b2, target)
+    choice = choose_ffn(shape, dtype, b1, b2, target, activation)
     where = f"{target.name}, {target.arch}, {target.kernels}"
     way = {"auto": choice.way, SPARSE: SPARSE, BATCH: SPARSE, "dense": choice.dense_way}[mode]
     why = choice.why if mode == "auto" else f"{mode} was asked for"
     if way == SPARSE:
-        pair = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2))
+        pair = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2, activation))
         return Explanation("kernels", f"{where}; {why}", pair)
-    own = shape.dense_gemms(dtype, b1, b2)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
+    own = shape.dense_gemms(dtype, b1, b2, activation)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
     return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
 
 

@@ -35,7 +35,7 @@ from srelu24.runtime.operands import (
 from srelu24.training import ops as training_ops
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation
+from srelu24_gen.spec import Activation, pruning_op
 
 NO_BACKWARD = "gradients are recorded, and only ffn with a recipe trains sparsely; wrap inference in torch.no_grad()"
 
@@ -53,6 +53,7 @@ def ffn(
     mode: str = "auto",
     deterministic: str = "run",
     recipe: ScaleRecipe | str | LayerState | None = None,
+    activation: str = Activation.RELU2,
 ) -> Tensor:
     """Squared-ReLU feed-forward network with the hidden activations pruned to 2:4 on the fly.
 
@@ -75,6 +76,7 @@ def ffn(
             quantised again once they have changed. D and F are multiples of 16. Or train sparsely: the layer's state,
             of :meth:`srelu24.Recipe.layer` (docs/training.md); any float type. A recipe decides alone what is dense
             and when: mode and deterministic are left out.
+        activation: "relu2", or "relu" for models that were trained with plain ReLU; a recipe knows squared ReLU alone.
 
     Returns:
         [..., D] in the type of ``x``.
@@ -86,17 +88,27 @@ def ffn(
     """
     check_tensor("x", x)
     mode = check_mode(mode, deterministic)
+    if activation != Activation.RELU2:
+        _check_activation(activation, recipe, w1, w2)
     if recipe is not None or isinstance(w1, QuantizedWeight) or isinstance(w2, QuantizedWeight):
         return _ffn_by_recipe(x, w1, w2, b1, b2, mode, recipe)
     if autocasting(x):
         x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     if differentiated(x, w1, w2, b1, b2):
-        return fallback_ffn(NO_BACKWARD, mode, x, w1, w2, b1, b2)
+        return fallback_ffn(NO_BACKWARD, mode, x, w1, w2, b1, b2, activation)
     if x.dim() == 2:
-        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode)  # type: ignore[no-any-return]
-    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode)
+        return torch.ops.srelu24.ffn(x, w1, w2, b1, b2, mode, activation)  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.srelu24.ffn(x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, mode, activation)
     return y.view(*x.shape[:-1], w2.shape[0])
+
+
+def _check_activation(activation: str, recipe: object, *weights: Tensor | QuantizedWeight) -> None:
+    """Refuse, before anything runs, an activation that no kernel prunes, and one that a recipe does not know."""
+    rule_of(activation)
+    pruning_op(Activation(activation))
+    if recipe is not None or any(isinstance(w, QuantizedWeight) for w in weights):
+        raise Unsupported(f"a recipe computes squared ReLU, not {activation}; leave the recipe out.")
 
 
 def _ffn_by_recipe(
@@ -128,7 +140,7 @@ def _ffn_by_recipe(
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """Dense ``act(x w^T + bias)``, activation "none" or "relu2": x [..., K], w [N, K], bias [N] -> [..., N].
+    """Dense ``act(x w^T + bias)``, activation "none", "relu2" or "relu": x [..., K], w [N, K], bias [N] -> [..., N].
 
     Raises:
         Unsupported: ranks, sizes, types or devices do not fit together.
@@ -148,15 +160,31 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, activation: str = "
     return y.view(*x.shape[:-1], w.shape[0])
 
 
+def gemm_24(x: Tensor, w1: Tensor, b1: Tensor | None = None, activation: str = Activation.RELU2) -> Sparse24:
+    """First GEMM of the layer, fused: ``prune24(act(x w1^T + b1))``, x [M, D], w1 [F, D], b1 [F] -> packed [M, F].
+
+    Args:
+        activation: "relu2" or "relu".
+
+    Raises:
+        Unsupported: the operands do not fit together, no kernel takes them or prunes after that activation, or
+            gradients are recorded.
+    """
+    rule_of(activation)
+    op = pruning_op(Activation(activation))
+    _check_gemm1(x, w1, b1)
+    values, metadata = getattr(torch.ops.srelu24, op.value)(x, w1, b1)
+    return Sparse24(values, metadata, (x.shape[0], w1.shape[0]))
+
+
 def gemm_relu2_24(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> Sparse24:
-    """First GEMM of the layer, fused: ``prune24(relu(x w1^T + b1)^2)``, x [M, D], w1 [F, D], b1 [F] -> packed [M, F].
+    """:func:`gemm_24` with squared ReLU: ``prune24(relu(x w1^T + b1)^2)``, x [M, D], w1 [F, D], b1 [F] -> packed [M,
+    F].
 
     Raises:
         Unsupported: the operands do not fit together, no kernel takes them, or gradients are recorded.
     """
-    _check_gemm1(x, w1, b1)
-    values, metadata = torch.ops.srelu24.gemm_relu2_24(x, w1, b1)
-    return Sparse24(values, metadata, (x.shape[0], w1.shape[0]))
+    return gemm_24(x, w1, b1)
 
 
 def gemm_relu2_24_count(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> tuple[Sparse24, Tensor]:
@@ -173,7 +201,8 @@ def gemm_relu2_24_count(x: Tensor, w1: Tensor, b1: Tensor | None = None) -> tupl
 def sparsify24(h: Tensor, activation: str = "relu2") -> Sparse24:
     """Dense [M, F] to packed 2:4 along F.
 
-    "relu2" keeps the two largest of each 4 of relu(h), squared; "none" the two of largest magnitude as they are.
+    "relu2" keeps the two largest of each 4 of relu(h), squared; "relu" those as they are; "none" the two of largest
+    magnitude.
 
     Raises:
         Unsupported: not a 2-D bf16 or fp16 tensor that the kernel can read; the message says why.

@@ -7,6 +7,7 @@ warning per reason, where the result has a dense form.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,13 +23,16 @@ from srelu24.runtime.fallback import warn_dense
 from srelu24.runtime.launch import Operands
 from srelu24.runtime.operands import ALIGNMENT, kernel_reason
 from srelu24_gen.errors import ToolchainError, Unsupported
-from srelu24_gen.spec import Activation, Op
+from srelu24_gen.spec import PRUNED_ACTIVATIONS, Activation, Op, pruning_op
 
 _library = torch.library.Library("srelu24", "DEF")
-_library.define("ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, str mode='auto') -> Tensor")
+_library.define(
+    "ffn(Tensor x, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, str mode='auto', str activation='relu2') -> Tensor"
+)
 _library.define("linear(Tensor x, Tensor w, Tensor? bias, str activation) -> Tensor")
-_library.define("gemm_relu2_24(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor)")
-_library.define("gemm_relu2_24_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
+for _op in PRUNED_ACTIVATIONS:
+    _library.define(f"{_op.value}(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor)")
+    _library.define(f"{_op.value}_count(Tensor x, Tensor w1, Tensor? b1) -> (Tensor, Tensor, Tensor)")
 _library.define("sparsify24(Tensor h, str activation) -> (Tensor, Tensor)")
 _library.define("linear24(Tensor a, Tensor w, Tensor? bias, str mode='auto') -> Tensor")
 _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias, Tensor? residual) -> Tensor")
@@ -37,22 +41,30 @@ _library.define("matmul(Tensor values, Tensor metadata, Tensor w2, Tensor? bias,
 # --------------------------------------------------------------------------------------------------- CUDA kernels
 
 
-def _ffn_cuda(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
+def _ffn_cuda(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    mode: str = "auto",
+    activation: str = Activation.RELU2,
+) -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
-        return fallback_ffn(reason, mode, x, w1, w2, b1, b2)
+        return fallback_ffn(reason, mode, x, w1, w2, b1, b2, activation)
     m, (f, d) = x.shape[0], w1.shape
     if m == 0:
         return x.new_empty((0, d))
     kind = (x.dtype, b1 is not None, b2 is not None, m, d, f, x.device)
     try:
         if mode not in (SPARSE, BATCH):
-            way = ffn_way(mode, *kind)
+            way = ffn_way(mode, *kind, activation)
             if way != SPARSE:
-                return dense.ffn(way, x, w1, w2, b1, b2)
-        return pair_of(*kind, mode == BATCH)(x, w1, w2, b1, b2)
+                return dense.ffn(way, x, w1, w2, b1, b2, Activation(activation))
+        return pair_of(*kind, mode == BATCH, activation)(x, w1, w2, b1, b2)
     except ToolchainError as error:
-        return fallback_ffn(str(error), mode, x, w1, w2, b1, b2)
+        return fallback_ffn(str(error), mode, x, w1, w2, b1, b2, activation)
 
 
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -69,18 +81,20 @@ def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> 
     return out
 
 
-def _gemm_relu2_24_cuda(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gemm_24_cuda(activation: Activation, x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
     _require_kernel(x, w1, b1)
     s = Sparse24.empty(x.shape[0], w1.shape[0], x.dtype, x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s), Activation.RELU2)
+    _run(pruning_op(activation), Operands(a=x, b=w1, bias=b1, out=s), activation)
     return s.values, s.metadata
 
 
-def _gemm_relu2_24_count_cuda(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _gemm_24_count_cuda(
+    activation: Activation, x: Tensor, w1: Tensor, b1: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     _require_kernel(x, w1, b1)
     s = Sparse24.empty(x.shape[0], w1.shape[0], x.dtype, x.device)
     counts = torch.zeros(w1.shape[0], dtype=torch.int32, device=x.device)
-    _run(Op.GEMM_RELU2_24, Operands(a=x, b=w1, bias=b1, out=s, counts=counts), Activation.RELU2)
+    _run(pruning_op(activation), Operands(a=x, b=w1, bias=b1, out=s, counts=counts), activation)
     return s.values, s.metadata, counts
 
 
@@ -119,11 +133,21 @@ def _run(op: Op, o: Operands, activation: Activation = Activation.NONE) -> None:
 # ------------------------------------------------------------------------------------- CPU reference and fake kernels
 
 
-def _ffn_cpu(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
+def _ffn_cpu(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    mode: str = "auto",
+    activation: str = Activation.RELU2,
+) -> Tensor:
     reason = kernel_reason(x, w1, w2, b1, b2)
     if reason is not None:
-        return fallback_ffn(reason, mode, x, w1, w2, b1, b2)
-    return _dense_ffn(x, w1, w2, b1, b2) if mode == "dense" else reference.ffn(x, w1, w2, b1, b2)
+        return fallback_ffn(reason, mode, x, w1, w2, b1, b2, activation)
+    if mode == "dense":
+        return _dense_ffn(x, w1, w2, b1, b2, activation)
+    return reference.ffn(x, w1, w2, b1, b2, activation)
 
 
 def _linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -132,13 +156,15 @@ def _linear_cpu(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> T
     return reference.gemm(x, w, bias, activation=Activation(activation))
 
 
-def _gemm_relu2_24_cpu(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
-    s = reference.gemm_relu2_24(x, w1, b1)
+def _gemm_24_cpu(activation: Activation, x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+    s = reference.gemm_24(x, w1, b1, activation)
     return s.values, s.metadata
 
 
-def _gemm_relu2_24_count_cpu(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_gemm_relu2_24_cpu(x, w1, b1), reference.count_nonzeros(x, w1, b1))
+def _gemm_24_count_cpu(
+    activation: Activation, x: Tensor, w1: Tensor, b1: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (*_gemm_24_cpu(activation, x, w1, b1), reference.count_nonzeros(x, w1, b1, activation))
 
 
 def _sparsify24_cpu(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -168,7 +194,15 @@ def _linear24(a: Tensor, w: Tensor, bias: Tensor | None, mode: str = "auto") -> 
     return torch.ops.srelu24.matmul(values, metadata, w, bias, None)  # type: ignore[no-any-return]
 
 
-def _ffn_fake(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, mode: str = "auto") -> Tensor:
+def _ffn_fake(
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    mode: str = "auto",
+    activation: str = Activation.RELU2,
+) -> Tensor:
     return x.new_empty((x.shape[0], w2.shape[0]))
 
 
@@ -181,11 +215,11 @@ def _packed_fake(x: Tensor, f: int) -> tuple[Tensor, Tensor]:
     return values, x.new_empty(metadata_shape(x.shape[0], f), dtype=torch.int32)
 
 
-def _gemm_relu2_24_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gemm_24_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor]:
     return _packed_fake(x, w1.shape[0])
 
 
-def _gemm_relu2_24_count_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _gemm_24_count_fake(x: Tensor, w1: Tensor, b1: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     return (*_packed_fake(x, w1.shape[0]), x.new_empty((w1.shape[0],), dtype=torch.int32))
 
 
@@ -204,12 +238,17 @@ def _linear24_fake(a: Tensor, w: Tensor, bias: Tensor | None, mode: str = "auto"
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., object], Callable[..., object], Callable[..., object]]] = {
     "ffn": (_ffn_cuda, _ffn_cpu, _ffn_fake),
     "linear": (_linear_cuda, _linear_cpu, _linear_fake),
-    "gemm_relu2_24": (_gemm_relu2_24_cuda, _gemm_relu2_24_cpu, _gemm_relu2_24_fake),
-    "gemm_relu2_24_count": (_gemm_relu2_24_count_cuda, _gemm_relu2_24_count_cpu, _gemm_relu2_24_count_fake),
     "sparsify24": (_sparsify24_cuda, _sparsify24_cpu, _sparsify24_fake),
     "matmul": (_matmul_cuda, _matmul_cpu, _matmul_fake),
     "linear24": (_linear24, _linear24, _linear24_fake),
 }
+for _op, _applied in PRUNED_ACTIVATIONS.items():
+    _IMPLEMENTATIONS[_op.value] = (partial(_gemm_24_cuda, _applied), partial(_gemm_24_cpu, _applied), _gemm_24_fake)
+    _IMPLEMENTATIONS[f"{_op.value}_count"] = (
+        partial(_gemm_24_count_cuda, _applied),
+        partial(_gemm_24_count_cpu, _applied),
+        _gemm_24_count_fake,
+    )
 for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
     _library.impl(_name, _cuda, "CUDA")
     _library.impl(_name, _cpu, "CPU")
@@ -220,7 +259,14 @@ for _name, (_cuda, _cpu, _fake) in _IMPLEMENTATIONS.items():
 
 
 def fallback_ffn(
-    reason: str, mode: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None
+    reason: str,
+    mode: str,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    activation: str = Activation.RELU2,
 ) -> Tensor:
     """The FFN in dense PyTorch, with a warning.
 
@@ -230,11 +276,11 @@ def fallback_ffn(
     if mode == BATCH:
         raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
     warn_dense(reason)
-    return _dense_ffn(x, w1, w2, b1, b2)
+    return _dense_ffn(x, w1, w2, b1, b2, activation)
 
 
-def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(dense_linear(x, w1, b1, Activation.RELU2), w2, b2)
+def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str) -> Tensor:
+    return torch.nn.functional.linear(dense_linear(x, w1, b1, activation), w2, b2)
 
 
 def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from srelu24.ops import functions  # noqa: F401 (defines the operations)
+from srelu24_gen.spec import PRUNED_ACTIVATIONS
 
 Rule = tuple[list[Any], list[Any]]
 """Placements of the outputs and of the inputs, along one dimension of the mesh; None where there is no tensor."""
@@ -31,8 +32,8 @@ def _splits(tensor: Any, dimension: int, unit: int) -> bool:
     return bool(tensor.shape[dimension] % (unit * tensor.mesh.size()) == 0)
 
 
-def _ffn(x: Any, w1: Any, w2: Any, b1: Any, b2: Any, mode: str | None = None) -> Sequence[Rule]:
-    rest = [None] * (mode is not None)
+def _ffn(x: Any, w1: Any, w2: Any, b1: Any, b2: Any, *options: str) -> Sequence[Rule]:
+    rest = [None] * len(options)  # mode and activation, as far as they are given
     rules: list[Rule] = [
         ([ALL], [ALL, ALL, ALL, _given(b1, ALL), _given(b2, ALL), *rest]),
         ([ROWS], [ROWS, ALL, ALL, _given(b1, ALL), _given(b2, ALL), *rest]),
@@ -64,7 +65,7 @@ def _linear24(a: Any, w: Any, bias: Any, mode: str | None = None) -> Sequence[Ru
     return rules
 
 
-def _gemm_relu2_24(x: Any, w1: Any, b1: Any) -> Sequence[Rule]:
+def _gemm_24(x: Any, w1: Any, b1: Any) -> Sequence[Rule]:
     rules: list[Rule] = [([ALL, ALL], [ALL, ALL, _given(b1, ALL)])]
     if _splits(x, 0, _BLOCK_ROWS):
         rules.append(([ROWS, ROWS], [ROWS, ALL, _given(b1, ALL)]))
@@ -73,9 +74,9 @@ def _gemm_relu2_24(x: Any, w1: Any, b1: Any) -> Sequence[Rule]:
     return rules
 
 
-def _gemm_relu2_24_count(x: Any, w1: Any, b1: Any) -> Sequence[Rule]:
+def _gemm_24_count(x: Any, w1: Any, b1: Any) -> Sequence[Rule]:
     counts = {0: ALL, 1: Partial(), 2: ROWS}  # of all rows; of a rank's rows; of a rank's features
-    rules = _gemm_relu2_24(x, w1, b1)
+    rules = _gemm_24(x, w1, b1)
     return [([*outputs, counts[_kind(outputs[0])]], inputs) for outputs, inputs in rules]
 
 
@@ -106,8 +107,8 @@ _RULES: dict[str, Callable[..., Sequence[Rule]]] = {
     "ffn": _ffn,
     "linear": _linear,
     "linear24": _linear24,
-    "gemm_relu2_24": _gemm_relu2_24,
-    "gemm_relu2_24_count": _gemm_relu2_24_count,
+    **{op.value: _gemm_24 for op in PRUNED_ACTIVATIONS},
+    **{f"{op.value}_count": _gemm_24_count for op in PRUNED_ACTIVATIONS},
     "sparsify24": _sparsify24,
     "matmul": _matmul,
 }

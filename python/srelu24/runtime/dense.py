@@ -24,22 +24,30 @@ WAYS = {
 """Name of each way, and what it is. Records store a time under these names."""
 
 
-def ffn(way: str, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
-    """``relu(x w1^T + b1)^2 w2^T + b2`` on a GPU: x [M, D], w1 [F, D], w2 [D, F] -> [M, D].
+def ffn(
+    way: str,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    b1: Tensor | None,
+    b2: Tensor | None,
+    activation: Activation = Activation.RELU2,
+) -> Tensor:
+    """``act(x w1^T + b1) w2^T + b2`` on a GPU: x [M, D], w1 [F, D], w2 [D, F] -> [M, D].
 
     The operands are trusted, as those of :func:`srelu24.runtime.launch.run` are.
     """
-    h = library_gemm(x, w1, b1, Activation.RELU2) if way == "cublas" else _own(x, w1, b1, Activation.RELU2)
+    h = library_gemm(x, w1, b1, activation) if way == "cublas" else _own(x, w1, b1, activation)
     return _own(h, w2, b2, Activation.NONE) if way == "gemm" else linear(h, w2, b2)
 
 
 def library_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """``act(x w^T + bias)`` by cuBLAS. With squared ReLU that is two kernels: cuBLASLt has relu in its epilogue, and
-    the squares are taken in place."""
-    if activation is not Activation.RELU2:
+    """``act(x w^T + bias)`` by cuBLAS, which has relu in its epilogue. With squared ReLU that is two kernels: the
+    squares are taken in place."""
+    if activation not in (Activation.RELU, Activation.RELU2):
         return rule_of(activation).plain(linear(x, w, bias))
     h = torch._addmm_activation(_zeros(w) if bias is None else bias, x, w.t())
-    return h.mul_(h)
+    return h.mul_(h) if activation is Activation.RELU2 else h
 
 
 def _own(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:

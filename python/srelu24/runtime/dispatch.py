@@ -17,7 +17,7 @@ from srelu24_gen import compile as compiler
 from srelu24_gen import space
 from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem, pruning_op
 from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget, Toolchain, target_for_device
 
 _CACHED_CHOICES = 8192
@@ -71,24 +71,36 @@ def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
-def choose_ffn(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget) -> FfnChoice:
+def choose_ffn(
+    shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget, activation: Activation = Activation.RELU2
+) -> FfnChoice:
     """Whether the FFN runs sparse or dense: :func:`srelu24.db.choice.answer_ffn`, from the database at its usual
     places.
 
     Raises:
         Unsupported: no kernel computes the sparse pair on ``target``; the message is the reason.
     """
-    return answer_ffn(shape, dtype, b1, b2, target, _database())
+    return answer_ffn(shape, dtype, b1, b2, target, _database(), activation)
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
-def ffn_way(mode: str, dtype: torch.dtype, b1: bool, b2: bool, m: int, d: int, f: int, device: torch.device) -> str:
+def ffn_way(
+    mode: str,
+    dtype: torch.dtype,
+    b1: bool,
+    b2: bool,
+    m: int,
+    d: int,
+    f: int,
+    device: torch.device,
+    activation: str = Activation.RELU2,
+) -> str:
     """How a call runs in mode "auto" or "dense": one dictionary look-up once it is known.
 
     Raises:
         Unsupported: no kernel computes the sparse pair.
     """
-    choice = choose_ffn(Shape(m, d, f), DTYPES[dtype], b1, b2, gpu_of(device))
+    choice = choose_ffn(Shape(m, d, f), DTYPES[dtype], b1, b2, gpu_of(device), Activation(activation))
     return choice.way if mode == "auto" else choice.dense_way
 
 
@@ -139,14 +151,23 @@ def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, ba
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def pair_of(
-    dtype: torch.dtype, b1: bool, b2: bool, m: int, d: int, f: int, device: torch.device, batch: bool = False
+    dtype: torch.dtype,
+    b1: bool,
+    b2: bool,
+    m: int,
+    d: int,
+    f: int,
+    device: torch.device,
+    batch: bool = False,
+    activation: str = Activation.RELU2,
 ) -> Pair:
     """What answers an FFN that runs sparse: one dictionary look-up once it is known.
 
     Raises:
         Unsupported, ToolchainError, CompileError, LaunchError: as of :func:`launcher_of`.
     """
-    first = launcher_of(family_of(Op.GEMM_RELU2_24, dtype, Activation.RELU2, b1), m, f, d, device, batch)
+    applied = Activation(activation)
+    first = launcher_of(family_of(pruning_op(applied), dtype, applied, b1), m, f, d, device, batch)
     second = launcher_of(family_of(Op.SPGEMM, dtype, bias=b2), m, d, f, device, batch)
     assert isinstance(first, GemmLauncher)
     assert isinstance(second, GemmLauncher)

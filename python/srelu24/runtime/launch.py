@@ -80,7 +80,7 @@ def allocate(problem: Problem, device: torch.device) -> Tensor | Sparse24:
     """An uninitialised output for ``problem``; the kernels write all of it."""
     family = problem.family
     dtype = TORCH_DTYPE[family.out or family.dtype]
-    if family.op in (Op.GEMM_RELU2_24, Op.SPARSIFY24, Op.SQUARE_ROWS):
+    if family.op.prunes or family.op in (Op.SPARSIFY24, Op.SQUARE_ROWS):
         order = FragmentOrder.BITS8 if DType.E4M3 in (family.dtype, family.out) else FragmentOrder.BITS16
         return Sparse24.empty(problem.m, problem.n, dtype, device, order)
     return torch.empty(problem.m, problem.n, dtype=dtype, device=device)

@@ -17,12 +17,18 @@ from srelu24_gen.bindings import footprint
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Pass
 from srelu24_gen.models import Shape as Shape
-from srelu24_gen.spec import DType, Family, KernelSpec, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
 
 
 def problems(
-    shape: Shape, dtype: DType, passes: Sequence[Pass] = (Pass.FORWARD,), *, dense: bool = True, bias: bool = False
+    shape: Shape,
+    dtype: DType,
+    passes: Sequence[Pass] = (Pass.FORWARD,),
+    *,
+    dense: bool = True,
+    bias: bool = False,
+    activation: Activation = Activation.RELU2,
 ) -> list[Problem]:
     """What calls of an FFN of this shape launch in these passes, each once.
 
@@ -35,17 +41,19 @@ def problems(
     """
     found: list[Problem] = []
     for b in (False, True)[: 1 + bias]:
-        found += [problem for which in passes for problem in shape.gemms_of(which, dtype, b, b)]
+        found += [problem for which in passes for problem in shape.gemms_of(which, dtype, b, b, activation)]
         if Pass.FORWARD in passes and dtype is DType.E4M3:
             found += shape.recipe_kernels(b)
         elif Pass.FORWARD in passes and dense:
-            found += [*shape.dense_gemms(dtype, b, b), *shape.unfused_kernels(dtype)]
+            found += [*shape.dense_gemms(dtype, b, b, activation), *shape.unfused_kernels(dtype, activation)]
         if Pass.BACKWARD in passes:
             found += shape.step_kernels(dtype, b)
     return list(dict.fromkeys(found))
 
 
-def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any]]:
+def kernels(
+    shape: Shape, dtype: DType, target: GpuTarget, activation: Activation = Activation.RELU2
+) -> list[dict[str, Any]]:
     """One row per kernel and candidate configuration of a shape, the chosen one marked.
 
     ``predicted_us`` and ``bound`` are the cost model's (:mod:`srelu24_gen.cost`), by which the tuner ranks.
@@ -57,7 +65,7 @@ def kernels(shape: Shape, dtype: DType, target: GpuTarget) -> list[dict[str, Any
     built = {entry.name for entry in compiler.BuildStore(paths.cache_dir()).entries()}
     recorded = {(r.family, r.m, r.n, r.k, r.kernel_config()) for r in _readable_records(target)}
     rows, known = [], database.Database.open()
-    for problem in problems(shape, dtype):
+    for problem in problems(shape, dtype, activation=activation):
         chosen = answer(problem, target, known)
         for config in dict.fromkeys([chosen.config, *space.candidates(problem, target)]):
             spec = KernelSpec(problem.family, config, target.arch)
@@ -98,6 +106,7 @@ def specs_for(
     every_candidate: bool = False,
     passes: Sequence[Pass] = (Pass.FORWARD,),
     bias: bool = False,
+    activation: Activation = Activation.RELU2,
 ) -> list[KernelSpec]:
     """The binaries of :func:`problems` at these very numbers of tokens, each once: those that would run, of the forward
     pass the sparse FFN's; or all that tuning may time and then choose from, and the dense and the unfused form's.
@@ -108,7 +117,7 @@ def specs_for(
     found: dict[str, KernelSpec] = {}
     known = database.Database.open()
     for shape in shapes:
-        for problem in problems(shape, dtype, passes, dense=every_candidate, bias=bias):
+        for problem in problems(shape, dtype, passes, dense=every_candidate, bias=bias, activation=activation):
             configs = [answer(problem, target, known).config]
             if every_candidate and problem.family.op is not Op.GEMM:  # dense GEMMs are timed as they would run
                 configs += space.candidates(problem, target)
@@ -130,7 +139,7 @@ def specs_up_to(problems: Iterable[Problem], target: GpuTarget, known: database.
         alike.setdefault((problem.family, problem.widths), []).append(problem)
     found: dict[str, KernelSpec] = {}
     for (family, _), given in alike.items():
-        asked_in_batches = family.op in (Op.GEMM_RELU2_24, Op.SPGEMM) and not (family.scaled or space.trains(family))
+        asked_in_batches = (family.op.prunes or family.op is Op.SPGEMM) and not (family.scaled or space.trains(family))
         for problem in _up_to(given):
             configs = [answer(problem, target, known).config]
             if asked_in_batches:
@@ -184,4 +193,5 @@ def _built_row(spec: KernelSpec, result: compiler.Outcome) -> dict[str, Any]:
         "from_cache": result.from_cache,
         "folder": str(result.folder) if result.folder else None,
         "warnings": list(meta.warnings),
+        "fault": meta.fault,
     }

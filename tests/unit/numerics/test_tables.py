@@ -57,35 +57,35 @@ def test_no_other_module_lists_the_types() -> None:
         assert not names & {"float16", "half", "FP16"}, f"{path} names fp16; it can ask {dtypes.__name__}"
 
 
-def _relu(h: Tensor) -> Tensor:
+def _rectified(h: Tensor) -> Tensor:
     return h.relu()
 
 
 @pytest.fixture
-def with_relu(monkeypatch: pytest.MonkeyPatch) -> str:
+def with_rectified(monkeypatch: pytest.MonkeyPatch) -> str:
     """An activation that nothing but its row knows of."""
     row = ActivationRule(
         select=activations.rounded_relu,
         finish=activations.unchanged,
-        plain=_relu,
+        plain=_rectified,
         nonnegative=True,
     )
-    monkeypatch.setitem(activations.ACTIVATION_RULES, "relu", row)
-    return "relu"
+    monkeypatch.setitem(activations.ACTIVATION_RULES, "rectified", row)
+    return "rectified"
 
 
-def test_an_activation_is_one_row(with_relu: str) -> None:
+def test_an_activation_is_one_row(with_rectified: str) -> None:
     a, b = (torch.randint(-3, 4, size).bfloat16() for size in ((64, 16), (8, 16)))
     exact = a.float() @ b.float().T  # small integers: exact in any order
     expected = exact.relu().bfloat16()
     assert (exact < 0).any()
-    assert torch.equal(reference.gemm(a, b, activation=with_relu), expected)  # type: ignore[arg-type]
-    assert torch.equal(library.dense_linear(a, b, None, with_relu), expected)
-    assert torch.equal(dense.library_gemm(a, b, None, with_relu), expected)  # type: ignore[arg-type]
-    packed = reference.sparsify24(exact.bfloat16(), with_relu)  # type: ignore[arg-type]
+    assert torch.equal(reference.gemm(a, b, activation=with_rectified), expected)  # type: ignore[arg-type]
+    assert torch.equal(library.dense_linear(a, b, None, with_rectified), expected)
+    assert torch.equal(dense.library_gemm(a, b, None, with_rectified), expected)  # type: ignore[arg-type]
+    packed = reference.sparsify24(exact.bfloat16(), with_rectified)  # type: ignore[arg-type]
     kept = reference.sparsify24(expected, Activation.NONE)
     assert torch.equal(packed.to_dense(), kept.to_dense())
-    problem = Problem(Family(Op.GEMM, DType.BF16, with_relu), 64, 8, 16)  # type: ignore[arg-type]
+    problem = Problem(Family(Op.GEMM, DType.BF16, with_rectified), 64, 8, 16)  # type: ignore[arg-type]
     assert verify.check(problem, Operands(a=a, b=b, out=expected)).ok
     assert not verify.check(problem, Operands(a=a, b=b, out=exact.bfloat16())).ok
     assert not verify.check(problem, Operands(a=a, b=b, out=expected.square())).ok

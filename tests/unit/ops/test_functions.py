@@ -13,10 +13,11 @@ from torch.nn.functional import linear
 import srelu24
 from srelu24.fp8.quantize import E4M3
 from srelu24.numerics import reference
+from srelu24.numerics.activations import rule_of
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime import fallback
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import Activation
+from srelu24_gen.spec import PRUNED_ACTIVATIONS, Activation, pruning_op
 
 M, D, F = 20, 40, 72
 
@@ -74,6 +75,29 @@ def test_operations_are_the_reference(dtype: torch.dtype) -> None:
     for activation in Activation:
         assert same(srelu24.sparsify24(o.x, activation.value), reference.sparsify24(o.x, activation))
     assert same(srelu24.sparsify24(o.x), reference.sparsify24(o.x, Activation.RELU2))
+
+
+@dtypes
+@pytest.mark.parametrize("activation", PRUNED_ACTIVATIONS.values())
+def test_every_pruned_activation_runs_fused_and_as_an_ffn(dtype: torch.dtype, activation: Activation) -> None:
+    o = Layer(dtype)
+    sums = linear(o.x.double(), o.w1.double(), o.b1.double()).to(dtype)
+    hidden = reference.sparsify24(sums, activation)
+    s = srelu24.gemm_24(o.x, o.w1, o.b1, activation.value)
+    assert same(s, reference.gemm_24(o.x, o.w1, o.b1, activation))
+    near = (s.to_dense().double() - hidden.to_dense().double()).norm() / hidden.to_dense().double().norm()
+    assert near < 0.02, "sums are rounded once before the activation, here twice"
+    y = srelu24.ffn(*o.all, activation=activation.value)
+    assert torch.equal(y, srelu24.matmul(s, o.w2, o.b2))
+    assert torch.equal(srelu24.ffn(*o.all, activation=activation.value, mode="dense"), dense_ffn_of(activation, *o.all))
+    op = getattr(torch.ops.srelu24, f"{pruning_op(activation).value}_count")
+    assert torch.equal(op(o.x, o.w1, o.b1)[2], reference.count_nonzeros(o.x, o.w1, o.b1, activation))
+    torch.library.opcheck(op.default, (o.x, o.w1, o.b1))
+    torch.library.opcheck(torch.ops.srelu24.ffn.default, (*o.all, "sparse", activation.value))
+
+
+def dense_ffn_of(activation: Activation, x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor, b2: Tensor) -> Tensor:
+    return linear(rule_of(activation).plain(linear(x, w1, b1)), w2, b2)
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (4, 5, D), (2, 2, 5, D), (0, D), (3, 0, D)])
@@ -150,7 +174,10 @@ def test_without_recording_gradients_nothing_falls_back(layer: Layer) -> None:
         (lambda o: srelu24.gemm_relu2_24(o.x, o.w1[:12]), "12"),
         (lambda o: srelu24.sparsify24(o.x[0]), r"h has shape \[40\]"),
         (lambda o: srelu24.sparsify24(o.x[:, :12]), "12"),
-        (lambda o: srelu24.sparsify24(o.x, "relu"), "activation is 'relu'"),
+        (lambda o: srelu24.sparsify24(o.x, "gelu"), "activation is 'gelu'"),
+        (lambda o: srelu24.gemm_24(o.x, o.w1, None, "none"), "no kernel prunes the results of the activation none"),
+        (lambda o: srelu24.ffn(o.x, o.w1, o.w2, activation="gelu"), "activation is 'gelu'"),
+        (lambda o: srelu24.ffn(o.x, o.w1, o.w2, activation="relu", recipe="rowwise"), "a recipe computes squared"),
         (lambda o: srelu24.matmul(o.x, o.w1), r"s is a Tensor; a Sparse24 is needed"),
         (lambda o: srelu24.matmul(srelu24.sparsify24(o.x), o.w2), r"w2 has shape \[40, 72\]; \[\*, 40\]"),
         (lambda o: srelu24.matmul(srelu24.sparsify24(o.x), o.w1, o.b2), "bias has shape"),

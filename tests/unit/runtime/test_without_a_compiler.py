@@ -23,7 +23,7 @@ from srelu24.shipping import bundle
 from srelu24_gen import compile as compiler
 from srelu24_gen.errors import ToolchainError, Unsupported
 from srelu24_gen.models import Pass, Shape
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import Activation, DType
 from srelu24_gen.target import TARGETS
 from stubbed_gpu import OnGpu, stubbed
 
@@ -127,7 +127,7 @@ def test_single_operations(launches: list[object]) -> None:
     assert torch.equal(y, linear(s.to_dense(), w2) + residual)
     assert not launches
     with pytest.raises(ToolchainError, match=REASON):  # what is packed has no dense form
-        library._gemm_relu2_24_cuda(x, w1, None)
+        library._gemm_24_cuda(Activation.RELU2, x, w1, None)
 
 
 def test_pruning_on_its_own(launches: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
