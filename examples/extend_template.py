@@ -15,20 +15,15 @@ import torch
 
 import srelu24
 from srelu24.numerics.sparse24 import Sparse24
-from srelu24.runtime.launch import WARPGROUP_THREADS, Operands, SparsifyLauncher
+from srelu24.runtime.arguments import Operands
 from srelu24.runtime.loader import load
-from srelu24_gen.compile import BuiltKernel, build_rendered
+from srelu24.runtime.rows import SparsifyLauncher
+from srelu24_gen.bindings import WARPGROUP_THREADS
+from srelu24_gen.compile import build_rendered
 from srelu24_gen.render import render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 
 TEMPLATES = Path(__file__).with_name("relu24_template")
-
-
-class Relu24Launcher(SparsifyLauncher):
-    """Our kernel takes the arguments of sparsify24, so its launcher serves."""
-
-    def __init__(self, built: BuiltKernel, device: int) -> None:
-        self.kernel = load(built, device, threads=WARPGROUP_THREADS, shared_bytes=0)
 
 
 def main() -> None:
@@ -42,7 +37,8 @@ def main() -> None:
         return
     h = torch.randn(300, 1024, device="cuda").bfloat16()
     out = Sparse24.empty(*h.shape, h.dtype, h.device)
-    Relu24Launcher(built, h.device.index)(Operands(a=h, out=out))
+    kernel = load(built, h.device.index, threads=WARPGROUP_THREADS, shared_bytes=0)
+    SparsifyLauncher(kernel)(Operands(a=h, out=out))  # our kernel takes the arguments of sparsify24
     # relu first, then the two of largest magnitude as they are: what two steps of the library give.
     expected = srelu24.sparsify24(h.relu(), "none")
     assert torch.equal(out.to_dense(), expected.to_dense()), "the kernel is wrong"

@@ -19,8 +19,14 @@ import torch
 from srelu24.measuring import verify, workload
 from srelu24.numerics import reference
 from srelu24.numerics.sparse24 import Sparse24
-from srelu24.runtime.arguments import Arguments, encode_mma_sync, plan_mma_sync
-from srelu24.runtime.launch import Operands, row_stride, scale_pointers
+from srelu24.runtime.arguments import (
+    Arguments,
+    Operands,
+    encode_mma_sync,
+    plan_mma_sync,
+    row_stride,
+    scale_arguments,
+)
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.render import render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
@@ -163,5 +169,5 @@ def arguments_of(problem: Problem, o: Operands) -> Arguments:
         b_stride=o.b.stride(0),
         out_stride=out_values.stride(0),
         residual_stride=problem.n,
-        scales=() if o.scales is None else scale_pointers(o.scales),
+        scales=None if o.scales is None else scale_arguments(o.scales),
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import pytest
 
-from srelu24.runtime import launch
+from srelu24.runtime import gemm
+from srelu24.runtime.parameters import TOKEN_PARAMS
 from srelu24_gen.compile import BuildStore, build, build_rendered, key_of
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
+from stubbed_gpu import loaded_kernel
 
 Rendered = Callable[..., RenderedKernel]
 ELF = b"\x7fELF"
@@ -63,18 +64,17 @@ def test_the_host_packs_as_many_bytes_as_the_kernels_read(
     rendered: Rendered, store: BuildStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed: list[bytes] = []
-    monkeypatch.setattr(launch, "tensor_map", lambda *_, **__: bytes(128))
-    monkeypatch.setattr(launch, "ArgumentBlock", packed.append)
-    launcher = launch.GemmLauncher.__new__(launch.GemmLauncher)
-    launcher.spec, launcher.sm_count = KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()), 132
-    numbers = dict.fromkeys(launch.Arguments._fields, 1) | {"m": 1024, "n": 1024, "k": 64}
-    launcher.encode(launch.Arguments(**numbers | {"scales": (), "tokens": ()}))  # type: ignore[arg-type]
+    monkeypatch.setattr(gemm, "tensor_map", lambda *_, **__: bytes(128))
+    monkeypatch.setattr(gemm, "ArgumentBlock", packed.append)
+    launcher = gemm.GemmLauncher(KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()), loaded_kernel())
+    numbers = dict.fromkeys(gemm.Arguments._fields, 1) | {"m": 1024, "n": 1024, "k": 64}
+    launcher.encode(gemm.Arguments(**numbers | {"scales": None, "tokens": None}))  # type: ignore[arg-type]
     (content,) = packed
     built = build_rendered(
         rendered(
             "#include <srelu24/sm90/params.cuh>\n"
-            f"static_assert(sizeof(srelu24::TokenParams) == {struct.calcsize('<4Q2q2i')});\n"
-            f"static_assert(sizeof(srelu24::GemmParams) == {-(-len(content) // 64) * 64});\n"
+            f"static_assert(sizeof(srelu24::TokenParams) == {TOKEN_PARAMS.size});\n"
+            f"static_assert(sizeof(srelu24::GemmParams) == {len(content)});\n"
             'extern "C" __global__ void srelu24_kernel(float* p) { p[0] = 0; }\n'
         ),
         store=store,

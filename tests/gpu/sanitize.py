@@ -20,6 +20,7 @@ from torch import Tensor
 import srelu24
 import srelu24.fp8.ops  # registers the operation
 from srelu24.fp8 import kernels
+from srelu24.fp8.operands import FfnOperands
 from srelu24.measuring import verify, workload
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime import dispatch, launch
@@ -158,11 +159,21 @@ def fp8_forward(shape: Shape, recipe: str, bias: bool) -> bool:
     w1, w2 = srelu24.quantize_weight(data.w1), srelu24.quantize_weight(data.w2)
     biases = [torch.ones(n, dtype=torch.bfloat16) if bias else None for n in (f, d)]
     basis = srelu24.Static(100.0).scales_on(torch.device("cpu")) if recipe == "static" else w1.row_norm
-    tensors = (data.x, w1.values, w1.scale, w2.values, w2.scale, *biases)
-    saturated = torch.zeros((), dtype=torch.int64)
-    expected = torch.ops.srelu24.ffn_fp8(*tensors, recipe, basis, saturated)
-    on_gpu = [None if t is None else t.cuda() for t in tensors]
-    y = kernels.forward(*on_gpu, recipe, basis.cuda(), saturated.cuda()).cpu()  # type: ignore[arg-type]
+    operands = FfnOperands(
+        x=data.x,
+        w1=w1.values,
+        w1_scale=w1.scale,
+        w2=w2.values,
+        w2_scale=w2.scale,
+        b1=biases[0],
+        b2=biases[1],
+        recipe=recipe,
+        basis=basis,
+        saturated=torch.zeros((), dtype=torch.int64),
+    )
+    expected = torch.ops.srelu24.ffn_fp8(*operands)
+    on_gpu = FfnOperands(*(each.cuda() if isinstance(each, torch.Tensor) else each for each in operands))
+    y = kernels.forward(on_gpu).cpu()
     error = float((y - expected).norm() / expected.norm())
     print(f"ffn_fp8 {recipe} {shape}{' with biases' if bias else ''}: {error:.2g} from the reference")
     return error < 0.05

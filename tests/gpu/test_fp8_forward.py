@@ -12,6 +12,7 @@ from torch import Tensor
 
 import srelu24
 from srelu24.fp8 import kernels, quantize, reference
+from srelu24.fp8.operands import FfnOperands
 from srelu24.measuring.workload import make_ffn
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, Problem
 
@@ -52,10 +53,19 @@ class Layer:
         basis = self.w1.row_norm
         if recipe == "static":
             basis = torch.stack((quantize.scale(self.amax), quantize.inverse_scale(self.amax)))
-        return kernels.forward(
-            self.x if x is None else x, self.w1.values, self.w1.scale, self.w2.values, self.w2.scale, self.b1, self.b2,
-            recipe, basis, self.saturated,
-        )  # fmt: skip
+        operands = FfnOperands(
+            x=self.x if x is None else x,
+            w1=self.w1.values,
+            w1_scale=self.w1.scale,
+            w2=self.w2.values,
+            w2_scale=self.w2.scale,
+            b1=self.b1,
+            b2=self.b2,
+            recipe=recipe,
+            basis=basis,
+            saturated=self.saturated,
+        )
+        return kernels.forward(operands)
 
     def reference(self, recipe: str, accumulate: torch.dtype) -> Tensor:
         r = reference.gemm_relu2_24(quantize.quantize_rows(self.x), self.w1, self.b1, accumulate=accumulate)

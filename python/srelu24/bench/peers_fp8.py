@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srelu24.bench.peers import Case, Peer, Run
 from srelu24.fp8 import kernels, quantize, reference
+from srelu24.fp8.operands import FfnOperands
 from srelu24.fp8.quantize import E4M3, LARGEST, SMALLEST_AMAX, QuantizedRows, QuantizedWeight
 from srelu24.measuring.verify import exact_float32
 from srelu24.numerics.dtypes import FragmentOrder
@@ -142,9 +143,19 @@ def _recipe(recipe: str) -> Callable[[Case], Run]:
     def build(case: Case) -> Run:
         assert isinstance(case, Fp8Case)
         basis = case.static_basis if recipe == "static" else case.q1.row_norm
-        weights = (case.q1.values, case.q1.scale, case.q2.values, case.q2.scale)
-        saturated = torch.zeros((), dtype=torch.int64, device=case.x.device)
-        return lambda: kernels.forward(case.x, *weights, None, None, recipe, basis, saturated)
+        operands = FfnOperands(
+            x=case.x,
+            w1=case.q1.values,
+            w1_scale=case.q1.scale,
+            w2=case.q2.values,
+            w2_scale=case.q2.scale,
+            b1=None,
+            b2=None,
+            recipe=recipe,
+            basis=basis,
+            saturated=torch.zeros((), dtype=torch.int64, device=case.x.device),
+        )
+        return lambda: kernels.forward(operands)
 
     return build
 

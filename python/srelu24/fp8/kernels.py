@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from srelu24.fp8.operands import FfnOperands
 from srelu24.fp8.quantize import E4M3, E5M2
 from srelu24.fp8.recipes import Predicted, Rowwise
 from srelu24.numerics.dtypes import DTYPES, FragmentOrder
@@ -19,36 +20,35 @@ from srelu24.runtime.launch import Operands, Scales
 from srelu24_gen.spec import Activation, DType, Family, Op, Problem
 
 
-def forward(
-    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
-    recipe: str, basis: Tensor, saturated: Tensor,
-) -> Tensor:  # fmt: skip
+def forward(o: FfnOperands) -> Tensor:
     """The op ``srelu24::ffn_fp8``: x [M, D] -> [M, D]."""
+    x, w1, recipe = o.x, o.w1, o.recipe
     m, f = x.shape[0], w1.shape[0]
-    out = torch.empty((m, w2.shape[0]), dtype=x.dtype, device=x.device)
+    out = torch.empty((m, o.w2.shape[0]), dtype=x.dtype, device=x.device)
     if m == 0:
         return out
-    # Of every row: the scale of X, and what the recipe has.
+    # For each row the scale of X, and what the recipe needs: the scale of S, its inverse, the largest r.
     x_scale, s_scale, s_inverse, r_largest = torch.empty((4, m), dtype=torch.float32, device=x.device)
     xq = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scales = Scales(rows=x_scale)
     if recipe == Rowwise.name:
         scales.r_largest = r_largest
     elif recipe == Predicted.name:
-        scales.row_norm, scales.s_scale, scales.s_inverse = basis, s_scale, s_inverse
-        scales.bias_largest = None if b1 is None else b1.float().abs().amax()
+        scales.row_norm, scales.s_scale, scales.s_inverse = o.basis, s_scale, s_inverse
+        scales.bias_largest = None if o.b1 is None else o.b1.float().abs().amax()
     else:
-        s_scale, s_inverse = basis[:1], basis[1:]
+        s_scale, s_inverse = o.basis[:1], o.basis[1:]
     quantize_rows(x, xq, scales)
     if recipe == Rowwise.name:
         r = Sparse24.empty(m, f, torch.bfloat16, x.device, FragmentOrder.BITS8)
-        gemm_relu2_24(xq, w1, b1, r, Scales(a=x_scale, b=w1_scale, r_largest=r_largest))
+        gemm_relu2_24(xq, w1, o.b1, r, Scales(a=x_scale, b=o.w1_scale, r_largest=r_largest))
         s = r.with_room_for(E4M3)
         square_rows(r, s, Scales(r_largest=r_largest, rows=s_scale))
     else:
         s = Sparse24.empty(m, f, E4M3, x.device)
-        gemm_relu2_24(xq, w1, b1, s, Scales(a=x_scale, b=w1_scale, s_inverse=s_inverse, saturated=saturated))
-    spgemm(s, w2, b2, out, Scales(a=s_scale, b=w2_scale))
+        scales = Scales(a=x_scale, b=o.w1_scale, s_inverse=s_inverse, saturated=o.saturated)
+        gemm_relu2_24(xq, w1, o.b1, s, scales)
+    spgemm(s, o.w2, o.b2, out, Scales(a=s_scale, b=o.w2_scale))
     return out
 
 
@@ -61,9 +61,9 @@ def problems(
     to = torch.bfloat16 if rowwise else E4M3
     return (
         Problem(_row_family(Op.QUANTIZE_ROWS, x.dtype), m, d),
-        Problem(_family(Op.GEMM_RELU2_24, w1.dtype, to, b1 is not None, False), m, f, d),
+        Problem(_family(Op.GEMM_RELU2_24, weight=w1.dtype, out=to, bias=b1 is not None), m, f, d),
         *((Problem(_row_family(Op.SQUARE_ROWS, torch.bfloat16), m, f),) if rowwise else ()),
-        Problem(_family(Op.SPGEMM, w2.dtype, x.dtype, b2 is not None, False), m, d, f),
+        Problem(_family(Op.SPGEMM, weight=w2.dtype, out=x.dtype, bias=b2 is not None), m, d, f),
     )
 
 
@@ -80,7 +80,8 @@ def row_amax(x: Tensor, w1: Tensor, w1_scale: Tensor, b1: Tensor | None) -> Tens
 
 
 def quantize_rows(x: Tensor, out: Tensor, scales: Scales) -> None:
-    """x [M, K] in 16 bits to ``out``, e4m3 [M, K]; ``scales.rows``, and what the recipe has of a row."""
+    """x [M, K] in 16 bits to ``out``, e4m3 [M, K]. Writes ``scales.rows``, and those of the other scales that are
+    there: what the recipe needs to know of each row."""
     family = _row_family(Op.QUANTIZE_ROWS, x.dtype)
     launcher_of(family, *x.shape, 0, x.device)(Operands(a=x, out=out, scales=scales))
 
@@ -88,31 +89,48 @@ def quantize_rows(x: Tensor, out: Tensor, scales: Scales) -> None:
 def gemm_relu2_24(
     x: Tensor, w1: Tensor, bias: Tensor | None, out: Sparse24, scales: Scales, *, promote: bool = False
 ) -> None:
-    """x [M, D] e4m3, w1 [F, D], to the kept r in bf16, or to S in e4m3. ``promote``: with promoted sums."""
-    family = _family(Op.GEMM_RELU2_24, w1.dtype, out.dtype, bias is not None, False, promote)
+    """x [M, D] e4m3, w1 [F, D], to the kept r in bf16, or to S in e4m3. ``promote`` adds up partial sums of 128
+    products in fp32."""
+    family = _family(Op.GEMM_RELU2_24, weight=w1.dtype, out=out.dtype, bias=bias is not None, promote=promote)
     o = Operands(a=x, b=w1, bias=None if bias is None else bias.float(), out=out, scales=scales)
     launcher_of(family, x.shape[0], *w1.shape, x.device)(o)
 
 
 def square_rows(r: Sparse24, out: Sparse24, scales: Scales) -> None:
-    """The kept r in bf16 to S in e4m3 with its own E, and ``scales.rows``."""
+    """The kept r in bf16 to S in e4m3, which has an E of its own. Writes ``scales.rows``."""
     family = _row_family(Op.SQUARE_ROWS, r.dtype)
     launcher_of(family, *r.shape, 0, r.device)(Operands(a=r, out=out, scales=scales))
 
 
 def spgemm(
-    s: Sparse24, w2: Tensor, bias: Tensor | None, out: Tensor, scales: Scales, residual: Tensor | None = None,
-    *, promote: bool = False,
-) -> None:  # fmt: skip
-    """S [M, F] e4m3, w2 [D, F], to ``out`` [M, D] in 16 bits; the residual has its type. ``promote`` as above."""
-    family = _family(Op.SPGEMM, w2.dtype, out.dtype, bias is not None, residual is not None, promote)
+    s: Sparse24,
+    w2: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scales: Scales,
+    residual: Tensor | None = None,
+    *,
+    promote: bool = False,
+) -> None:
+    """S [M, F] e4m3, w2 [D, F], to ``out`` [M, D] in 16 bits; the residual has its type. ``promote`` adds up
+    partial sums of 128 products in fp32."""
+    family = _family(
+        Op.SPGEMM,
+        weight=w2.dtype,
+        out=out.dtype,
+        bias=bias is not None,
+        residual=residual is not None,
+        promote=promote,
+    )
     bias = None if bias is None else bias.float()
     o = Operands(a=s, b=w2, bias=bias, residual=residual, out=out, scales=scales)
     launcher_of(family, s.shape[0], *w2.shape, out.device)(o)
 
 
 @functools.cache
-def _family(op: Op, weight: torch.dtype, out: torch.dtype, bias: bool, residual: bool, promote: bool = False) -> Family:
+def _family(
+    op: Op, *, weight: torch.dtype, out: torch.dtype, bias: bool, residual: bool = False, promote: bool = False
+) -> Family:
     return Family(
         op,
         DType.E4M3,

@@ -3,10 +3,13 @@ tensors the reference."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from srelu24.fp8 import kernels, recipes, reference
+from srelu24.fp8.operands import FfnOperands
 from srelu24.fp8.quantize import QuantizedRows, QuantizedWeight, inverse_scale, quantize_rows, scale
 from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
 from srelu24.numerics.activations import squared_relu
@@ -26,9 +29,13 @@ _library.define(
 
 
 def ffn(
-    x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
+    x: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
+    b1: Tensor | None,
+    b2: Tensor | None,
     recipe: ScaleRecipe | str | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """:func:`srelu24.ffn` with quantised weights: x [..., D] -> [..., D] in the type of x.
 
     Raises:
@@ -43,19 +50,31 @@ def ffn(
     if isinstance(recipe, Static) and recipes.calibrating():
         recipes.observe(recipe, _row_amax(rows, q1, b1))
         recipe = recipes.resolve(Rowwise.name)
-    # What the recipe's scale follows from, besides the row itself.
-    basis = recipe.scales_on(x.device) if isinstance(recipe, Static) else q1.row_norm
-    y: Tensor = torch.ops.srelu24.ffn_fp8(
-        rows, q1.values, q1.scale, q2.values, q2.scale, b1, b2, recipe.name, basis, recipe.counter(x.device)
+    given = FfnOperands(
+        x=rows,
+        w1=q1.values,
+        w1_scale=q1.scale,
+        w2=q2.values,
+        w2_scale=q2.scale,
+        b1=b1,
+        b2=b2,
+        recipe=recipe.name,
+        basis=recipe.scales_on(x.device) if isinstance(recipe, Static) else q1.row_norm,
+        saturated=recipe.counter(x.device),
     )
+    y: Tensor = torch.ops.srelu24.ffn_fp8(*given)
     return y.view(*x.shape[:-1], q2.shape[0])
 
 
 def check(
-    x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None,
+    x: Tensor,
+    w1: Tensor | QuantizedWeight,
+    w2: Tensor | QuantizedWeight,
+    b1: Tensor | None,
+    b2: Tensor | None,
     recipe: ScaleRecipe | str | None,
-) -> tuple[QuantizedWeight, QuantizedWeight, ScaleRecipe]:  # fmt: skip
-    """Weights and recipe, known to fit x.
+) -> tuple[QuantizedWeight, QuantizedWeight, ScaleRecipe]:
+    """The weights and the recipe, once they are known to fit x.
 
     Raises:
         Unsupported: they do not fit together.
@@ -117,39 +136,34 @@ def _row_amax(x: Tensor, w1: QuantizedWeight, b1: Tensor | None) -> Tensor:
     return reference.row_amax(reference.gemm_relu2_24(quantize_rows(x), w1, b1).values)
 
 
-def _ffn_cpu(
-    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
-    recipe: str, basis: Tensor, saturated: Tensor,
-) -> Tensor:  # fmt: skip
-    r = reference.gemm_relu2_24(quantize_rows(x), QuantizedRows(w1, w1_scale), b1)
-    if recipe == Static.name:
-        s_scale, inverse = basis
+def _ffn_cpu(*given: Any) -> Tensor:
+    o = FfnOperands(*given)
+    r = reference.gemm_relu2_24(quantize_rows(o.x), o.rows1, o.b1)
+    if o.recipe == Static.name:
+        s_scale, inverse = o.basis
     else:
-        amax = reference.row_amax(r.values) if recipe == Rowwise.name else reference.predicted_amax(x, basis, b1)
+        rowwise = o.recipe == Rowwise.name
+        amax = reference.row_amax(r.values) if rowwise else reference.predicted_amax(o.x, o.basis, o.b1)
         s_scale, inverse = scale(amax), inverse_scale(amax)
     s, count = reference.square_to_e4m3(r, inverse)
-    saturated += count
-    return reference.spgemm(s, s_scale, QuantizedRows(w2, w2_scale), b2, dtype=x.dtype)
+    o.saturated.add_(count)
+    return reference.spgemm(s, s_scale, o.rows2, o.b2, dtype=o.x.dtype)
 
 
-def _ffn_fake(
-    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
-    recipe: str, basis: Tensor, saturated: Tensor,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], w2.shape[0]))
+def _ffn_fake(*given: Any) -> Tensor:
+    o = FfnOperands(*given)
+    return o.x.new_empty((o.x.shape[0], o.w2.shape[0]))
 
 
-def _ffn_cuda(
-    x: Tensor, w1: Tensor, w1_scale: Tensor, w2: Tensor, w2_scale: Tensor, b1: Tensor | None, b2: Tensor | None,
-    recipe: str, basis: Tensor, saturated: Tensor,
-) -> Tensor:  # fmt: skip
-    if kernel_reason(x) is not None:  # a traced call may bring rows as the kernels cannot read them
-        x = x.clone(memory_format=torch.contiguous_format)
+def _ffn_cuda(*given: Any) -> Tensor:
+    o = FfnOperands(*given)
+    if kernel_reason(o.x) is not None:  # a traced call may bring rows as the kernels cannot read them
+        o = o._replace(x=o.x.clone(memory_format=torch.contiguous_format))
     try:
-        return kernels.forward(x, w1, w1_scale, w2, w2_scale, b1, b2, recipe, basis, saturated)
+        return kernels.forward(o)
     except ToolchainError as error:
         warn_dense(str(error))
-        return _dense(x, QuantizedRows(w1, w1_scale), QuantizedRows(w2, w2_scale), b1, b2)
+        return _dense(o.x, o.rows1, o.rows2, o.b1, o.b2)
 
 
 _library.impl("ffn_fp8", _ffn_cuda, "CUDA")

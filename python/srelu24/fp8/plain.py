@@ -10,7 +10,7 @@ writes through ``.data``; follow those by ``torch.autograd.graph.increment_versi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from srelu24.fp8 import ops, recipes
+from srelu24.fp8.operands import FfnOperands, PlainOperands
 from srelu24.fp8.quantize import QuantizedWeight, quantize_weight
 from srelu24.fp8.recipes import ScaleRecipe, Static
 from srelu24.numerics.activations import squared_relu
@@ -47,10 +48,17 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
     x, b1, b2 = autocast(x, b1, b2)  # type: ignore[assignment]
     if isinstance(known, Static) and recipes.calibrating():
         return ops.ffn(x, quantized(w1), quantized(w2), b1, b2, known)
-    scales = known.scales_on(x.device) if isinstance(known, Static) else None
-    y: Tensor = torch.ops.srelu24.ffn_fp8_plain(
-        x.reshape(-1, x.shape[-1]), w1, w2, b1, b2, known.name, scales, known.counter(x.device)
+    given = PlainOperands(
+        x=x.reshape(-1, x.shape[-1]),
+        w1=w1,
+        w2=w2,
+        b1=b1,
+        b2=b2,
+        recipe=known.name,
+        scales=known.scales_on(x.device) if isinstance(known, Static) else None,
+        saturated=known.counter(x.device),
     )
+    y: Tensor = torch.ops.srelu24.ffn_fp8_plain(*given)
     return y.view(*x.shape[:-1], w2.shape[0])
 
 
@@ -114,22 +122,27 @@ def _quantized(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return made.values, made.scale, made.row_norm
 
 
-def _ffn(
-    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, recipe: str, scales: Tensor | None,
-    saturated: Tensor,
-) -> Tensor:  # fmt: skip
-    q1, q2 = quantized(w1), quantized(w2)
-    basis = q1.row_norm if scales is None else scales
-    return torch.ops.srelu24.ffn_fp8(  # type: ignore[no-any-return]
-        x, q1.values, q1.scale, q2.values, q2.scale, b1, b2, recipe, basis, saturated
+def _ffn(*given: Any) -> Tensor:
+    o = PlainOperands(*given)
+    q1, q2 = quantized(o.w1), quantized(o.w2)
+    operands = FfnOperands(
+        x=o.x,
+        w1=q1.values,
+        w1_scale=q1.scale,
+        w2=q2.values,
+        w2_scale=q2.scale,
+        b1=o.b1,
+        b2=o.b2,
+        recipe=o.recipe,
+        basis=q1.row_norm if o.scales is None else o.scales,
+        saturated=o.saturated,
     )
+    return torch.ops.srelu24.ffn_fp8(*operands)  # type: ignore[no-any-return]
 
 
-def _ffn_fake(
-    x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, recipe: str, scales: Tensor | None,
-    saturated: Tensor,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], w2.shape[0]))
+def _ffn_fake(*given: Any) -> Tensor:
+    o = PlainOperands(*given)
+    return o.x.new_empty((o.x.shape[0], o.w2.shape[0]))
 
 
 _library.impl("ffn_fp8_plain", _ffn, "CUDA")

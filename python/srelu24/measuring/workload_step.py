@@ -54,17 +54,21 @@ class StepData:
             counts = torch.zeros(f, dtype=torch.int32, device=self._device) if family.count_nonzeros else None
             along = TokenSparse24.empty(m, f, x.dtype, self._device)
             out = Sparse24.empty(m, f, x.dtype, self._device)
-            return TrainingOperands(x, w1, out, stride, self._bias(family, f), counts, along)
+            return TrainingOperands(
+                a=x, b=w1, out=out, token_stride=stride, bias=self._bias(family, f), counts=counts, along_tokens=along
+            )
         if family.op is Op.GEMM_DRELU2_24:
             s = self._s
             along = TokenSparse24.empty(m, f, x.dtype, self._device)
             out = dataclasses.replace(s, values=torch.empty_like(s.values))
-            return TrainingOperands(g, w2.T.contiguous(), out, stride, along_tokens=along, saved=s)
+            return TrainingOperands(a=g, b=w2.T.contiguous(), out=out, token_stride=stride, along_tokens=along, saved=s)
         if family.op is Op.SPGEMM:
-            return TrainingOperands(self._s, w2, torch.empty_like(x), stride, self._bias(family, d))
+            return TrainingOperands(
+                a=self._s, b=w2, out=torch.empty_like(x), token_stride=stride, bias=self._bias(family, d)
+            )
         a, b = (self._s_tokens, g) if family.transposed else (self._dy1_tokens, x)
         total = self._normal(*((d, f) if family.transposed else (f, d)))
-        return TrainingOperands(a, b, total.to(TORCH_DTYPE[family.out or family.dtype]), stride)
+        return TrainingOperands(a=a, b=b, out=total.to(TORCH_DTYPE[family.out or family.dtype]), token_stride=stride)
 
     def _bias(self, family: Family, n: int) -> Tensor | None:
         return self._normal(n).mul_(0.1).to(self._ffn.x.dtype) if family.bias else None

@@ -11,7 +11,8 @@ from srelu24.db.choice import Choice, FfnChoice, answer, answer_ffn
 from srelu24.db.database import Database
 from srelu24.numerics.dtypes import DTYPES
 from srelu24.runtime import device as limits
-from srelu24.runtime.launch import GemmLauncher, Launcher, launcher_for
+from srelu24.runtime.gemm import GemmLauncher
+from srelu24.runtime.launch import Launcher, launcher_for
 from srelu24.runtime.pair import Pair
 from srelu24_gen import compile as compiler
 from srelu24_gen import space

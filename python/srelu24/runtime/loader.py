@@ -37,6 +37,8 @@ class LoadedKernel:
     shared_bytes: int
     threads: int
     device: int
+    sm_count: int
+    """Multiprocessors of the device."""
 
     def launch(self, grid: int, arguments: int, stream: int) -> None:
         """Launch ``grid`` CTAs on ``stream`` (raw handle) without synchronising.
@@ -84,6 +86,7 @@ def load(built: BuiltKernel, device: int, *, threads: int, shared_bytes: int) ->
         shared_bytes=shared_bytes,
         threads=threads,
         device=device,
+        sm_count=torch.cuda.get_device_properties(device).multi_processor_count,
     )
 
 
@@ -114,3 +117,14 @@ class ArgumentBlock:
         ctypes.memmove(start, content, len(content))
         self._pointers = (ctypes.c_void_p * 1)(start)
         self.address = ctypes.addressof(self._pointers)
+
+
+_CACHED_BLOCKS = 4096
+"""Parameter blocks that a kernel keeps; torch's allocator reuses addresses, so few are needed."""
+
+
+def keep_block(blocks: dict[tuple[Any, ...], Any], key: tuple[Any, ...], block: object) -> None:
+    """Keep what was encoded for some arguments; what was kept before is dropped where it has become too much."""
+    if len(blocks) >= _CACHED_BLOCKS:
+        blocks.clear()
+    blocks[key] = block

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from srelu24.numerics.sparse24 import metadata_shape, row_stride
-from srelu24.runtime.launch import Arguments, GemmLauncher
+from srelu24.runtime.arguments import Arguments
+from srelu24.runtime.gemm import GemmLauncher
 from srelu24.runtime.loader import ArgumentBlock, stream
 from srelu24.runtime.workspace import workspace
 from srelu24_gen.models import Shape

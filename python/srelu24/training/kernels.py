@@ -20,12 +20,14 @@ from torch import Tensor
 from srelu24.numerics.dtypes import DTYPES
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime import dispatch
-from srelu24.runtime.launch import Arguments, GemmLauncher, Operands, row_stride
+from srelu24.runtime.arguments import Arguments, Operands, TokenArguments, address, row_stride
+from srelu24.runtime.gemm import GemmLauncher
+from srelu24.runtime.launch import load_kernel
 from srelu24.runtime.loader import stream
 from srelu24.runtime.tensor_map import tensor_map
 from srelu24.training.order import BLOCK, NATURAL, widest_stride
 from srelu24.training.packed import TokenSparse24
-from srelu24_gen.errors import LaunchError, Unsupported
+from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
 
@@ -73,7 +75,12 @@ def pruned_hidden(
         tokens=True,
         permuted=True,
     )
-    _launch(family, TrainingOperands(x, w1, s, token_stride, b1, counts, along_tokens))
+    _launch(
+        family,
+        TrainingOperands(
+            a=x, b=w1, out=s, token_stride=token_stride, bias=b1, counts=counts, along_tokens=along_tokens
+        ),
+    )
     return s, along_tokens, counts
 
 
@@ -92,7 +99,7 @@ def hidden_gradient(
     along_tokens = TokenSparse24.empty(*s.shape, g.dtype, g.device)
     _launch(
         Family(Op.GEMM_DRELU2_24, DTYPES[g.dtype], tokens=True, permuted=True),
-        TrainingOperands(g, w2_transposed, dy1, token_stride, along_tokens=along_tokens, saved=s),
+        TrainingOperands(a=g, b=w2_transposed, out=dy1, token_stride=token_stride, along_tokens=along_tokens, saved=s),
     )
     return dy1, along_tokens
 
@@ -105,7 +112,7 @@ def product(s: Sparse24, w: Tensor, bias: Tensor | None, token_stride: int | Non
     """
     out = torch.empty(s.shape[0], w.shape[0], dtype=w.dtype, device=w.device)
     family = Family(Op.SPGEMM, DTYPES[w.dtype], bias=bias is not None, permuted=True)
-    _launch(family, TrainingOperands(s, w, out, token_stride, bias))
+    _launch(family, TrainingOperands(a=s, b=w, out=out, token_stride=token_stride, bias=bias))
     return out
 
 
@@ -136,7 +143,7 @@ def weight_gradient(
         accumulate=accumulate,
         transposed=transposed,
     )
-    _launch(family, TrainingOperands(a, b, out, token_stride))
+    _launch(family, TrainingOperands(a=a, b=b, out=out, token_stride=token_stride))
     return out
 
 
@@ -167,7 +174,7 @@ def fixed_config(config: KernelConfig) -> Iterator[None]:
         _fixed.reset(token)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class TrainingOperands:
     """The tensors of one launch. Shapes as in :class:`srelu24_gen.spec.Op`, rows in the order that the module says.
 
@@ -212,11 +219,9 @@ def launcher_for(spec: KernelSpec, device: int) -> TrainingLauncher:
     """The loaded kernel of ``spec`` on ``cuda:device``.
 
     Raises:
-        LaunchError: the kernel is not loaded yet and a CUDA graph is being captured.
+        CompileError, ToolchainError, LaunchError: as :func:`srelu24.runtime.launch.load_kernel`.
     """
-    if torch.cuda.is_current_stream_capturing():
-        raise LaunchError(f"{spec.name} is not loaded yet; run a training step once before capturing a CUDA graph.")
-    return TrainingLauncher(spec, device)
+    return TrainingLauncher(spec, load_kernel(spec, device))
 
 
 def spec_for(family: Family, sizes: tuple[int, int, int], target: GpuTarget) -> KernelSpec:
@@ -244,15 +249,16 @@ def _arguments(o: TrainingOperands) -> Arguments:
     a = o.a if isinstance(o.a, Tensor) else o.a.values
     out = o.out.values if isinstance(o.out, Sparse24) else o.out
     along, saved = o.along_tokens, o.saved
+    row_step, block_step = row_steps(o.a.shape[0], o.token_stride)
     return Arguments(
         a=a.data_ptr(),
         b=o.b.data_ptr(),
         out=out.data_ptr(),
         metadata=0 if isinstance(o.a, Tensor) else o.a.metadata.data_ptr(),
         out_metadata=o.out.metadata.data_ptr() if isinstance(o.out, Sparse24) and saved is None else 0,
-        bias=0 if o.bias is None else o.bias.data_ptr(),
+        bias=address(o.bias),
         residual=0,
-        counts=0 if o.counts is None else o.counts.data_ptr(),
+        counts=address(o.counts),
         partials=0,
         flags=0,
         m=m,
@@ -262,18 +268,21 @@ def _arguments(o: TrainingOperands) -> Arguments:
         b_stride=row_stride(o.b),
         out_stride=row_stride(out),
         residual_stride=0,
-        tokens=(
-            *((0, 0) if along is None else (along.values.data_ptr(), along.metadata.data_ptr())),
-            *((0, 0) if saved is None else (saved.values.data_ptr(), saved.metadata.data_ptr())),
-            0 if along is None else n,
-            0 if saved is None else saved.values.stride(0),
-            *row_steps(o.a.shape[0], o.token_stride),
+        tokens=TokenArguments(
+            values=0 if along is None else along.values.data_ptr(),
+            metadata=0 if along is None else along.metadata.data_ptr(),
+            s=0 if saved is None else saved.values.data_ptr(),
+            s_metadata=0 if saved is None else saved.metadata.data_ptr(),
+            stride=0 if along is None else n,
+            s_stride=0 if saved is None else saved.values.stride(0),
+            row_step=row_step,
+            block_step=block_step,
         ),
     )
 
 
 class TrainingLauncher(GemmLauncher):
-    """A training kernel of one spec on one device."""
+    """Launches a training kernel."""
 
     def launch(self, x: Arguments) -> None:
         """Launch on the current stream, without synchronising."""
@@ -287,9 +296,10 @@ class TrainingLauncher(GemmLauncher):
 
     def _maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
         family, c = self.spec.family, self.spec.config
-        row_step, block_step = x.tokens[-2:]
         if family.op is Op.SPGEMM:  # its A is packed, in the order of rows; only its output is permuted
             return super()._maps(x)
+        assert x.tokens is not None
+        row_step, block_step = x.tokens.row_step, x.tokens.block_step
         if family.op is not Op.SPGEMM_TOKENS:
             rows = tensor_map(
                 family.dtype,

@@ -6,33 +6,38 @@ Operands are trusted, as in :mod:`srelu24.training.kernels`.
 from __future__ import annotations
 
 import functools
-import struct
 
 import torch
 from torch import Tensor
 
 from srelu24.numerics.sparse24 import Sparse24
+from srelu24.runtime.arguments import address, row_stride
 from srelu24.runtime.dispatch import gpu_of
-from srelu24.runtime.launch import row_stride
-from srelu24.runtime.loader import ArgumentBlock, LoadedKernel, load, stream
+from srelu24.runtime.launch import load_kernel
+from srelu24.runtime.parameters import DENSE_COLUMNS_PARAMS, TRANSPOSE_PARAMS
+from srelu24.runtime.rows import StructLauncher
 from srelu24.training.kernels import row_steps
 from srelu24.training.order import BLOCK
 from srelu24.training.packed import TokenSparse24
-from srelu24_gen.compile import build
-from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op
 
 _TILE = 64
-_THREADS = {Op.TRANSPOSE: 256, Op.DENSE_COLUMNS: 128}
+"""Rows and columns that a CTA of transpose moves."""
 
 
 def transposed(w: Tensor) -> Tensor:
     """W^T [N, M] of a 16-bit W [M, N], sizes multiples of 8: what ``w.T.contiguous()`` is, at the speed of a copy."""
     m, n = w.shape
     out = torch.empty(n, m, dtype=w.dtype, device=w.device)
-    grid = -(-m // _TILE) * -(-n // _TILE)
-    content = struct.pack("<2Q2q2i", w.data_ptr(), out.data_ptr(), row_stride(w), row_stride(out), m, n)
-    _launch(Op.TRANSPOSE, w, grid, content)
+    launcher_for(Op.TRANSPOSE, w.device).launch(
+        -(-m // _TILE) * -(-n // _TILE),
+        in_=w.data_ptr(),
+        out=out.data_ptr(),
+        in_stride=row_stride(w),
+        out_stride=row_stride(out),
+        m=m,
+        n=n,
+    )
     return out
 
 
@@ -67,33 +72,35 @@ def _split(
     (m, f), count = packed.shape, len(columns)
     if not m or not count:
         return
-    content = struct.pack(
-        "<5Q2q5i",
-        0 if s is None else s.values.data_ptr(),
-        0 if s is None else s.metadata.data_ptr(),
-        columns.data_ptr(),
-        0 if out is None else out.data_ptr(),
-        0 if along_tokens is None else along_tokens.values.data_ptr(),
-        0 if s is None else s.values.stride(0),
-        f,
-        m,
-        f,
-        count,
-        *row_steps(m, token_stride),
+    row_step, block_step = row_steps(m, token_stride)
+    launcher = launcher_for(Op.DENSE_COLUMNS, packed.values.device)
+    launcher.launch(
+        m // BLOCK * -(-count // launcher.kernel.threads),
+        values=0 if s is None else s.values.data_ptr(),
+        metadata=0 if s is None else s.metadata.data_ptr(),
+        columns=columns.data_ptr(),
+        out=address(out),
+        token_values=0 if along_tokens is None else along_tokens.values.data_ptr(),
+        stride=0 if s is None else s.values.stride(0),
+        token_stride=f,
+        m=m,
+        n=f,
+        count=count,
+        row_step=row_step,
+        block_step=block_step,
     )
-    grid = m // BLOCK * -(-count // _THREADS[Op.DENSE_COLUMNS])
-    _launch(Op.DENSE_COLUMNS, packed.values, grid, content)
 
 
-def _launch(op: Op, like: Tensor, grid: int, content: bytes) -> None:
-    kernel, block = _kernel(op, like.device), ArgumentBlock(content)
-    kernel.launch(grid, block.address, stream(kernel.device))
+_LAYOUTS = {Op.TRANSPOSE: TRANSPOSE_PARAMS, Op.DENSE_COLUMNS: DENSE_COLUMNS_PARAMS}
 
 
 @functools.cache
-def _kernel(op: Op, device: torch.device) -> LoadedKernel:
-    """One moves bf16 and fp16 alike."""
+def launcher_for(op: Op, device: torch.device) -> StructLauncher:
+    """The launcher of one of these two operations, with its kernel loaded. The same kernel moves every 16-bit type; it
+    is named after bf16.
+
+    Raises:
+        CompileError, ToolchainError, LaunchError: as :func:`srelu24.runtime.launch.load_kernel`.
+    """
     spec = KernelSpec(Family(op, DType.BF16), KernelConfig(), gpu_of(device).arch)
-    if torch.cuda.is_current_stream_capturing():
-        raise LaunchError(f"{spec.name} is not loaded yet; run a training step once before capturing a CUDA graph.")
-    return load(build(spec), device.index, threads=_THREADS[op], shared_bytes=0)
+    return StructLauncher(load_kernel(spec, device.index), _LAYOUTS[op])

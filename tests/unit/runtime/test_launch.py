@@ -15,12 +15,13 @@ from cuda.bindings import driver
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from srelu24.runtime import arguments, launch, tensor_map
-from srelu24.runtime.launch import GemmLauncher
+from srelu24.runtime import arguments, gemm, tensor_map
+from srelu24.runtime.gemm import GemmLauncher
 from srelu24_gen.bindings import load_block
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 from srelu24_gen.work_plan import WorkPlan, plan_work
+from stubbed_gpu import loaded_kernel
 
 MOST = 2**31 - 1
 
@@ -177,10 +178,10 @@ def test_b_lands_in_the_order_of_its_load(op: Op, cluster_m: int, n: int, monkey
         rows = tuple(s // stride for s in strides)
         return Box(address // 2 // stride, dims[1:], rows, box[1:])
 
-    monkeypatch.setattr(launch, "tensor_map", record)
-    launcher = GemmLauncher.__new__(GemmLauncher)
+    monkeypatch.setattr(gemm, "tensor_map", record)
     activation = Activation.RELU2 if op is Op.GEMM_RELU2_24 else Activation.NONE
-    launcher.spec = KernelSpec(Family(op, DType.BF16, activation), KernelConfig(cluster_m=cluster_m))
+    spec = KernelSpec(Family(op, DType.BF16, activation), KernelConfig(cluster_m=cluster_m))
+    launcher = GemmLauncher(spec, loaded_kernel())
     share, *rows = launcher._maps_b(0, n, k, stride)
     assert isinstance(share, Box)
 
@@ -230,7 +231,7 @@ def test_a_tensor_is_described_in_a_context(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_row_stride_of_a_single_row_is_made_up() -> None:
     wide = torch.zeros(4, 100, dtype=torch.bfloat16)
-    assert launch.row_stride(wide[:, :20]) == 100
-    assert launch.row_stride(wide[:1, :20]) == 24  # torch may say anything; the TMA needs a multiple of 16 bytes
-    assert launch.row_stride(wide[:1, :4]) == 8
-    assert launch.row_stride(wide.to(torch.float8_e4m3fn)[:1, :20]) == 32
+    assert arguments.row_stride(wide[:, :20]) == 100
+    assert arguments.row_stride(wide[:1, :20]) == 24  # torch may say anything; the TMA needs a multiple of 16 bytes
+    assert arguments.row_stride(wide[:1, :4]) == 8
+    assert arguments.row_stride(wide.to(torch.float8_e4m3fn)[:1, :20]) == 32

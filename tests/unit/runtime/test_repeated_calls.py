@@ -17,8 +17,9 @@ from torch import Tensor
 
 from srelu24.numerics.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24.ops import library
-from srelu24.runtime import dispatch, launch, workspace
-from srelu24.runtime.launch import Arguments, GemmLauncher, Operands
+from srelu24.runtime import dispatch, gemm, launch, workspace
+from srelu24.runtime.arguments import Arguments, Operands
+from srelu24.runtime.gemm import GemmLauncher
 from srelu24.runtime.pair import Pair
 from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
@@ -50,7 +51,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(torch, "empty", same_memory)
     with stubbed(monkeypatch, H200, counted("built"), counted("launched")):
         monkeypatch.setattr(workspace, "allocate_kept", counted("kept", lambda make, device: make()))
-        monkeypatch.setattr(launch, "ArgumentBlock", counted("encoded", lambda content: SimpleNamespace(address=1)))
+        monkeypatch.setattr(gemm, "ArgumentBlock", counted("encoded", lambda content: SimpleNamespace(address=1)))
         yield counts
 
 
@@ -80,7 +81,7 @@ def test_a_pair_gives_its_kernels_what_two_launches_would(
         Family(Op.GEMM_RELU2_24, DType.BF16, Activation.RELU2, biases),
         Family(Op.SPGEMM, DType.BF16, bias=biases),
     )
-    first, second = (GemmLauncher(KernelSpec(family, config), 0) for family in families)
+    first, second = (launch.launcher_for(KernelSpec(family, config), 0) for family in families)
     given: list[Arguments] = []
 
     def record(launcher: GemmLauncher, arguments: Arguments) -> tuple[object, int]:
@@ -106,7 +107,7 @@ def test_kernels_that_split_tiles_do_not_take_the_workspace_from_each_other(done
     calls = []
     for tile_n, n in ((256, 768), (128, 640)):
         config = KernelConfig(tile_m=128, tile_n=tile_n, cluster_m=1, stream_k=True)
-        launcher = GemmLauncher(KernelSpec(Family(Op.GEMM, DType.BF16), config), 0)
+        launcher = launch.launcher_for(KernelSpec(Family(Op.GEMM, DType.BF16), config), 0)
         a, b, out = (torch.zeros(size, dtype=torch.bfloat16) for size in ((128, 4096), (n, 4096), (128, n)))
         calls.append((launcher, Operands(a=a, b=b, out=out)))
     for _ in range(10):

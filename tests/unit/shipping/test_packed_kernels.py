@@ -16,6 +16,7 @@ import made_up_compiler
 import srelu24
 from made_up_compiler import machine
 from srelu24.fp8 import kernels as fp8_kernels
+from srelu24.fp8.operands import FfnOperands
 from srelu24.ops import explanation, library
 from srelu24.runtime import dense, fallback
 from srelu24.runtime.dispatch import MODES
@@ -107,7 +108,7 @@ def test_8_bits(asked: dict[str, Family], tmp_path: Path) -> None:
     for m, (b1, b2) in itertools.product(TOKENS, ((None, None), biases)):
         weights = (q1.values, q1.scale, q2.values, q2.scale)
         for recipe, basis in (("rowwise", q1.row_norm), ("predicted", q1.row_norm), ("static", torch.ones(2))):
-            fp8_kernels.forward(x[:m], *weights, b1, b2, recipe, basis, saturated)
+            fp8_kernels.forward(FfnOperands(x[:m], *weights, b1, b2, recipe, basis, saturated))
         fp8_kernels.row_amax(x[:m], q1.values, q1.scale, b1)
     assert set(asked) <= packed
     assert {*asked.values()} == families(RECORDED, DType.E4M3, Pass.FORWARD)

@@ -10,12 +10,13 @@ import torch
 
 from srelu24.numerics import reference
 from srelu24.numerics.sparse24 import Sparse24
-from srelu24.runtime.launch import Arguments
+from srelu24.runtime.arguments import Arguments, TokenArguments
 from srelu24.training import kernels
 from srelu24.training.order import token_order
 from srelu24.training.packed import TokenSparse24
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
+from stubbed_gpu import loaded_kernel
 
 CPU = torch.device("cpu")
 M, N = 208, 256
@@ -54,16 +55,15 @@ def boxes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def launcher(family: Family, **config: int) -> kernels.TrainingLauncher:
-    made = kernels.TrainingLauncher.__new__(kernels.TrainingLauncher)
-    made.spec = KernelSpec(family, KernelConfig(**config))  # type: ignore[arg-type]
-    return made
+    spec = KernelSpec(family, KernelConfig(**config))  # type: ignore[arg-type]
+    return kernels.TrainingLauncher(spec, loaded_kernel())
 
 
 def arguments(m: int, n: int, k: int, *, a: int, b: int, stride: int | None, tokens: int) -> Arguments:
     zeros = dict.fromkeys(Arguments._fields, 0)
     known = {"m": m, "n": n, "k": k, "a_stride": a, "b_stride": b}
     steps = kernels.row_steps(tokens, stride)
-    return Arguments(**{**zeros, **known, "tokens": (0,) * 6 + steps})  # type: ignore[arg-type]
+    return Arguments(**{**zeros, **known, "scales": None, "tokens": TokenArguments(*(0,) * 6, *steps)})  # type: ignore[arg-type]
 
 
 def token_of_row(m: int, stride: int | None) -> list[int]:
@@ -148,11 +148,15 @@ def test_every_tensor_of_a_launch_has_its_place_in_the_arguments() -> None:
     nothing = dict.fromkeys(("metadata", "out_metadata", "bias", "residual", "counts", "partials", "flags"), 0)
     nothing["residual_stride"] = 0
 
+    operands = kernels.TrainingOperands
+
     def given(o: kernels.TrainingOperands) -> dict[str, object]:
         return {name: value for name, value in kernels._arguments(o)._asdict().items() if name != "scales"}
 
     tokens = (along.values.data_ptr(), along.metadata.data_ptr())
-    assert given(kernels.TrainingOperands(x, w1, s, None, bias, counts, along)) == nothing | {
+    assert given(
+        operands(a=x, b=w1, out=s, token_stride=None, bias=bias, counts=counts, along_tokens=along)
+    ) == nothing | {
         "a": x.data_ptr(),
         "b": w1.data_ptr(),
         "out": s.values.data_ptr(),
@@ -163,7 +167,7 @@ def test_every_tensor_of_a_launch_has_its_place_in_the_arguments() -> None:
         "tokens": (*tokens, 0, 0, f, 0, *steps),
     }
     shared = Sparse24(dy1.values, s.metadata, s.shape)
-    assert given(kernels.TrainingOperands(g, w1, shared, None, along_tokens=along, saved=s)) == nothing | {
+    assert given(operands(a=g, b=w1, out=shared, token_stride=None, along_tokens=along, saved=s)) == nothing | {
         "a": g.data_ptr(),
         "b": w1.data_ptr(),
         "out": dy1.values.data_ptr(),
@@ -171,7 +175,7 @@ def test_every_tensor_of_a_launch_has_its_place_in_the_arguments() -> None:
         "tokens": (*tokens, s.values.data_ptr(), s.metadata.data_ptr(), f, s.values.stride(0), *steps),
     }
     y = torch.empty(m, d, dtype=torch.bfloat16)
-    assert given(kernels.TrainingOperands(s, w2, y, 1)) == nothing | {
+    assert given(operands(a=s, b=w2, out=y, token_stride=1)) == nothing | {
         "a": s.values.data_ptr(),
         "metadata": s.metadata.data_ptr(),
         "b": w2.data_ptr(),
@@ -180,7 +184,7 @@ def test_every_tensor_of_a_launch_has_its_place_in_the_arguments() -> None:
         "tokens": (0, 0, 0, 0, 0, 0, *kernels.row_steps(m, 1)),
     }
     gradient = torch.empty(d, f)
-    assert given(kernels.TrainingOperands(along, g, gradient, None)) == nothing | {
+    assert given(operands(a=along, b=g, out=gradient, token_stride=None)) == nothing | {
         "a": along.values.data_ptr(),
         "metadata": along.metadata.data_ptr(),
         "b": g.data_ptr(),
