@@ -99,7 +99,7 @@ def check(problem: Problem, operands: Operands) -> Check:
             return Check(True, error, f"{problem.m * problem.n} values within the bounds of 8-bit sums")
         if op is Op.SPARSIFY24:
             return _check_sparsify24(problem, operands)
-        if op is Op.GEMM_RELU2_24:
+        if op.prunes:
             return check_packed(problem, operands)
         return check_dense(problem, operands)
 
@@ -204,19 +204,19 @@ def _storage(bounds: _Bounds, activation: Activation) -> tuple[Tensor, Tensor, T
 
 
 def check_packed(problem: Problem, operands: Operands) -> Check:
-    """gemm_relu2_24: packed [M, N] and, where asked for, the non-zero counts [N]."""
+    """A GEMM that prunes: packed [M, N] and, where asked for, the non-zero counts [N]."""
     out = operands.out
     if not isinstance(out, Sparse24) or out.shape != (problem.m, problem.n):
         raise Unsupported(f"{problem} has no packed output of {problem.m}x{problem.n} to check; allocate one")
-    findings = Findings("kept value")
+    findings, activation = Findings("kept value"), problem.family.activation
     fewest = torch.zeros(problem.n, dtype=torch.int64, device=out.device)
     most = fewest.clone()
     try:
         for row0, acc, noise in accumulators(problem, operands):
             packed = unpack(out, row0, row0 + acc.shape[0])
-            bounds = _bounds(acc, noise, out.dtype, Activation.RELU2)
+            bounds = _bounds(acc, noise, out.dtype, activation)
             _check_selection(packed, bounds, row0)
-            low, exact, high = (t.gather(1, packed.columns) for t in _storage(bounds, Activation.RELU2))
+            low, exact, high = (t.gather(1, packed.columns) for t in _storage(bounds, activation))
             findings.compare(packed.values, low, high, exact, row0)
             fewest += (bounds.low != 0).sum(0)  # NaN != 0: it counts
             most += (bounds.high != 0).sum(0)

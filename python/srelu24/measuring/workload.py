@@ -18,7 +18,7 @@ from torch import Tensor
 from srelu24.fp8 import quantize
 from srelu24.fp8 import reference as fp8_reference
 from srelu24.numerics import reference
-from srelu24.numerics.activations import rule_of, squared_relu
+from srelu24.numerics.activations import squared_relu
 from srelu24.numerics.dtypes import TORCH_DTYPE
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.launch import Operands, Scales, allocate
@@ -102,9 +102,9 @@ def prune(h: Tensor, activation: Activation = Activation.RELU2) -> Sparse24:
 def operands_for(problem: Problem, density: float, device: torch.device | str, seed: int = 0) -> Operands:
     """Inputs and outputs of one kernel, as an FFN of that density gives them.
 
-    A of ``gemm`` is X where the activation gives no negative values (the first GEMM of an FFN), else relu2(X W1^T)
-    (the second). A of ``sparsify24`` is X W1^T. Outputs are poisoned, so that what a kernel leaves out shows: NaN in
-    values, -1 in metadata. Counts are 0, since kernels add to them.
+    A of ``gemm`` is X where it has an activation (the first GEMM of an FFN), else relu2(X W1^T) (the second). A of
+    ``sparsify24`` is X W1^T. Outputs are poisoned, so that what a kernel leaves out shows: NaN in values, -1 in
+    metadata. Counts are 0, since kernels add to them.
 
     Raises:
         Unsupported: the density is not within 0..1, or K is too small for it.
@@ -120,8 +120,7 @@ def operands_for(problem: Problem, density: float, device: torch.device | str, s
 
     a: Tensor | Sparse24
     b: Tensor | None = None
-    first_gemm = family.op is Op.GEMM_RELU2_24 or (family.op is Op.GEMM and rule_of(family.activation).nonnegative)
-    if first_gemm:
+    if family.first:
         data = make_ffn(m, k, n, family.dtype, density, device, seed)
         a, b = data.x, data.w1
     elif family.op is Op.SPARSIFY24:
@@ -199,10 +198,12 @@ class SharedData:
 
     def operands(self, family: Family) -> Operands:
         """For the kernel of a family that :meth:`serves` accepts; outputs are shared and not poisoned."""
-        first = rule_of(family.activation).nonnegative
+        first = family.first
+        activation = family.activation if first else Activation.RELU2
         problem = next(
             p
-            for p in (*self._shape.gemms(self._dtype), *self._shape.dense_gemms(self._dtype))
+            for make in (self._shape.gemms, self._shape.dense_gemms)
+            for p in make(self._dtype, activation=activation)
             if (p.family.op, p.family.activation) == (family.op, family.activation)
         )
         if family not in self._outputs:
