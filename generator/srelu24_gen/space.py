@@ -35,6 +35,8 @@ class _Space(Protocol):
 
     def default(self, problem: Problem, target: GpuTarget) -> KernelConfig: ...
 
+    def tiles(self) -> tuple[tuple[int, int], ...]: ...
+
     def is_timed(self, config: KernelConfig) -> bool: ...
 
     def batch_invariant(self, config: KernelConfig) -> KernelConfig: ...
@@ -120,6 +122,11 @@ def default(problem: Problem, target: GpuTarget) -> KernelConfig:
     if not problem.family.op.multiplies:
         return KernelConfig()
     return _space(target).default(problem, target)
+
+
+def tiles(target: GpuTarget) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of every tile that the kernel family of ``target`` has."""
+    return _space(target).tiles()
 
 
 def is_timed(config: KernelConfig, target: GpuTarget) -> bool:

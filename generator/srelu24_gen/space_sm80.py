@@ -60,6 +60,11 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     return Verdict(True)
 
 
+def tiles() -> tuple[tuple[int, int], ...]:
+    """Rows and columns of every tile."""
+    return _TILES
+
+
 def is_timed(config: KernelConfig) -> bool:
     """No tile is served by the cost model, which is not fitted to these kernels; the default's is as good as any."""
     return True

@@ -68,9 +68,9 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
     op, c = family.op, config
     if c.producer is Producer.ALL:
         return Verdict(False, f"the wgmma kernels have one producer, warpgroup or thread, not {c.producer.value}")
-    if not any((tile.m, tile.n) == (c.tile_m, c.tile_n) for tile in TILES):
-        tiles = ", ".join(f"{tile.m}x{tile.n}" for tile in TILES)
-        return Verdict(False, f"a tile of {c.tile_m}x{c.tile_n} is not one of {tiles}")
+    if (c.tile_m, c.tile_n) not in tiles():
+        known = ", ".join(f"{m}x{n}" for m, n in tiles())
+        return Verdict(False, f"a tile of {c.tile_m}x{c.tile_n} is not one of {known}")
     if op in PACKING_OPS and c.tile_n != E_VECTOR_COLUMNS and not family.promote:
         return Verdict(False, f"{op.value} needs tile_n = {E_VECTOR_COLUMNS}: a tile writes whole vectors of E")
     if c.tile_k != _tile_k(family):
@@ -144,6 +144,11 @@ def _adds_or_reduces(family: Family, config: KernelConfig) -> bool:
     cluster to do all of it."""
     adds = family.accumulate and family.out is not DType.FP32
     return family.op is Op.SPGEMM_TOKENS and config.stream_k and (adds or config.cluster_m == 1)
+
+
+def tiles() -> tuple[tuple[int, int], ...]:
+    """Rows and columns of every tile."""
+    return tuple((tile.m, tile.n) for tile in TILES)
 
 
 def is_timed(config: KernelConfig) -> bool:

@@ -37,8 +37,8 @@ def configs(family: Family) -> Iterator[KernelConfig]:
         yield from {c.compiled(): c for c in space.candidates(Problem(family, 64, 4096, 4096), TARGET)}.values()
         return
     groups = itertools.cycle((8, 1, 4, 2, 16))
-    shapes = itertools.product((64, 128, 192), (128, 256), (1, 2), Producer, (False, True))
-    for tile_m, tile_n, cluster_m, producer, stream_k in shapes:
+    shapes = itertools.product(space.tiles(TARGET), (1, 2), Producer, (False, True))
+    for (tile_m, tile_n), cluster_m, producer, stream_k in shapes:
         c = KernelConfig(
             tile_m, tile_n, 128, cluster_m, producer=producer, stream_k=stream_k, raster_group=next(groups)
         )

@@ -10,7 +10,17 @@ import torch
 
 from srelu24.tuning.worker import Candidate, Failed, Job, Step, Timed, Worker
 from srelu24_gen import space
-from srelu24_gen.spec import WIDE_TYPES, Activation, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.spec import (
+    PRUNED_ACTIVATIONS,
+    WIDE_TYPES,
+    Activation,
+    Family,
+    KernelConfig,
+    KernelSpec,
+    Op,
+    Problem,
+    Producer,
+)
 from srelu24_gen.target import TARGETS
 
 TARGET = TARGETS["h200"]
@@ -21,7 +31,7 @@ DEADLINE_S = 20.0
 
 def draw_family(draw: random.Random) -> Family:
     while True:
-        op = draw.choice([Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM])
+        op = draw.choice([Op.GEMM, *PRUNED_ACTIVATIONS, Op.SPGEMM])
         flags = (draw.random() < 0.3, draw.random() < 0.3, draw.random() < 0.3)
         family = Family(op, draw.choice(WIDE_TYPES), draw.choice(list(Activation)), *flags)
         if space.supports_family(family).ok:
@@ -29,9 +39,10 @@ def draw_family(draw: random.Random) -> Family:
 
 
 def draw_config(draw: random.Random) -> KernelConfig:
+    tile_m, tile_n = draw.choice(space.tiles(TARGET))
     return KernelConfig(
-        tile_m=draw.choice((64, 128, 192)),
-        tile_n=draw.choice((128, 256)),
+        tile_m=tile_m,
+        tile_n=tile_n,
         cluster_m=draw.choice((1, 2)),
         stages=draw.randint(2, 8),
         producer=draw.choice(list(Producer)),

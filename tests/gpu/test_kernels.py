@@ -22,6 +22,7 @@ from srelu24_gen import space
 from srelu24_gen.bindings import load_block, loads_ragged_n
 from srelu24_gen.compile import BuiltKernel
 from srelu24_gen.spec import (
+    PRUNED_ACTIVATIONS,
     WIDE_TYPES,
     Activation,
     DType,
@@ -56,7 +57,7 @@ FAMILIES: dict[Op, list[Family]] = {
         )
         if space.supports_family(family).ok
     ]
-    for op in (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM, Op.SPARSIFY24)
+    for op in (Op.GEMM, *PRUNED_ACTIVATIONS, Op.SPGEMM, Op.SPARSIFY24)
 }
 """Of 16-bit types; tests/gpu/test_fp8.py has the others."""
 
@@ -69,10 +70,10 @@ def all_configs(family: Family) -> list[KernelConfig]:
     if PORTABLE:
         return portable_configs(family)
     found = []
-    shapes = itertools.product((64, 128, 192), (128, 256), (1, 2), (Producer.WARPGROUP, Producer.THREAD))
+    shapes = itertools.product(space.tiles(TARGET), (1, 2), (Producer.WARPGROUP, Producer.THREAD))
     groups = itertools.cycle((1, 4, 8, 16, 2))
-    for number, (tile_m, tile_n, cluster_m, producer) in enumerate(shapes):
-        base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer)
+    for number, (tile, cluster_m, producer) in enumerate(shapes):
+        base = KernelConfig(*tile, cluster_m=cluster_m, producer=producer)
         deepest = space.max_stages(family, base, TARGET)
         for stages, stream_k in ((deepest, False), (deepest, True), (deepest - 1, number % 2 == 0)):
             config = dataclasses.replace(base, stages=stages, stream_k=stream_k, raster_group=next(groups))

@@ -42,10 +42,8 @@ FAMILIES = {
 def configs(family: Family) -> list[KernelConfig]:
     """Every tile, cluster, producer, with and without stream-K."""
     found = []
-    for tile_m, tile_n, cluster_m, producer, stream_k in itertools.product(
-        (64, 128, 192), (128, 256), (1, 2), Producer, (False, True)
-    ):
-        base = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, producer=producer, stream_k=stream_k)
+    for tile, cluster_m, producer, stream_k in itertools.product(space.tiles(TARGET), (1, 2), Producer, (False, True)):
+        base = KernelConfig(*tile, cluster_m=cluster_m, producer=producer, stream_k=stream_k)
         config = dataclasses.replace(base, stages=space.max_stages(family, base, TARGET))
         if space.supports_config(family, config, TARGET).ok:
             found.append(config)

@@ -20,6 +20,7 @@ from srelu24.db import database as db_module
 from srelu24.db import store
 from srelu24.db.database import Database
 from srelu24.db.records import Evidence, TuningRecord
+from srelu24_gen import space
 from srelu24_gen.errors import RecordError
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Producer
 
@@ -50,7 +51,7 @@ families = st.sampled_from(
 )
 configs = st.builds(
     KernelConfig,
-    tile_m=st.sampled_from((64, 128, 192)),
+    tile_m=st.sampled_from([m for m, _ in space.tiles(H200)]),
     stages=st.integers(2, 8),
     producer=st.sampled_from(Producer),
     raster_group=st.integers(1, 64),

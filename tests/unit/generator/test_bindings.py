@@ -62,8 +62,8 @@ def test_footprint(
 def test_registers_and_shared_memory_are_within_the_multiprocessor() -> None:
     target = TARGETS["h200"]
     checked = 0
-    for op, tile_m, tile_n, producer in itertools.product(
-        (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM), (64, 128, 192), (128, 256), Producer
+    for op, (tile_m, tile_n), producer in itertools.product(
+        (Op.GEMM, Op.GEMM_RELU2_24, Op.SPGEMM), space.tiles(target), Producer
     ):
         family = Family(op, DType.FP16, Activation.RELU2 if op is Op.GEMM_RELU2_24 else Activation.NONE)
         config = KernelConfig(tile_m=tile_m, tile_n=tile_n, producer=producer)

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.space import supports_family
+from srelu24_gen.space import supports_family, tiles
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, Producer
+from srelu24_gen.target import TARGETS
 
 FLAGS = (False, True)
 TYPES = (None, *DType)
@@ -24,10 +25,11 @@ every_family = itertools.starmap(
     Family, itertools.product(Op, DType, Activation, FLAGS, FLAGS, FLAGS, TYPES, TYPES, FLAGS)
 )
 families = st.sampled_from([family for family in every_family if supports_family(family).ok])
+TILES = tiles(TARGETS["h200"])
 configs = st.builds(
     KernelConfig,
-    tile_m=st.sampled_from([64, 128, 192]),
-    tile_n=st.sampled_from([128, 256]),
+    tile_m=st.sampled_from([m for m, _ in TILES]),
+    tile_n=st.sampled_from([n for _, n in TILES]),
     cluster_m=st.sampled_from([1, 2]),
     stages=st.integers(2, 8),
     producer=st.sampled_from(Producer),

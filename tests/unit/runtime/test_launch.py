@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from srelu24.runtime import arguments, gemm, tensor_map
 from srelu24.runtime.gemm import GemmLauncher
+from srelu24_gen import space
 from srelu24_gen.bindings import load_block
 from srelu24_gen.errors import LaunchError
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
+from srelu24_gen.target import TARGETS
 from srelu24_gen.work_plan import WorkPlan, plan_work
 from stubbed_gpu import loaded_kernel
 
@@ -88,8 +90,7 @@ def work_of(plan: WorkPlan, cluster: int) -> Iterator[Piece]:
 
 
 @given(
-    st.sampled_from([64, 128, 192]),
-    st.sampled_from([128, 256]),
+    st.sampled_from(space.tiles(TARGETS["h200"])),
     st.sampled_from([1, 2]),
     st.booleans(),
     st.integers(1, 40),
@@ -99,9 +100,9 @@ def work_of(plan: WorkPlan, cluster: int) -> Iterator[Piece]:
     st.sampled_from([114, 132, 7]),
 )
 def test_every_tile_is_done_exactly_once(
-    tile_m: int, tile_n: int, cluster_m: int, stream_k: bool, group: int, m: int, n8: int, k8: int, sm_count: int
+    tile: tuple[int, int], cluster_m: int, stream_k: bool, group: int, m: int, n8: int, k8: int, sm_count: int
 ) -> None:
-    config = KernelConfig(tile_m=tile_m, tile_n=tile_n, cluster_m=cluster_m, stream_k=stream_k, raster_group=group)
+    config = KernelConfig(*tile, cluster_m=cluster_m, stream_k=stream_k, raster_group=group)
     plan = plan_work(config, m, 8 * n8, 8 * k8, sm_count)
     tiles = set(itertools.product(range(-(-m // (tile_m * cluster_m))), range(-(-8 * n8 // tile_n))))
     k_blocks = -(-8 * k8 // 64)

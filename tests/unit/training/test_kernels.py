@@ -14,8 +14,12 @@ from srelu24.runtime.arguments import Arguments, TokenArguments
 from srelu24.training import kernels
 from srelu24.training.order import token_order
 from srelu24.training.packed import TokenSparse24
+from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
+from srelu24_gen.target import TARGETS
+
+TILE_ROWS = sorted({m for m, _ in space.tiles(TARGETS["h200"])})
 from stubbed_gpu import loaded_kernel
 
 CPU = torch.device("cpu")
@@ -91,7 +95,7 @@ def test_other_strides_are_refused() -> None:
 
 @pytest.mark.usefixtures("boxes")
 @pytest.mark.parametrize("stride", [None, 1])
-@pytest.mark.parametrize("tile_m", [64, 128, 192])
+@pytest.mark.parametrize("tile_m", TILE_ROWS)
 def test_dense_rows_are_loaded_in_their_order(tile_m: int, stride: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     family = Family(Op.GEMM_DRELU2_24, DType.BF16, tokens=True, permuted=True)
     made = launcher(family, tile_m=tile_m)
