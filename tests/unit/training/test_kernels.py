@@ -18,9 +18,9 @@ from srelu24_gen import space
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op
 from srelu24_gen.target import TARGETS
+from stubbed_gpu import loaded_kernel
 
 TILE_ROWS = sorted({m for m, _ in space.tiles(TARGETS["h200"])})
-from stubbed_gpu import loaded_kernel
 
 CPU = torch.device("cpu")
 M, N = 208, 256
