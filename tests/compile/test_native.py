@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 
 from srelu24 import launch
-from srelu24_gen.compile import BuildStore, build, build_rendered, key_of
+from srelu24_gen.compile import BuildStore, build, build_rendered, compile_source, key_of
+from srelu24_gen.errors import CompileError
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
+from srelu24_gen.target import Toolchain
 
 Rendered = Callable[..., RenderedKernel]
 ELF = b"\x7fELF"
@@ -57,6 +59,24 @@ def test_every_kernel_compiles_without_spills(spec: KernelSpec, store: BuildStor
     assert built.meta.warnings == []
     assert built.meta.compile_seconds < 20, "a ceiling for slow machines; about 2 s is usual"
     assert render(spec).source == render(spec).source
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (KernelConfig(tile_n=96), "tile_n / cluster_m must be a multiple of the load block"),
+        (KernelConfig(tile_k=32), "a k-block is 128 bytes of a row of B"),
+        (KernelConfig(cluster_m=8), "warp w of a consumer tells CTA w"),
+        (KernelConfig(stages=1), "the ring is deeper than what the producer leaves empty"),
+    ],
+)
+def test_a_header_says_what_is_wrong_with_a_configuration(
+    config: KernelConfig, words: str, toolchain: Toolchain
+) -> None:
+    spec = KernelSpec(Family(Op.GEMM, DType.BF16), config)
+    with pytest.raises(CompileError) as caught:
+        compile_source(render(spec).source, spec.name, toolchain=toolchain)
+    assert words in caught.value.log
 
 
 def test_the_host_packs_as_many_bytes_as_the_kernels_read(

@@ -244,6 +244,8 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
   using Activation = typename Config::Activation;
   using E = MetadataLayout;
   constexpr int kWords = Config::kTileN / E::kWordColumns;
+  static_assert(Config::kTileN % E::kWordColumns == 0 && (kWords == 1 || kWords == 2 || kWords == 4),
+                "a thread writes one, two or four words of a vector of E");
   // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
 

@@ -106,7 +106,7 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
   } else if constexpr (Config::kTileN == 64) {  // others write the other words, beyond n too
     reinterpret_cast<uint32_t*>(metadata)[E::word(at.column)] = words[0];
   } else {  // half a vector; nobody else writes the other half of the last one
-    static_assert(Config::kTileN == 128);
+    static_assert(Config::kTileN == 128, "a thread writes one, two or four words of a vector of E");
     auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;
     *half = make_uint2(words[0], words[1]);
     if (at.column % 256 == 0 && at.column + 128 >= p.n) half[1] = make_uint2(kZeroGroups, kZeroGroups);
