@@ -274,7 +274,9 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
       store_along_tokens<Config>(value, p, at, at.column + 64 * q);
     }
   }
-  uint4* const vector = E(p.n).vectors(p.out_metadata, at.block, at.column / E::kVectorColumns) + at.thread;
+  E const layout(p.n);
+  uint4* const vector =
+      p.out_metadata + layout.block(at.block, at.column / E::kVectorColumns) * E::kBlockVectors + at.thread;
   int const word = kWords == 4 ? 0 : E::word(at.column);
   *reinterpret_cast<Words*>(reinterpret_cast<uint32_t*>(vector) + word) = words;
 }

@@ -100,7 +100,9 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     }
   }
   using E = MetadataLayout;
-  uint4* const metadata = E(p.n).vectors(p.out_metadata, at.block, at.column / E::kVectorColumns) + at.thread;
+  E const layout(p.n);
+  uint4* const metadata =
+      p.out_metadata + layout.block(at.block, at.column / E::kVectorColumns) * E::kBlockVectors + at.thread;
   if constexpr (Config::kTileN == 256) {
     *metadata = make_uint4(words[0], words[1], words[2], words[3]);
   } else if constexpr (Config::kTileN == 64) {  // others write the other words, beyond n too
