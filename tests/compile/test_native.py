@@ -1,19 +1,15 @@
-"""Kernels of the native family, compiled by the real NVRTC: no spills, and the parameter block that the host packs."""
+"""Kernels of the native family, compiled by the real NVRTC: no spills."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from srelu24.runtime import gemm
-from srelu24.runtime.parameters import TOKEN_PARAMS
-from srelu24_gen.compile import BuildStore, build, build_rendered, key_of
-from srelu24_gen.render import RenderedKernel, render
+from srelu24_gen.compile import BuildStore, build, compile_source, key_of
+from srelu24_gen.errors import CompileError
+from srelu24_gen.render import render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
-from stubbed_gpu import loaded_kernel
+from srelu24_gen.target import Toolchain
 
-Rendered = Callable[..., RenderedKernel]
 ELF = b"\x7fELF"
 
 WIDE = KernelConfig(tile_m=192, producer=Producer.THREAD)
@@ -60,23 +56,19 @@ def test_every_kernel_compiles_without_spills(spec: KernelSpec, store: BuildStor
     assert render(spec).source == render(spec).source
 
 
-def test_the_host_packs_as_many_bytes_as_the_kernels_read(
-    rendered: Rendered, store: BuildStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (KernelConfig(tile_n=96), "tile_n / cluster_m must be a multiple of the load block"),
+        (KernelConfig(tile_k=32), "a k-block is 128 bytes of a row of B"),
+        (KernelConfig(cluster_m=8), "warp w of a consumer tells CTA w"),
+        (KernelConfig(stages=1), "the ring is deeper than what the producer leaves empty"),
+    ],
+)
+def test_a_header_says_what_is_wrong_with_a_configuration(
+    config: KernelConfig, words: str, toolchain: Toolchain
 ) -> None:
-    packed: list[bytes] = []
-    monkeypatch.setattr(gemm, "tensor_map", lambda *_, **__: bytes(128))
-    monkeypatch.setattr(gemm, "ArgumentBlock", packed.append)
-    launcher = gemm.GemmLauncher(KernelSpec(Family(Op.GEMM, DType.BF16), KernelConfig()), loaded_kernel())
-    numbers = dict.fromkeys(gemm.Arguments._fields, 1) | {"m": 1024, "n": 1024, "k": 64}
-    launcher.encode(gemm.Arguments(**numbers | {"scales": None, "tokens": None}))  # type: ignore[arg-type]
-    (content,) = packed
-    built = build_rendered(
-        rendered(
-            "#include <srelu24/sm90/params.cuh>\n"
-            f"static_assert(sizeof(srelu24::TokenParams) == {TOKEN_PARAMS.size});\n"
-            f"static_assert(sizeof(srelu24::GemmParams) == {len(content)});\n"
-            'extern "C" __global__ void srelu24_kernel(float* p) { p[0] = 0; }\n'
-        ),
-        store=store,
-    )
-    assert built.cubin
+    spec = KernelSpec(Family(Op.GEMM, DType.BF16), config)
+    with pytest.raises(CompileError) as caught:
+        compile_source(render(spec).source, spec.name, toolchain=toolchain)
+    assert words in caught.value.log

@@ -244,6 +244,8 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
   using Activation = typename Config::Activation;
   using E = MetadataLayout;
   constexpr int kWords = Config::kTileN / E::kWordColumns;
+  static_assert(Config::kTileN % E::kWordColumns == 0 && (kWords == 1 || kWords == 2 || kWords == 4),
+                "a thread writes one, two or four words of a vector of E");
   // What lies beyond the matrix, where a bias, Inf or NaN may have left something, becomes zero groups.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
 
@@ -272,7 +274,9 @@ __device__ __forceinline__ void store_pruned(float (&acc)[Config::kTileN / 2], P
       store_along_tokens<Config>(value, p, at, at.column + 64 * q);
     }
   }
-  uint4* const vector = E(p.n).vectors(p.out_metadata, at.block, at.column / E::kVectorColumns) + at.thread;
+  E const layout(p.n);
+  uint4* const vector =
+      p.out_metadata + layout.block(at.block, at.column / E::kVectorColumns) * E::kBlockVectors + at.thread;
   int const word = kWords == 4 ? 0 : E::word(at.column);
   *reinterpret_cast<Words*>(reinterpret_cast<uint32_t*>(vector) + word) = words;
 }

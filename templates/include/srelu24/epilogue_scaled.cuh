@@ -100,13 +100,15 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
     }
   }
   using E = MetadataLayout;
-  uint4* const metadata = E(p.n).vectors(p.out_metadata, at.block, at.column / E::kVectorColumns) + at.thread;
+  E const layout(p.n);
+  uint4* const metadata =
+      p.out_metadata + layout.block(at.block, at.column / E::kVectorColumns) * E::kBlockVectors + at.thread;
   if constexpr (Config::kTileN == 256) {
     *metadata = make_uint4(words[0], words[1], words[2], words[3]);
   } else if constexpr (Config::kTileN == 64) {  // others write the other words, beyond n too
     reinterpret_cast<uint32_t*>(metadata)[E::word(at.column)] = words[0];
   } else {  // half a vector; nobody else writes the other half of the last one
-    static_assert(Config::kTileN == 128);
+    static_assert(Config::kTileN == 128, "a thread writes one, two or four words of a vector of E");
     auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;
     *half = make_uint2(words[0], words[1]);
     if (at.column % 256 == 0 && at.column + 128 >= p.n) half[1] = make_uint2(kZeroGroups, kZeroGroups);

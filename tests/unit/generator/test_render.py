@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from srelu24_gen.errors import RenderError
+from srelu24_gen.paths import templates_dir
 from srelu24_gen.render import fill, render
 from srelu24_gen.space import supports_family
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Producer
@@ -102,6 +103,14 @@ def test_every_family_renders_completely(family: Family) -> None:
     assert "None" not in rendered.source
     assert re.search(r'extern "C" __global__[^;{]*\bsrelu24_kernel\(', rendered.source)
     assert (family.dtype is DType.FP16) == ("half_t" in rendered.source)
+
+
+def test_every_static_assertion_says_what_is_wrong() -> None:
+    headers = sorted((templates_dir() / "include" / "srelu24").rglob("*.cuh"))
+    found = [a for header in headers for a in re.findall(r"static_assert\((.*?)\);", header.read_text(), re.DOTALL)]
+    assert len(found) > 20
+    for assertion in found:
+        assert re.search(r',\s*"[^"]+"$', assertion), assertion
 
 
 def test_families_differ_in_source() -> None:

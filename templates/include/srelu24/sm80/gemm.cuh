@@ -19,8 +19,14 @@ struct OfWarp : Config {
 template <class Config>
 __device__ __forceinline__ void gemm(GemmParams const& p) {
   extern __shared__ __align__(128) uint8_t ring[];
-  static_assert(Config::kStages * Mainloop<Config>::kStageBytes <= Config::kSharedBytes, "more than the host gives");
-  static_assert(!Config::kPrune || Config::kWarpN % 64 == 0, "a thread writes whole words of E");
+  static_assert(Config::kStages * Mainloop<Config>::kStageBytes <= Config::kSharedBytes,
+                "the ring does not fit in the shared memory that the kernel is launched with");
+  static_assert(!Config::kPrune || Config::kWarpN % MetadataLayout::kWordColumns == 0,
+                "a thread writes whole words of E");
+  static_assert(Config::kTileM % Config::kWarpM == 0 && Config::kTileN % Config::kWarpN == 0 &&
+                    Config::kThreads == 32 * (Config::kTileM / Config::kWarpM) * (Config::kTileN / Config::kWarpN),
+                "the warps of a CTA share its tile without a remainder");
+  static_assert(Config::kStages >= 2, "copies are ahead of the MMAs by at least one k-block");
   using View = OfWarp<Config>;
   constexpr int kWarpsN = Config::kTileN / Config::kWarpN;
 

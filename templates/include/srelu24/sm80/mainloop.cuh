@@ -27,11 +27,11 @@ struct Mainloop {
   static constexpr int kItemColumns = Config::kSparse ? 8 : 16;
   static constexpr int kItems = Config::kWarpN / kItemColumns;  // of a step
   static constexpr int kSlots = 4, kAhead = kSlots - 1;         // of B in registers; there is room for no more
-  static_assert(kItems % kSlots == 0);
+  static_assert(kItems % kSlots == 0, "the slots of B in registers take turns, and a step ends with the last of them");
   static constexpr int kStageBytesA = Config::kTileM * kRowBytesA, kStageBytesB = Config::kTileN * kRowBytesB;
   static constexpr int kStageBytes = kStageBytesA + kStageBytesB;
   using Element = typename Config::Element;
-  static_assert(Config::kTileK * sizeof(Element) == kRowBytesB);
+  static_assert(Config::kTileK * sizeof(Element) == kRowBytesB, "a k-block is 128 bytes of a row of B");
   using LoaderA = TileLoader<Config::kTileM, kRowBytesA, Config::kThreads, InOrder>;
   using LoaderB = TileLoader<Config::kTileN, kRowBytesB, Config::kThreads, Permuted<Config::kLoadOrder>>;
   static constexpr int kCopies = LoaderA::kCopies + LoaderB::kCopies;

@@ -19,6 +19,8 @@ struct Metadata {
   using E = MetadataLayout;
   static constexpr int kBlocks = Config::kSparse ? E::kVectorColumns / Config::kTileK : 1, kWords = 4 / kBlocks;
 
+  static_assert(!Config::kSparse || E::kVectorColumns % Config::kTileK == 0, "a vector of E serves whole k-blocks");
+
   uint4 const* source;
   uint4 vector[Strips];
   uint32_t word[Strips];  // at hand

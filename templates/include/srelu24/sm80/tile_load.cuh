@@ -14,7 +14,7 @@ namespace srelu24 {
 /// Byte offset of 16-byte chunk `chunk` of row `row` in a tile. Chunks that differ in a bit lie at offsets that do.
 template <int RowBytes>
 __device__ __forceinline__ int chunk_offset(int row, int chunk) {
-  static_assert(RowBytes == 128 || RowBytes == 64);
+  static_assert(RowBytes == 128 || RowBytes == 64, "a row of a k-block is 128 bytes, or 64 of packed A");
   int const turn = RowBytes == 128 ? row % 8 : row / 2 % 4;  // 8 rows of 128 bytes, or 2 x 4 of 64, are all banks
   return row * RowBytes + (chunk ^ turn) * 16;
 }
@@ -37,7 +37,8 @@ struct Permuted {
 template <int Rows, int RowBytes, int Threads, class RowOrder>
 struct TileLoader {
   static constexpr int kChunks = RowBytes / 16, kStep = Threads / kChunks, kCopies = Rows / kStep;
-  static_assert(Rows % kStep == 0 && kStep % 16 == 0);
+  static_assert(Rows % kStep == 0, "all threads copy equally many rows");
+  static_assert(kStep % 16 == 0, "rows a step apart have their chunks in the same places");
 
   uint8_t const* source;       // its chunk of the first of its rows, in the next k-block
   int left;                    // from there to the end of what is loaded of a row, in 8 bytes

@@ -84,6 +84,15 @@ struct NoColumnScales {};
 /// consumer warpgroup of every CTA that received the stage's B has read it.
 template <class Config>
 struct SharedStorage {
+  static constexpr int kPackingA = Config::kSparse ? 2 : 1;
+  static_assert(Config::kTileK * sizeof(typename Config::Element) == 128,
+                "a k-block is 128 bytes of a row of B: the span of the swizzle");
+  static_assert(Config::kStageBytesA == Config::kTileM * 128 / kPackingA &&
+                    Config::kStageBytesB == Config::kTileN * 128,
+                "the barrier of a stage expects just the bytes of its two tiles");
+  static_assert(Config::kStageBytesA % (1024 / kPackingA) == 0 && Config::kStageBytesB % 1024 == 0,
+                "a stage begins where the swizzle's pattern does");
+  static_assert(Config::kStageBytesA + Config::kStageBytesB < 1 << 20, "a barrier counts fewer than 2^20 bytes");
   alignas(1024) uint8_t b[Config::kStages][Config::kStageBytesB];
   alignas(1024) uint8_t a[Config::kStages][Config::kStageBytesA];
   cutlass::arch::ClusterTransactionBarrier full[Config::kStages];

@@ -62,6 +62,11 @@ struct TileLoader {
   static constexpr int kBlockRows = kOwn16 ? 64 : 32, kRun = kBlockRows / 4;
   static constexpr int kShareRows = Config::kTileN / Config::kClusterM;
   static constexpr int kBoxRows = 32;
+  static_assert(
+      Config::kTileN % Config::kClusterM == 0 && kShareRows % kBlockRows == 0,
+      "tile_n / cluster_m must be a multiple of the load block: of 32 rows of B, or 64 where the output is packed");
+  static_assert(kBlockRows % kBoxRows == 0, "the boxes of a ragged share lie inside of load blocks");
+  static_assert(Config::kTileM <= 256, "a TMA box has at most 256 rows");
   static constexpr uint16_t kEveryCta = (1 << Config::kClusterM) - 1;
   static constexpr uint64_t kCacheHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 

@@ -45,6 +45,9 @@ struct TileLoader<Config> {
 
  private:
   static constexpr int kShareColumns = Config::kTileN / Config::kClusterM;
+  static_assert(Config::kTileN % Config::kClusterM == 0 && kShareColumns % 64 == 0,
+                "tile_n / cluster_m must be a multiple of the 64 columns that one swizzled row holds");
+  static_assert(Config::kTileM % 64 == 0, "tile_m must be a multiple of the 64 features that one swizzled row holds");
   static constexpr uint64_t kCacheHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
 };
 
