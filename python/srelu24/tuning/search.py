@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from srelu24.db.database import Database
-from srelu24.db.records import Trial
 from srelu24.tuning.events import Advanced, Event, Failure, Stage, StageStarted, TuneReport
+from srelu24.tuning.gemm import Gemm
 from srelu24.tuning.journal import ChainTimes, Journal, Refined
 from srelu24.tuning.noise import Chain, Speedup, choose_chain, speedup
-from srelu24.tuning.shortlist import Shortlist, shortlist
+from srelu24.tuning.shortlist import shortlist
 from srelu24.tuning.worker import Candidate, Failed, Job, Outcome, Progressed, Step, Timed
 from srelu24_gen import cost
 from srelu24_gen.errors import LaunchError, Srelu24Error
@@ -96,31 +96,25 @@ class Search:
         self.target = self.runner.target
         self.begin = self.runner.now()
         self.journal = Journal(self.db, self.target, self.density, self.budget_s)
-        self.lists: dict[Problem, Shortlist] = {
-            p: shortlist(p, self.target, self.db, self._most(p)) for p in self.chain
-        }
-        self.defaults = {p: found.default for p, found in self.lists.items()}
+        self.gemms = {p: Gemm(p, shortlist(p, self.target, self.db, self._most(p))) for p in self.chain}
         self.failures: list[Failure] = []
-        self.failed: set[tuple[Problem, KernelConfig]] = set()
         self.pruned: list[Failure] = []
-        self.screened: dict[Problem, dict[KernelConfig, float]] = {p: {} for p in self.chain}
-        self.refined: dict[Problem, dict[KernelConfig, Refined]] = {p: {} for p in self.chain}
-        self.tried = self.resumed = self.skipped = 0
+        self.tried = self.resumed = 0
 
     def run(self) -> TuneReport:
         """All three stages; the winners' records are stored."""
         self.begin = self.runner.now()
-        for problem, found in self.lists.items():
-            for config, reason in found.pruned:
-                self._prune(problem, config, reason)
+        for gemm in self.gemms.values():
+            for config, reason in gemm.shortlist.pruned:
+                self._prune(gemm, config, reason)
         self._screen()
-        for problem in self.chain:
-            self._refine(problem)
+        for gemm in self.gemms.values():
+            self._refine(gemm)
         chain, gain, times = self._pair()
         versions = self.runner.versions()
         records = [
-            self.journal.record(problem, config, self.refined[problem][config], times, versions)
-            for problem, config in zip(self.chain, chain, strict=True)
+            self.journal.record(gemm.problem, config, gemm.refined[config], times, versions)
+            for gemm, config in zip(self.gemms.values(), chain, strict=True)
         ]
         for record in records:
             self.db.put(record)
@@ -129,10 +123,10 @@ class Search:
             pair_ms=times.best.ms,
             pair_default_ms=times.default.ms,
             speedup=gain.median,
-            kept_default=chain == tuple(self.defaults.values()),
+            kept_default=chain == self._defaults,
             tried=self.tried,
             resumed=self.resumed,
-            skipped=self.skipped,
+            skipped=sum(gemm.not_reached for gemm in self.gemms.values()),
             failures=self.failures,
             pruned=self.pruned,
             seconds=self.runner.now() - self.begin,
@@ -144,126 +138,133 @@ class Search:
         each = (CALLS_BEFORE + MIN_ROUNDS["screen"]) * 1.25 * ms / 1000 + 0.02  # a lead to a sample; verification
         return max(FEWEST, int(SCREEN_SHARE * self.budget_s / len(self.chain) / each))
 
-    # --- stages ---
+    @property
+    def _defaults(self) -> Chain:
+        return tuple(gemm.default for gemm in self.gemms.values())
+
+    # --- screen ---
 
     def _screen(self) -> None:
         """Time what is compiled while the rest compiles: every binary first, then variants of the fastest."""
-        deadline = self.begin + SCREEN_SHARE * self.budget_s
-        totals = {p: found.total for p, found in self.lists.items()}
-        # Six tenths for the rounds: the rest goes to verification, warm-up and waiting for the compiler.
-        seconds_each = min(1.0, 0.6 * SCREEN_SHARE * self.budget_s / (sum(totals.values()) + len(totals)))
-        earlier: dict[Problem, dict[tuple[KernelConfig, str], Trial]] = {
-            p: self.journal.screened(p) if self.resume else {} for p in self.chain
-        }
-        binaries: dict[Problem, list[KernelConfig]] = {p: [] for p in self.chain}
-        variants: dict[Problem, list[KernelConfig]] = {p: [] for p in self.chain}
-        seen = dict.fromkeys(self.chain, 0)
-        for problem, total in totals.items():
-            self.emit(StageStarted("screen", str(problem), total))
+        gemms = list(self.gemms.values())
+        for gemm in gemms:
+            gemm.earlier = self.journal.screened(gemm.problem) if self.resume else {}
+            self.emit(StageStarted("screen", str(gemm.problem), gemm.total))
+        self._screen_while_building()
+        for gemm in gemms:
+            if gemm.binaries and not gemm.screened:  # once, however late it is
+                self._screen_next(gemm, gemm.binaries)
+        self._screen_until_deadline([(gemm, gemm.binaries) for gemm in gemms])
+        for gemm in gemms:
+            dropped = gemm.drop_variants_of_failed_binaries()
+            for config in dropped:
+                self._prune(gemm, config, "its binary failed with other runtime fields")
+            self._count_screened(gemm, len(dropped))
+            gemm.sort_variants()
+        self._screen_until_deadline([(gemm, gemm.variants) for gemm in gemms])
 
-        def screen(problem: Problem, waiting: list[KernelConfig]) -> None:
-            steps = [(Step(problem, config),) for config in [self.defaults[problem], *waiting[:CHUNK]]]
-            times = self._time("screen", steps, seconds_each * len(steps))
-            for (step,), (_, ratio) in times.items():
-                assert step.config is not None
-                self.screened[problem][step.config] = ratio
-            done(problem, len(waiting[:CHUNK]))
-            del waiting[:CHUNK]
+    @property
+    def _screen_deadline(self) -> float:
+        return self.begin + SCREEN_SHARE * self.budget_s
 
-        def done(problem: Problem, count: int) -> None:
-            seen[problem] += count
-            self._advance("screen", problem, min(seen[problem], totals[problem]), totals[problem])
+    @property
+    def _screen_seconds(self) -> float:
+        """For the rounds of each candidate. Four tenths go to verification, warm-up and waiting for the compiler."""
+        candidates = sum(1 + gemm.total for gemm in self.gemms.values())
+        return min(1.0, 0.6 * SCREEN_SHARE * self.budget_s / candidates)
 
-        for problem, config, built in self._builds():
-            default = self.defaults[problem]
+    def _screen_while_building(self) -> None:
+        """Screen binaries whenever enough of them are built, until all is built or the time is up."""
+        for gemm, config, built in self._builds():
             if isinstance(built, Srelu24Error):
-                self._fail("screen", (Step(problem, config),), str(built))
-                if config == default:
+                self._fail("screen", (Step(gemm.problem, config),), str(built))
+                if config == gemm.default:
                     raise built
-                done(problem, 1)
+                self._count_screened(gemm, 1)
                 continue
-            self.journal.digests[problem, config] = built
-            if trial := earlier[problem].get((config, built)) if config != default else None:
-                self._take_over(problem, config, trial)
-                done(problem, 1)
-            elif config != default:
-                (binaries if config in self.lists[problem].first else variants)[problem].append(config)
-            if all((p, self.defaults[p]) in self.journal.digests for p in self.chain) and self.runner.now() >= deadline:
+            self._receive(gemm, config, built)
+            if self.runner.now() >= self._screen_deadline and all(map(self._has_default, self.gemms.values())):
                 break
-            if len(binaries[problem]) >= CHUNK and (problem, default) in self.journal.digests:
-                screen(problem, binaries[problem])
-        for problem in self.chain:
-            if binaries[problem] and not self.screened[problem]:  # once, however late it is
-                screen(problem, binaries[problem])
-        for waiting in (binaries, variants):
-            for problem in self.chain:
-                if waiting is variants:
-                    done(problem, self._promising_first(problem, waiting[problem]))
-                    del waiting[problem][max(0, totals[problem] - seen[problem]) :]
-            while self.runner.now() < deadline and any(waiting.values()):
-                problem = max(self.chain, key=lambda p: len(waiting[p]))
-                screen(problem, waiting[problem])
-        for problem, found in self.lists.items():
-            offered = len(found.first) + len(found.variants) + found.left_out
-            self.skipped += max(0, offered - seen[problem])
+            if len(gemm.binaries) >= CHUNK and self._has_default(gemm):
+                self._screen_next(gemm, gemm.binaries)
 
-    def _builds(self) -> Iterator[tuple[Problem, KernelConfig, str | Srelu24Error]]:
+    def _builds(self) -> Iterator[tuple[Gemm, KernelConfig, str | Srelu24Error]]:
         """What :meth:`Runner.build` gives; all GEMMs are asked for in turn, so that none waits for the others."""
-        problems = {p.family: p for p in self.chain}
+        by_family = {gemm.problem.family: gemm for gemm in self.gemms.values()}
         each = (
             [
-                KernelSpec(p.family, config, self.target.arch)
-                for config in (found.default, *found.first, *found.variants)
+                KernelSpec(family, config, self.target.arch)
+                for config in (gemm.default, *gemm.shortlist.first, *gemm.shortlist.variants)
             ]
-            for p, found in self.lists.items()
+            for family, gemm in by_family.items()
         )
         specs = [spec for turn in itertools.zip_longest(*each) for spec in turn if spec is not None]
         with contextlib.closing(self.runner.build(specs)) as builds:
             for spec, built in builds:
-                yield problems[spec.family], spec.config, built
+                yield by_family[spec.family], spec.config, built
 
-    def _promising_first(self, problem: Problem, variants: list[KernelConfig]) -> int:
-        """Sort variants by how fast their binary was; drop those of a binary that failed, and say how many."""
-        fastest: dict[KernelConfig, float] = {}
-        for config, ratio in self.screened[problem].items():
-            fastest[config.compiled()] = max(ratio, fastest.get(config.compiled(), 0.0))
-        failed = [c for c in variants if (problem, c.compiled()) in self.failed]
-        for config in failed:
-            variants.remove(config)
-            self._prune(problem, config, "its binary failed with other runtime fields")
-        variants.sort(key=lambda c: -fastest.get(c.compiled(), 0.0))
-        return len(failed)
+    def _receive(self, gemm: Gemm, config: KernelConfig, digest: str) -> None:
+        """Let a built candidate wait for its screening, unless an earlier search has screened the same binary."""
+        self.journal.digests[gemm.problem, config] = digest
+        if config == gemm.default:
+            return
+        trial = gemm.earlier.get((config, digest))
+        if trial is None:
+            gemm.queue(config)
+            return
+        self.resumed += 1
+        if trial.speedup is not None:
+            gemm.screened[config] = trial.speedup
+        else:
+            self._report_failure("screen", (Step(gemm.problem, config),), trial.reason)
+        self._count_screened(gemm, 1)
 
-    def _prune(self, problem: Problem, config: KernelConfig, reason: str) -> None:
-        text = config_text(problem.family.op, config)
-        self.pruned.append(Failure("screen", str(problem), text, reason))
+    def _has_default(self, gemm: Gemm) -> bool:
+        return (gemm.problem, gemm.default) in self.journal.digests
 
-    def _refine(self, problem: Problem) -> None:
+    def _screen_until_deadline(self, waiting: Sequence[tuple[Gemm, list[KernelConfig]]]) -> None:
+        """Screen candidates of the GEMM of which most wait, again and again."""
+        while self.runner.now() < self._screen_deadline and any(configs for _, configs in waiting):
+            self._screen_next(*max(waiting, key=lambda each: len(each[1])))
+
+    def _screen_next(self, gemm: Gemm, waiting: list[KernelConfig]) -> None:
+        """Time the default and the first few of those that wait, which then wait no more."""
+        configs = waiting[:CHUNK]
+        del waiting[:CHUNK]
+        times = self._time_alone("screen", gemm, configs, self._screen_seconds * (1 + len(configs)))
+        gemm.screened |= {config: result.speedup for config, result in times.items()}
+        self._count_screened(gemm, len(configs))
+
+    def _count_screened(self, gemm: Gemm, count: int) -> None:
+        gemm.handled += count
+        self._advance("screen", gemm, min(gemm.handled, gemm.total), gemm.total)
+
+    def _prune(self, gemm: Gemm, config: KernelConfig, reason: str) -> None:
+        text = config_text(gemm.problem.family.op, config)
+        self.pruned.append(Failure("screen", str(gemm.problem), text, reason))
+
+    # --- refine ---
+
+    def _refine(self, gemm: Gemm) -> None:
         """The best third, halved until the finalists are left; everything is timed again, next to the default."""
-        default = self.defaults[problem]
-        ranked = sorted((c for c in self.screened[problem] if c != default), key=self.screened[problem].__getitem__)
+        fastest = gemm.fastest_screened()
         most = 8 if self.budget_s >= SHORT_S else FINALISTS + 1
-        keep = min(max(FINALISTS, math.ceil(len(ranked) / 3)), most)
-        survivors = ranked[::-1][:keep]
+        survivors = fastest[: min(max(FINALISTS, math.ceil(len(fastest) / 3)), most)]
         rungs = 1 + max(0, math.ceil(math.log2(max(len(survivors), 1) / (FINALISTS + 1))))
-        self.emit(StageStarted("refine", str(problem), rungs))
+        self.emit(StageStarted("refine", str(gemm.problem), rungs))
         end = self.begin + (SCREEN_SHARE + REFINE_SHARE) * self.budget_s
-        problems_left = len(self.chain) - self.chain.index(problem)
-        seconds = max((end - self.runner.now()) / problems_left, 0.05 * self.budget_s) / rungs
+        gemms_left = len(self.chain) - self.chain.index(gemm.problem)
+        seconds = max((end - self.runner.now()) / gemms_left, 0.05 * self.budget_s) / rungs
         for rung in range(rungs):
-            steps = [(Step(problem, config),) for config in [default, *survivors]]
             # Warm-up and verification come on top of the rounds.
-            times = self._time("refine", steps, 0.7 * seconds)
-            base = times[steps[0]][0]
-            for (step,), (timed, ratio) in times.items():
-                assert step.config is not None
-                self.refined[problem][step.config] = Refined(timed, base, ratio)
-            survivors = [c for c in survivors if (Step(problem, c),) in times]
-            survivors.sort(key=lambda c: -self.refined[problem][c].speedup)
+            times = self._time_alone("refine", gemm, survivors, 0.7 * seconds)
+            gemm.refined |= times
+            survivors = sorted((c for c in survivors if c in times), key=lambda c: -times[c].speedup)
             survivors = survivors[: max(FINALISTS, math.ceil(len(survivors) / 2))]
-            self._advance("refine", problem, rung + 1, rungs)
-        for config in set(self.refined[problem]) - {default, *survivors}:
-            del self.refined[problem][config]
+            self._advance("refine", gemm, rung + 1, rungs)
+        gemm.forget_refined_except(survivors)
+
+    # --- pair ---
 
     def _pair(self) -> tuple[Chain, Speedup, ChainTimes]:
         """The finalists chained: the chosen chain, verified on the real problems, its gain, and the times."""
@@ -286,15 +287,13 @@ class Search:
     def _chains(self) -> list[Chain]:
         """What is timed chained: the defaults; with the winner of one GEMM after the other, the one of the largest gain
         first, so that no winner is kept for what another gains; then the fastest by the times of each alone."""
-        best = {p: self._right_winner(p) for p in self.chain}
-        ms = {
-            p: {c: known[self.defaults[p]].timed.ms / refined.speedup for c, refined in known.items()}
-            for p, known in self.refined.items()
-        }
-        by_gain = sorted(self.chain, key=lambda p: ms[p][best[p]] - ms[p][self.defaults[p]])
+        gemms = list(self.gemms.values())
+        best = {gemm.problem: self._right_winner(gemm) for gemm in gemms}
+        ms = {gemm.problem: gemm.times_alone() for gemm in gemms}
+        by_gain = sorted(gemms, key=lambda gemm: ms[gemm.problem][best[gemm.problem]] - ms[gemm.problem][gemm.default])
         nested = [
-            tuple((best if p in by_gain[:count] else self.defaults)[p] for p in self.chain)
-            for count in range(len(self.chain) + 1)
+            tuple(best[gemm.problem] if gemm in by_gain[:count] else gemm.default for gemm in gemms)
+            for count in range(len(gemms) + 1)
         ]
         ranked = sorted(
             itertools.product(*ms.values()), key=lambda chain: sum(map(lambda p, c: ms[p][c], self.chain, chain))
@@ -302,17 +301,25 @@ class Search:
         most = min(MOST_CHAINS, max(FINALISTS + 1, int(self.budget_s / 4)))
         return list(dict.fromkeys([*nested, *ranked]))[: 1 + max(most, len(self.chain))]
 
-    def _right_winner(self, problem: Problem) -> KernelConfig:
+    def _right_winner(self, gemm: Gemm) -> KernelConfig:
         """The fastest finalist that is right on the real problem too; those that are not are no finalists any more."""
-        finalists = self.refined[problem]
         while True:
-            best = max(finalists, key=lambda config: finalists[config].speedup)
-            step = (Step(problem, best),)
-            if best == self.defaults[problem] or self._run("pair", [step], 0.0, 1, check="whole"):
+            best, _ = gemm.best
+            step = (Step(gemm.problem, best),)
+            if best == gemm.default or self._run("pair", [step], 0.0, 1, check="whole"):
                 return best
-            del finalists[best]
+            del gemm.refined[best]
 
     # --- what the stages share ---
+
+    def _time_alone(
+        self, stage: Stage, gemm: Gemm, configs: Sequence[KernelConfig], seconds: float
+    ) -> dict[KernelConfig, Refined]:
+        """Times of the default and of the configurations of one GEMM that are right, each with the default's."""
+        steps = {config: (Step(gemm.problem, config),) for config in (gemm.default, *configs)}
+        times = self._time(stage, list(steps.values()), seconds)
+        base, _ = times[steps[gemm.default]]
+        return {config: Refined(times[own][0], base, times[own][1]) for config, own in steps.items() if own in times}
 
     def _time(
         self, stage: Stage, candidates: Sequence[tuple[Step, ...]], seconds: float
@@ -356,7 +363,7 @@ class Search:
             if isinstance(outcome, Failed):
                 steps = named[outcome.name]
                 self._fail(stage, steps, outcome.reason)
-                if self._own(steps) and all(step.config == self.defaults[step.problem] for step in steps):
+                if self._own(steps) and all(step.config == self.gemms[step.problem].default for step in steps):
                     raise LaunchError(
                         f"the default configuration of {what} does not run on {self.target.name}: {outcome.reason}; "
                         "run `srelu24 doctor`"
@@ -382,18 +389,10 @@ class Search:
         failure = Failure(stage, what, text, reason)
         self.failures.append(failure)
         if stage == "screen" and steps[0].config:
-            self.failed.add((steps[0].problem, steps[0].config.compiled()))
+            self.gemms[steps[0].problem].failed.add(steps[0].config.compiled())
         self.emit(failure)
 
-    def _take_over(self, problem: Problem, config: KernelConfig, trial: Trial) -> None:
-        self.resumed += 1
-        if trial.speedup is not None:
-            self.screened[problem][config] = trial.speedup
-        else:
-            self._report_failure("screen", (Step(problem, config),), trial.reason)
-
-    def _advance(self, stage: Stage, problem: Problem, done: float, total: int) -> None:
-        known = {c: r.speedup for c, r in self.refined[problem].items()} or self.screened[problem]
-        best = max(known, key=known.__getitem__, default=self.defaults[problem])
-        text = config_text(problem.family.op, best)
-        self.emit(Advanced(stage, str(problem), done, total, text, known.get(best, 1.0)))
+    def _advance(self, stage: Stage, gemm: Gemm, done: float, total: int) -> None:
+        best, ratio = gemm.best
+        text = config_text(gemm.problem.family.op, best)
+        self.emit(Advanced(stage, str(gemm.problem), done, total, text, ratio))
