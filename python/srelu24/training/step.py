@@ -15,6 +15,7 @@ from torch import Tensor
 from srelu24.numerics.dtypes import DTYPES, WIDE_NAMES
 from srelu24.numerics.sparse24 import Sparse24, metadata_shape
 from srelu24.runtime.dispatch import choose, compiles, gpu_of, missing
+from srelu24.runtime.fallback import Reason
 from srelu24.training import kernels, movers
 from srelu24.training.order import padded
 from srelu24.training.packed import TokenSparse24, columns
@@ -39,7 +40,8 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool, bi
         return f"the type is {x.dtype}, and the kernels take {WIDE_NAMES}"
     m, d = x.shape
     if m % 16 or d % 64 or f % 64:
-        return f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"
+        words = f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"
+        return Reason(words, kind=f"D = {d}, F = {f}, {'whole' if m % 16 == 0 else 'broken'} blocks of tokens")
     try:
         verdict = space.has_kernel(Family(Op.SPGEMM_TOKENS, DTYPES[x.dtype]), gpu_of(x.device))
         if not verdict.ok:
