@@ -140,10 +140,8 @@ def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def _described(tensor: Tensor, fault: str) -> Reason:
-    """What is wrong with a tensor; which number of rows it has makes no other reason."""
-    return Reason(
-        f"a tensor of shape {list(tensor.shape)} {fault}", kind=f"a tensor of width {tensor.shape[-1]} {fault}"
-    )
+    """What is wrong with a tensor. Its number of rows stands in the words and not in the kind."""
+    return Reason(f"a tensor of shape {list(tensor.shape)} {fault}", kind=f"a width of {tensor.shape[-1]} {fault}")
 
 
 def kernel_reason(*tensors: Tensor | None) -> str | None:
