@@ -125,7 +125,7 @@ def test_inference_follows_the_phase(wide: nn.Module, batch: Tensor, masked: Cal
         recipe.step()
         assert torch.allclose(wide(batch), pruned, **EXACT)
         assert str(srelu24.warmup(wide, tokens=4)[0].explanation) == (
-            "runs: reference (by a training recipe, in plain PyTorch)"
+            "runs: reference (by a training recipe; the tensors are not on a GPU)"
         )
     assert recipe.layers["mlps.0"].rows == 0
 

@@ -126,8 +126,20 @@ def test_wheel_holds_what_the_checkout_holds(dist: Path) -> None:
     assert packed == expected
 
 
-def test_sdist_can_be_tested_and_holds_no_outputs(dist: Path) -> None:
+def test_both_packages_ship_the_mark_that_they_are_typed(dist: Path) -> None:
+    """PEP 561: without py.typed a type checker takes nothing of an installed package."""
+    with zipfile.ZipFile(only(dist, "*.whl")) as wheel:
+        assert {"srelu24/py.typed", "srelu24_gen/py.typed"} <= set(wheel.namelist())
+    assert {"python/srelu24/py.typed", "generator/srelu24_gen/py.typed"} <= of_sdist(dist)
+
+
+def of_sdist(dist: Path) -> set[str]:
+    """The files of the source distribution."""
     with tarfile.open(only(dist, "*.tar.gz")) as sdist:
-        files = {str(Path(*Path(name).parts[1:])) for name in sdist.getnames()}
+        return {str(Path(*Path(name).parts[1:])) for name in sdist.getnames()}
+
+
+def test_sdist_can_be_tested_and_holds_no_outputs(dist: Path) -> None:
+    files = of_sdist(dist)
     assert {"pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "README.md", "tests/conftest.py"} <= files
     assert not [name for name in files if name.startswith(("build/", ".venv", "dist/")) or "__pycache__" in name]

@@ -15,7 +15,7 @@ from srelu24.fp8.recipes import Rowwise, ScaleRecipe, Static
 from srelu24.numerics.activations import squared_relu
 from srelu24.numerics.dtypes import DTYPES, STORAGE_DTYPES, WIDE_NAMES, FragmentOrder
 from srelu24.runtime.dispatch import gpu_of
-from srelu24.runtime.fallback import warn_dense
+from srelu24.runtime.fallback import reason_of, warn_dense
 from srelu24.runtime.operands import ALIGNMENT, DISABLED, check_vector, differentiated, kernel_reason
 from srelu24_gen import space
 from srelu24_gen.errors import ToolchainError, Unsupported
@@ -162,7 +162,7 @@ def _ffn_cuda(*given: Any) -> Tensor:
     try:
         return kernels.forward(o)
     except ToolchainError as error:
-        warn_dense(str(error))
+        warn_dense(reason_of(error))
         return _dense(o.x, o.rows1, o.rows2, o.b1, o.b2)
 
 

@@ -16,6 +16,7 @@ from srelu24.numerics.dtypes import DTYPES
 from srelu24.runtime.dense import WAYS
 from srelu24.runtime.dispatch import BATCH, choose, choose_ffn, gpu_of, missing
 from srelu24.runtime.operands import autocast, check_ffn, check_mode, check_tensor, differentiated, kernel_reason
+from srelu24.training import step
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
@@ -99,7 +100,7 @@ def explain(
         target, rows = gpu_of(x.device), x.reshape(-1, x.shape[-1])
         parts = kernels.problems(known.name, rows, q1.values, q2.values, b1, b2)
         why = f"{target.name}, {target.arch}, {target.kernels}; 8-bit, recipe {known.name}"
-        return _to_be_had(Explanation("kernels", why, tuple(_explained(p, target) for p in parts)), mode)
+        return _unless_missing(Explanation("kernels", why, tuple(_explained(p, target) for p in parts)), mode)
     x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
@@ -114,7 +115,7 @@ def explain(
         return Explanation("reference", f"x is on {x.device}; the kernels need a CUDA device")
     shape = Shape(rows.shape[0], x.shape[-1], w1.shape[0])
     kind = (DTYPES[x.dtype], b1 is not None, b2 is not None)
-    return _to_be_had(explain_kernels(shape, *kind, gpu_of(x.device), mode, Activation(activation)), mode)
+    return _unless_missing(explain_kernels(shape, *kind, gpu_of(x.device), mode, Activation(activation)), mode)
 
 
 def explain_kernels(
@@ -142,10 +143,27 @@ def explain_kernels(
     return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
 
 
-def _to_be_had(told: Explanation, mode: str) -> Explanation:
-    """The same, or what runs where this machine can neither find nor compile one of the kernels."""
-    reason = next(filter(None, (missing(k.spec) for k in told.kernels)), None)
-    return told if reason is None else Explanation("nothing" if mode == BATCH else "dense", reason)
+def explain_step(x: Tensor, w1: Tensor, b1: Tensor | None, b2: Tensor | None, layer: LayerState) -> Explanation:
+    """What the training steps of a layer launch for x [M, D]: the kernels of the dense and of the sparse phase.
+
+    Raises:
+        Unsupported: no kernel takes these sizes.
+    """
+    (m, d), f, recipe = x.shape, w1.shape[0], layer.recipe
+    biases = b1 is not None, b2 is not None
+    reason = step.reason_against(x, f, recipe.token_stride, recipe.kernels, *biases)
+    if reason is not None:
+        return Explanation("reference", f"by a training recipe; {reason}")
+    target, phase = gpu_of(x.device), "sparse" if recipe.sparse else "dense, in its warm-up"
+    why = f"{target.name}, {target.arch}, {target.kernels}; by a training recipe, now {phase}"
+    problems = step.problems_of(Shape(m, d, f), DTYPES[x.dtype], *biases)
+    return Explanation("kernels", why, tuple(_explained(p, target) for p in problems))
+
+
+def _unless_missing(explanation: Explanation, mode: str) -> Explanation:
+    """The explanation, or what runs instead where this machine can neither find nor compile one of its kernels."""
+    reason = next(filter(None, (missing(k.spec) for k in explanation.kernels)), None)
+    return explanation if reason is None else Explanation("nothing" if mode == BATCH else "dense", reason)
 
 
 def _explained(problem: Problem, target: GpuTarget, batch: bool = False) -> ExplainedKernel:

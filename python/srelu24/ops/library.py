@@ -19,7 +19,7 @@ from srelu24.numerics.dtypes import DTYPES
 from srelu24.numerics.sparse24 import Sparse24, metadata_shape, row_stride
 from srelu24.runtime import dense
 from srelu24.runtime.dispatch import BATCH, family_of, ffn_way, launcher_of, pair_of
-from srelu24.runtime.fallback import warn_dense
+from srelu24.runtime.fallback import reason_of, warn_dense
 from srelu24.runtime.launch import Operands
 from srelu24.runtime.operands import ALIGNMENT, kernel_reason
 from srelu24_gen.errors import ToolchainError, Unsupported
@@ -64,7 +64,7 @@ def _ffn_cuda(
                 return dense.ffn(way, x, w1, w2, b1, b2, Activation(activation))
         return pair_of(*kind, mode == BATCH, activation)(x, w1, w2, b1, b2)
     except ToolchainError as error:
-        return fallback_ffn(str(error), mode, x, w1, w2, b1, b2, activation)
+        return fallback_ffn(reason_of(error), mode, x, w1, w2, b1, b2, activation)
 
 
 def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -76,7 +76,7 @@ def _linear_cuda(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> 
     try:
         _run(Op.GEMM, Operands(a=x, b=w, bias=bias, out=out), Activation(activation))
     except ToolchainError as error:
-        warn_dense(str(error))
+        warn_dense(reason_of(error))
         return dense_linear(x, w, bias, activation)
     return out
 
@@ -115,7 +115,7 @@ def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | No
     try:
         _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
     except ToolchainError as error:
-        warn_dense(str(error))
+        warn_dense(reason_of(error))
         return _matmul_dense(s, w2, bias, residual)
     return out
 
@@ -189,7 +189,7 @@ def _linear24(a: Tensor, w: Tensor, bias: Tensor | None, mode: str = "auto") -> 
     try:
         values, metadata = torch.ops.srelu24.sparsify24(a, "none")
     except ToolchainError as error:
-        warn_dense(str(error))
+        warn_dense(reason_of(error))
         return torch.nn.functional.linear(a, w, bias)
     return torch.ops.srelu24.matmul(values, metadata, w, bias, None)  # type: ignore[no-any-return]
 

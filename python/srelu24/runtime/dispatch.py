@@ -11,6 +11,7 @@ from srelu24.db.choice import Choice, FfnChoice, answer, answer_ffn
 from srelu24.db.database import Database
 from srelu24.numerics.dtypes import DTYPES
 from srelu24.runtime import device as limits
+from srelu24.runtime.fallback import Reason
 from srelu24.runtime.gemm import GemmLauncher
 from srelu24.runtime.launch import Launcher, launcher_for
 from srelu24.runtime.pair import Pair
@@ -115,9 +116,11 @@ def compiles() -> bool:
 
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
-def missing(spec: KernelSpec) -> str | None:
-    """Why this machine neither has nor can compile a kernel; None where it is to be had, as with a compiler always."""
-    return compiler.why_missing(spec)
+def missing(spec: KernelSpec) -> Reason | None:
+    """Why this machine neither has nor can compile a kernel; None where it has or can."""
+    reason = compiler.why_missing(spec)
+    # Which configuration is chosen, and so the kernel's name, may depend on the number of tokens.
+    return None if reason is None else Reason(reason, kind=reason.replace(spec.name, spec.family.name))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from srelu24.numerics.dtypes import DTYPES, STORAGE_DTYPES, WIDE_NAMES
 from srelu24.runtime.dispatch import BATCH, MODES, gpu_of
+from srelu24.runtime.fallback import Reason
 from srelu24_gen.errors import Unsupported
 
 ALIGNMENT = 16
@@ -138,6 +139,11 @@ def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
         raise Unsupported(f"{name} is on {tensor.device} and the input on {like.device}; move both to one device.")
 
 
+def _described(tensor: Tensor, fault: str) -> Reason:
+    """What is wrong with a tensor. Its number of rows stands in the words and not in the kind."""
+    return Reason(f"a tensor of shape {list(tensor.shape)} {fault}", kind=f"a width of {tensor.shape[-1]} {fault}")
+
+
 def kernel_reason(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take these operands, or None if they can. The sizes are known to fit together."""
     first = tensors[0]
@@ -159,12 +165,12 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
         if width % 8 or width == 0:
             return f"a width of {width} is not a positive multiple of 8"
         if on_gpu and tensor.data_ptr() % ALIGNMENT:
-            return f"a tensor of shape {list(tensor.shape)} does not start at a multiple of {ALIGNMENT} bytes"
+            return _described(tensor, f"does not start at a multiple of {ALIGNMENT} bytes")
         if tensor.is_contiguous():  # so its rows are of ``width``
             continue
         strides = tensor.stride()
         if strides[-1] != 1:
-            return f"a tensor of shape {list(tensor.shape)} is not contiguous in its last dimension"
+            return _described(tensor, "is not contiguous in its last dimension")
         row = strides[0] if len(strides) == 2 and tensor.shape[0] > 1 else width
         if row < width:
             return f"a row stride of {row} elements lets rows of {width} overlap"

@@ -91,7 +91,7 @@ def _split(
     )
 
 
-_LAYOUTS = {Op.TRANSPOSE: TRANSPOSE_PARAMS, Op.DENSE_COLUMNS: DENSE_COLUMNS_PARAMS}
+LAYOUTS = {Op.TRANSPOSE: TRANSPOSE_PARAMS, Op.DENSE_COLUMNS: DENSE_COLUMNS_PARAMS}
 
 
 @functools.cache
@@ -103,4 +103,4 @@ def launcher_for(op: Op, device: torch.device) -> StructLauncher:
         CompileError, ToolchainError, LaunchError: as :func:`srelu24.runtime.launch.load_kernel`.
     """
     spec = KernelSpec(Family(op, DType.BF16), KernelConfig(), gpu_of(device).arch)
-    return StructLauncher(load_kernel(spec, device.index), _LAYOUTS[op])
+    return StructLauncher(load_kernel(spec, device.index), LAYOUTS[op])

@@ -183,7 +183,7 @@ def _forward(o: RecipeOperands | TrainOperands) -> Forward:
 
 def _reason_against(o: RecipeOperands | TrainOperands) -> str | None:
     """Why the kernels do not take the step, or None. Looks at no values."""
-    return step.reason_against(o.x, o.w1.shape[0], o.token_stride, o.kernels, o.b1 is not None or o.b2 is not None)
+    return step.reason_against(o.x, o.w1.shape[0], o.token_stride, o.kernels, o.b1 is not None, o.b2 is not None)
 
 
 def _ffn_train(*given: Any) -> tuple[Tensor, Tensor, Tensor]:

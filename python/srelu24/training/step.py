@@ -15,6 +15,8 @@ from torch import Tensor
 from srelu24.numerics.dtypes import DTYPES, WIDE_NAMES
 from srelu24.numerics.sparse24 import Sparse24, metadata_shape
 from srelu24.runtime.dispatch import choose, compiles, gpu_of, missing
+from srelu24.runtime.fallback import Reason
+from srelu24.runtime.launch import launcher_for
 from srelu24.training import kernels, movers
 from srelu24.training.order import padded
 from srelu24.training.packed import TokenSparse24, columns
@@ -23,14 +25,21 @@ from srelu24_gen import space
 from srelu24_gen.bindings import E_VECTOR_COLUMNS
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType, Family, KernelSpec, Op
+from srelu24_gen.spec import DType, Family, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
 
 _ALIGNMENT = 16
 
 
-def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool, biases: bool = False) -> str | None:
-    """Why the kernels do not take a step of x [M, D] with F = ``f``, or None if they do. Looks at no values."""
+def reason_against(
+    x: Tensor, f: int, token_stride: int | None, wanted: bool, b1: bool = False, b2: bool = False
+) -> str | None:
+    """Why the kernels do not take a step of x [M, D] with F = ``f``, or None if they do. Looks at no values.
+
+    Args:
+        wanted: whether the recipe wants kernels.
+        b1, b2: whether the layer has these biases.
+    """
     if not x.is_cuda:
         return "the tensors are not on a GPU"
     if not wanted:
@@ -39,7 +48,8 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool, bi
         return f"the type is {x.dtype}, and the kernels take {WIDE_NAMES}"
     m, d = x.shape
     if m % 16 or d % 64 or f % 64:
-        return f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"
+        words = f"M = {m}, D = {d}, F = {f} are not multiples of 16, 64 and 64"
+        return Reason(words, kind=f"D = {d}, F = {f}, {'whole' if m % 16 == 0 else 'broken'} blocks of tokens")
     try:
         verdict = space.has_kernel(Family(Op.SPGEMM_TOKENS, DTYPES[x.dtype]), gpu_of(x.device))
         if not verdict.ok:
@@ -49,18 +59,43 @@ def reason_against(x: Tensor, f: int, token_stride: int | None, wanted: bool, bi
         return str(error).rstrip(".")
     if not m or compiles():
         return None
-    return _missing(Shape(int(m), int(d), int(f)), DTYPES[x.dtype], biases, gpu_of(x.device))
-
-
-def _missing(shape: Shape, dtype: DType, biases: bool, target: GpuTarget) -> str | None:
-    """The same of a machine without a compiler: it has every kernel of such a step, or the step is the reference."""
-    problems = [
-        problem
-        for bias in {False, biases}
-        for problem in (*shape.step_gemms(dtype, bias, bias), *shape.step_kernels(dtype, bias))
-    ]
-    specs = (KernelSpec(p.family, choose(p, target).config, target.arch) for p in problems)
+    # Without a compiler a step runs on the kernels only where every one of them was loaded from a bundle.
+    specs = specs_of(Shape(int(m), int(d), int(f)), DTYPES[x.dtype], b1, b2, gpu_of(x.device))
     return next(filter(None, map(missing, specs)), None)
+
+
+def problems_of(shape: Shape, dtype: DType, b1: bool, b2: bool) -> tuple[Problem, ...]:
+    """Every kernel that the steps of a layer may launch, dense ones and sparse ones, whether the gradients of its
+    weights are returned or added to buffers; each once."""
+    hidden, y, *gradients = shape.step_gemms(dtype, b1, b2)
+    dx = shape.step_gemms(dtype)[1]  # the same product as y, and never with a bias
+    return tuple(dict.fromkeys((hidden, y, dx, *gradients, *shape.step_kernels(dtype, b1))))
+
+
+def specs_of(shape: Shape, dtype: DType, b1: bool, b2: bool, target: GpuTarget) -> list[KernelSpec]:
+    """The kernels that answer :func:`problems_of` on a GPU.
+
+    Raises:
+        Unsupported: no kernel takes these sizes.
+    """
+    problems = problems_of(shape, dtype, b1, b2)
+    return [KernelSpec(p.family, choose(p, target).config, target.arch) for p in problems]
+
+
+def load(shape: Shape, dtype: DType, b1: bool, b2: bool, device: torch.device) -> None:
+    """Build and load all of :func:`specs_of` on a CUDA device, so that no step waits for a kernel.
+
+    Raises:
+        Unsupported, ToolchainError, CompileError, LaunchError: as their names say.
+    """
+    for spec in specs_of(shape, dtype, b1, b2, gpu_of(device)):
+        op = spec.family.op
+        if op in movers.LAYOUTS:
+            movers.launcher_for(op, device)
+        elif op is Op.GEMM:
+            launcher_for(spec, device.index)
+        else:
+            kernels.launcher_for(spec, device.index)
 
 
 def keeps_packed(hidden: Tensor) -> bool:
