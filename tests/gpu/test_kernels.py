@@ -222,11 +222,12 @@ def exact(problem: Problem, o: Operands) -> tuple[Tensor | Sparse24, Tensor | No
             return reference.gemm(stored(o.a), o.b, o.bias, None, problem.family.activation, accumulate=double), None
         case Op.SPGEMM:
             return reference.spgemm(o.a, o.b, o.bias, o.residual, accumulate=double), None
-        case Op.GEMM_RELU2_24:
-            counts = reference.count_nonzeros(o.a, o.b, o.bias, accumulate=double) if o.counts is not None else None
-            return reference.gemm_relu2_24(o.a, o.b, o.bias, accumulate=double), counts
         case Op.SPARSIFY24:
             return reference.sparsify24(o.a, problem.family.activation), None
+        case _:
+            given = (o.a, o.b, o.bias, problem.family.activation)
+            counts = reference.count_nonzeros(*given, accumulate=double) if o.counts is not None else None
+            return reference.gemm_24(*given, accumulate=double), counts
 
 
 # --------------------------------------------------------------------------------------------------------- the tests

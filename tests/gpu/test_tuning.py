@@ -13,14 +13,14 @@ from torch import Tensor
 
 import srelu24
 from srelu24.bench.peers import relative_error
-from srelu24.db import health
-from srelu24.db.choice import SPARSE
+from srelu24.db.choice import MARGIN, SPARSE
 from srelu24.db.database import Database
 from srelu24.measuring import timing, verify, verify_step, workload
 from srelu24.measuring.workload_step import StepData
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime import dense, dispatch
 from srelu24.training import kernels
+from srelu24.tuning import recheck
 from srelu24.tuning.many import Budget, tune_shapes
 from srelu24.tuning.tuner import GpuRunner
 from srelu24_gen.models import Pass, Shape
@@ -161,7 +161,7 @@ def test_the_choice_follows_the_records(
     best = tuned.report.records[0].evidence.best_dense
     assert best
     assert choice.source == "measured"
-    assert (choice.way == SPARSE) == (best[1].speedup >= dispatch.MARGIN)
+    assert (choice.way == SPARSE) == (best[1].speedup >= MARGIN)
     o = operands(shape, device, bias=False)
     way = "sparse" if choice.way == SPARSE else "dense"
     assert torch.equal(srelu24.ffn(*o), srelu24.ffn(*o, mode=way))
@@ -214,8 +214,8 @@ def test_a_training_step_is_tuned_and_runs_what_was_found(
             assert kernels.spec_for(added, (p.m, p.n, p.k), target).config == record.kernel_config()
     for ours, theirs in zip(gradients(), with_defaults, strict=True):
         assert (ours.float() - theirs.float()).norm() < 2e-2 * theirs.float().norm()
-    gpu = health.GpuRunner()
+    gpu = recheck.GpuRunner()
     try:
-        assert {v.outcome for v in health.verify(tuned.report.records, gpu)} == {"right"}
+        assert {v.outcome for v in recheck.verify(tuned.report.records, gpu)} == {"right"}
     finally:
         gpu.close()

@@ -25,20 +25,66 @@ def elf(sections: dict[str, bytes], reserved: int = 0) -> bytes:
     return head.ljust(64, b"\0") + content + table
 
 
-CODE = {".text.k": b"\x01\x02", ".nv.info.k": b"\x03", ".symtab": b"names"}
+REGISTERS = bytes((3, 0x1B, 0x10, 0))
+CODE = {".text.k": b"\x01\x02", ".nv.info.k": REGISTERS, ".comment": b"names"}
 
 
 def test_instructions_resources_and_memory_decide_and_names_do_not() -> None:
     same = machine_code(elf(CODE, 16))
-    assert same == machine_code(elf({**CODE, ".symtab": b"other", ".debug_line": b"x"}, 16))
-    for other in (elf({**CODE, ".text.k": b"\x01\x03"}, 16), elf({**CODE, ".nv.info.k": b"\x04"}, 16), elf(CODE, 32)):
+    assert same == machine_code(elf({**CODE, ".comment": b"other", ".debug_line": b"x", ".nv.global.init": b"z"}, 16))
+    for other in (
+        elf({**CODE, ".text.k": b"\x01\x03"}, 16),
+        elf({**CODE, ".nv.info.k": bytes((3, 0x1B, 0x20, 0))}, 16),
+        elf(CODE, 32),
+    ):
         assert machine_code(other) != same
-    assert machine_code(elf({**CODE, ".nv.constant3": b"\x05"}, 16)) != same
+    assert machine_code(elf({**CODE, ".nv.constant3.k": b"\x05"}, 16)) != same
 
 
 @pytest.mark.parametrize(
-    "damaged", [b"", b"\x7fELF", elf(CODE)[:-30], elf({".symtab": b""}), elf(CODE)[:50] + elf(CODE)[120:]]
+    "damaged", [b"", b"\x7fELF", elf(CODE)[:-30], elf({".comment": b""}), elf(CODE)[:50] + elf(CODE)[120:]]
 )
 def test_a_damaged_file_is_refused(damaged: bytes) -> None:
     with pytest.raises(ValueError, match=r"ELF|cut short|no code"):
         machine_code(damaged)
+
+
+def instruction(bank: int, offset: int) -> bytes:
+    """Sixteen bytes with an operand of a constant bank."""
+    return struct.pack("<2Q", bank << 54 | offset // 4 << 40, 0)
+
+
+def with_table(*names: str, reads: int, bank: int = 4, info_of: int = 1) -> bytes:
+    """A file whose constant bank 4 holds the addresses of these symbols, of which an instruction reads one."""
+    strings = b"\0" + b"".join(name.encode() + b"\0" for name in names)
+    symbols = bytes(24) + b"".join(
+        struct.pack("<I2BH2Q", strings.index(name.encode() + b"\0"), 0, 0, 0, 0, 0) for name in names
+    )
+    relocations = b"".join(struct.pack("<2Qq", 8 * i, (i + 1) << 32, 0) for i in range(len(names)))
+    return elf(
+        {
+            ".text.k": instruction(bank, reads),
+            ".nv.info.k": bytes((4, 0x2F)) + struct.pack("<H2I", 8, info_of, 96),
+            ".strtab": strings,
+            ".symtab": symbols,
+            ".rela.nv.constant4": relocations,
+        }
+    )
+
+
+def test_addresses_that_an_instruction_reads_decide_and_others_do_not() -> None:
+    same = machine_code(with_table("a", "b", reads=0))
+    assert machine_code(with_table("a", "c", reads=0)) == same
+    assert machine_code(with_table("a", "b", "c", reads=0)) == same
+    assert machine_code(with_table("x", "b", reads=0)) != same
+    third = machine_code(with_table("x", "b", reads=0, bank=3))
+    assert machine_code(with_table("y", "b", reads=0, bank=3)) != third, "only by the name that .nv.info has"
+    assert machine_code(with_table("y", "b", reads=0, bank=3, info_of=2)) == machine_code(
+        with_table("z", "b", reads=0, bank=3, info_of=2)
+    )
+
+
+def test_a_symbol_counts_by_its_name_and_not_by_its_place() -> None:
+    assert machine_code(with_table("a", "b", reads=0, info_of=2)) == machine_code(
+        with_table("a", "c", "b", reads=0, info_of=3)
+    )
