@@ -12,8 +12,8 @@ namespace srelu24 {
 
 /// Values as they are, rounded once.
 struct Identity {
-  /// Whether `round` and `prepare` leave nothing below +0 and no NaN but the canonical one: then the bits are magnitudes.
-  /// (An enumerator, since NVRTC would put a variable into every binary.)
+  /// Whether `round` and `prepare` leave nothing below +0 and no NaN but the canonical one: then the bits are
+  /// magnitudes. (An enumerator, since NVRTC would put a variable into every binary.)
   enum : bool { kNonNegative = false };
 
   /// From two fp32 sums.

@@ -1,4 +1,4 @@
-// Where a thread's part of the output lies, and 16-byte stores.
+// Where a thread's part of the output lies, in memory and among its accumulators; and 16-byte stores.
 #pragma once
 
 #include <cutlass/arch/memory.h>

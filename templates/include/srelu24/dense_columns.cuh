@@ -1,5 +1,6 @@
-// Some columns of a packed matrix to dense, rows in the order of the tokens, and zeros in their place in the form along
-// tokens: what a weight gradient computes densely is not in its sparse part. A thread does 16 rows of a column.
+// Expands some columns of a packed matrix, with rows in the order of the tokens, and sets these columns to zero in the
+// form that is packed along tokens: a weight gradient computes them densely, so its sparse part must not have them. A
+// thread does 16 rows of a column.
 #pragma once
 
 #include <srelu24/metadata.cuh>

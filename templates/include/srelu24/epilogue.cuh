@@ -33,11 +33,11 @@ __device__ __forceinline__ int column_of(BlockPosition const& at, int i) {
   return at.column + (Config::kLoadOrder == LoadOrder::kOwn16 ? 64 * (i / 2) + 16 * t + 8 * (i % 2) : 32 * i + 8 * t);
 }
 
-/// accumulators = bias + residual, where the kernel has them, no scales follow and this is the tile's first piece
-/// along K, else 0. Loaded
-/// straight into the accumulators, before the mainloop, they take no registers of their own. Zeros are set too, rather
-/// than told to the first MMA: it names the accumulators as inputs anyway, which would keep their registers taken
-/// between tiles, where the work is decoded.
+/// Sets the accumulators before the mainloop: to bias + residual where the kernel has them, no scales follow and this
+/// is the tile's first piece along K, else to 0. Loaded straight into the accumulators, bias and residual take no
+/// registers of their own. The first MMA could also be told to ignore the accumulators instead of having them set to
+/// zero, but it names them as inputs all the same, which would keep their registers taken between tiles, where the work
+/// is decoded.
 template <class Config, class Params>
 __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Params const& p, BlockPosition const& at,
                                            bool first_piece) {
@@ -75,7 +75,7 @@ __device__ __forceinline__ void initialize(float (&acc)[Config::kTileN / 2], Par
   }
 }
 
-/// What an array [m], or [1] with a step of 0, has for a thread's rows g and g + 8.
+/// Loads, from an array [m] with a step of 1 or [1] with a step of 0, what belongs to a thread's rows g and g + 8.
 __device__ __forceinline__ void load_of_rows(float (&x)[2], float const* of_rows, int step, int m,
                                              BlockPosition const& at) {
 #pragma unroll
@@ -85,7 +85,8 @@ __device__ __forceinline__ void load_of_rows(float (&x)[2], float const* of_rows
   }
 }
 
-/// Of an array over the tile's columns what a thread needs, eight for each of its accumulators [16i, 16i + 16).
+/// Loads, from an array over the tile's columns, what belongs to this thread's: x[8i + c] is that of column c of the
+/// eight that accumulators [16i, 16i + 16) hold.
 template <class Config>
 __device__ __forceinline__ void load_of_columns(float (&x)[Config::kTileN / 4], float const* of_columns,
                                                 BlockPosition const& at) {
@@ -103,15 +104,15 @@ __device__ __forceinline__ void load_of_columns(float (&x)[Config::kTileN / 4], 
 
 /// What 8-bit sums stand for: acc * b_scale * a_scale + bias + residual, each operation rounded by itself. Applied to
 /// a few accumulators at a time, right before they are stored, since registers are short. With Held the columns' scales
-/// are in registers all the same (load_of_columns).
+/// are in registers nevertheless (load_of_columns).
 template <class Config, class Params, bool Held = false>
 struct Scaling {
   using Output = typename Config::Output;
   Params const& p;
   BlockPosition const& at;
-  float const* column_scale;  // of the columns from at.column on, or what is held; and their bias
+  float const* column_scale;  // of the columns from at.column on; with Held, what load_of_columns has loaded
   float const* bias;
-  int columns;  // that may be read there
+  int columns;  // how many of them may be read
   float row_scale[2];
 
   /// Scales in global memory.
@@ -123,8 +124,9 @@ struct Scaling {
       load_of_rows(row_scale, p.scale.a, p.scale.a_step, p.m, at);
     }
   }
-  /// Scales that a kernel has brought nearer, with room for a whole tile's: a load from L2 for every few accumulators
-  /// takes longer than all the rest of the epilogue. Columns beyond the matrix get what lies there.
+  /// Scales that the kernel has already brought to shared memory or registers, where there is room for a whole tile's:
+  /// to load them from L2 for every few accumulators takes longer than all the rest of the epilogue. Columns beyond the
+  /// matrix are scaled by whatever lies there, and not stored.
   __device__ __forceinline__ Scaling(Params const& params, BlockPosition const& position, float const (&of_rows)[2],
                                      float const* of_columns, float const* biases)
       : p(params),
@@ -134,7 +136,7 @@ struct Scaling {
         columns(Config::kTileN),
         row_scale{of_rows[0], of_rows[1]} {}
 
-  /// To accumulators [16i, 16i + 16).
+  /// Scales accumulators [16i, 16i + 16).
   __device__ __forceinline__ void apply(float (&acc)[Config::kTileN / 2], int i) const {
     if constexpr (Config::kScaled) apply_scales(acc, i);
   }
@@ -186,12 +188,13 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
   using Element = typename Config::Output;
   using P = Packed<Element>;
   using Activation = typename Config::Activation;
-  auto start_of = [&](int h) {  // of what this thread stores of its row; the rest is at constants from there
+  // Where this thread's first vector of row half h goes; the others are at constant offsets from there.
+  auto start_of = [&](int h) {
     int64_t place = at.row + 8 * h;
     if constexpr (Config::kPermuted) place = p.tokens.token_of(place);
     return static_cast<Element*>(p.out) + place * p.out_stride + column_of<Config>(at, 0);
   };
-  constexpr bool kKeep = !(Config::kScaled && Config::kTileM == 192);  // or there is no register to keep it in
+  constexpr bool kKeep = !(Config::kScaled && Config::kTileM == 192);  // there is no register for it in those kernels
   Element* low = kKeep ? start_of(0) : nullptr;
   asm volatile("" : "+l"(low));  // else it would be worked out anew for every store
   Element* const rows[2] = {low, Config::kPermuted ? start_of(1) : low + 8 * p.out_stride};
@@ -213,7 +216,8 @@ __device__ __forceinline__ void store_dense(float (&acc)[Config::kTileN / 2], Pa
   }
 }
 
-/// Add this warp's non-zeros of 16 features to the global counts. `value[f]`: feature f of both rows.
+/// Adds this warp's non-zeros of 16 features to the global counts. `value[f]` holds feature f of both rows; the first
+/// `valid` features lie inside of the matrix.
 __device__ __forceinline__ void count_nonzeros16(uint32_t const (&value)[16], int32_t* counts, int valid) {
   int const g = threadIdx.x % 32 / 4;
   uint32_t sums[4] = {};  // four byte-wide counters a word: at most 16 rows

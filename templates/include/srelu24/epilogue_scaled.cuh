@@ -1,5 +1,5 @@
-// The pruned output of 8-bit GEMMs: metadata in the 8-bit fragment order, values either as bf16 on their way to row-wise
-// scales or as scaled e4m3 (docs/fp8.md).
+// The pruned output of 8-bit GEMMs: metadata in the 8-bit fragment order, values either as bf16 on their way to
+// row-wise scales or as scaled e4m3 (docs/fp8.md).
 #pragma once
 
 #include <cuda/std/type_traits>
@@ -9,21 +9,23 @@
 
 namespace srelu24 {
 
-/// Of 16 columns of rows g (low) and g + 8 (high) in every lane to 32 columns of one row: even lanes of a pair keep row
-/// g, odd lanes row g + 8. The left half of the columns comes first. E of the 8-bit instructions wants it so.
+/// Exchanges data between the two lanes of a pair. Before, each has 16 columns of rows g (low) and g + 8 (high); after,
+/// the even lane has 32 columns of row g and the odd lane 32 columns of row g + 8, as the 8-bit instructions need E.
+/// The result is what the other lane gives.
 __device__ __forceinline__ uint32_t trade(uint32_t low, uint32_t high, bool odd) {
   return __shfl_xor_sync(~0u, odd ? low : high, 1);
 }
 
-/// Of eight kept r, which are not negative, the largest in even and in odd places. NaN is above infinity.
+/// The largest of eight kept r, which are not negative: in the low half that of the even places, in the high half that
+/// of the odd ones. NaN is above infinity.
 __device__ __forceinline__ uint32_t largest_of(uint4 const& r) {
   return __vmaxu2(__vmaxu2(r.x, r.y), __vmaxu2(r.z, r.w));
 }
 
-/// Eight nibbles of E: four zeros keep the first two.
+/// Eight nibbles of E that each say 0 and 1: a group of four zeros keeps its first two.
 inline constexpr uint32_t kZeroGroups = 0x44444444u;
 
-/// Whether S is stored, not r.
+/// Whether the squares S are stored, in e4m3, and not the kept r in bf16.
 template <class Config>
 inline constexpr bool kStoresE4m3 = sizeof(typename Config::Output) == 1;
 
@@ -56,7 +58,8 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
   using Activation = Unfinished<typename Config::Activation>;
   constexpr bool kToE4m3 = kStoresE4m3<Config>;
   bool const odd = at.thread % 2 != 0;
-  // Beyond the matrix there may be anything, and it becomes zero groups: where it is decided on, not value by value.
+  // Beyond the matrix there may be anything. It becomes zero groups by a mask on E and on what is stored, which is less
+  // work than a mask on every value.
   uint32_t const rows = (at.row < p.m ? 0xffffu : 0u) | (at.row + 8 < p.m ? 0xffff0000u : 0u);
   uint32_t largest = 0, words[Config::kTileN / 64];
   int saturated = 0;
@@ -105,9 +108,9 @@ __device__ __forceinline__ void store_pruned_scaled(float (&acc)[Config::kTileN 
       p.out_metadata + layout.block(at.block, at.column / E::kVectorColumns) * E::kBlockVectors + at.thread;
   if constexpr (Config::kTileN == 256) {
     *metadata = make_uint4(words[0], words[1], words[2], words[3]);
-  } else if constexpr (Config::kTileN == 64) {  // others write the other words, beyond n too
+  } else if constexpr (Config::kTileN == 64) {  // other warps write the other words, those beyond n too
     reinterpret_cast<uint32_t*>(metadata)[E::word(at.column)] = words[0];
-  } else {  // half a vector; nobody else writes the other half of the last one
+  } else {  // half a vector; where the matrix ends in it, no other tile writes the other half
     static_assert(Config::kTileN == 128, "a thread writes one, two or four words of a vector of E");
     auto* const half = reinterpret_cast<uint2*>(metadata) + at.column % 256 / 128;
     *half = make_uint2(words[0], words[1]);

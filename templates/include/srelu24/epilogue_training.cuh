@@ -7,8 +7,8 @@
 
 namespace srelu24 {
 
-/// Prune this warp's 16 rows along tokens, for the 64 columns at `column`, and store values and E.
-/// `value[f]`: feature 16 t + f of both rows; zero beyond the matrix.
+/// Prunes this warp's 16 rows along tokens, for the 64 columns from `column` on, and stores values and E. `value[f]`
+/// holds feature 16 t + f of both rows; it is zero beyond the matrix.
 template <class Config, class Params>
 __device__ __forceinline__ void store_along_tokens(uint32_t const (&value)[16], Params const& p,
                                                    BlockPosition const& at, int column) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ void store_along_tokens(uint32_t const (&value)[16], 
   }
 }
 
-/// 2 d sqrt(s) in both halves, rounded once; zero where s is, whatever d is.
+/// 2 d sqrt(s) in both halves, rounded once; zero where s is zero, whatever d is.
 template <class Element>
 __device__ __forceinline__ uint32_t gradient2(uint32_t d, uint32_t s) {
   using P = Packed<Element>;
@@ -98,8 +98,8 @@ __device__ __forceinline__ void store_hidden_gradient(float (&acc)[Config::kTile
 }
 
 /// A weight gradient: the accumulators [m features, n], or transposed, as fp32 or in the storage type, added to what is
-/// there if asked. Columns are in their own order: a thread holds two neighbours of every eight. Transposed it swaps one
-/// of them with the thread of the next row, and holds two neighbouring rows instead.
+/// there if asked. Columns are in their own order: a thread holds two neighbours of every eight. Transposed it swaps
+/// one of them with the thread of the next row, and holds two neighbouring rows instead.
 template <class Config, class Params>
 __device__ __forceinline__ void store_weight_gradient(float (&acc)[Config::kTileN / 2], Params const& p,
                                                       BlockPosition const& at) {
@@ -123,7 +123,8 @@ __device__ __forceinline__ void store_weight_gradient(float (&acc)[Config::kTile
       if (row >= p.m || column >= p.n) continue;  // both are multiples of 64
       auto* const to = reinterpret_cast<Pair*>(Config::kTransposed ? out + column * p.out_stride + row
                                                                    : out + row * p.out_stride + column);
-      if constexpr (Config::kAccumulate && sizeof(Out) == 4) {  // nobody else adds to these, and nobody waits
+      // No other thread adds to these, and a reduction need not be waited for.
+      if constexpr (Config::kAccumulate && sizeof(Out) == 4) {
         asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
         continue;
       }

@@ -2,12 +2,12 @@
 // operand"). This is the only place that knows it.
 //
 // E is an array [ceil(rows / 64)][ceil(columns / 256)][128 threads][4 words], with `columns` those of the matrix before
-// packing. Word q of thread 32 w + 4 g + t covers, in 16-bit kernels, columns 64 q + 16 t .. + 15 of row 16 w + g in its
-// low half and of row 16 w + g + 8 in its high half. The four words of a thread are one 16-byte vector. (In 8-bit kernels
-// two neighbouring threads have exchanged halves, docs/fp8.md; what is said here of addresses holds for both.)
+// packing. Word q of thread 32 w + 4 g + t covers, in 16-bit kernels, columns 64 q + 16 t .. + 15 of row 16 w + g in
+// its low half and of row 16 w + g + 8 in its high half. The four words of a thread are one 16-byte vector. (In 8-bit
+// kernels two neighbouring threads have exchanged halves, docs/fp8.md; what is said here of addresses holds for both.)
 //
-// Some callers do the last additions themselves, on a block's number: the compiler orders the arithmetic as it finds it,
-// and the kernels that have few registers to spare came out otherwise when it stood in a function.
+// Some callers do the last additions themselves, on a block's number: the compiler orders the arithmetic as it finds
+// it, and the kernels that have few registers to spare came out otherwise when it stood in a function.
 #pragma once
 
 #include <srelu24/packed.cuh>
@@ -40,8 +40,8 @@ struct MetadataLayout {
     return e + block(row_block, column_block) * kBlockVectors;
   }
 
-  /// The thread of a block that holds row 16 * strip + g, where strip < 4 and g < 8, and columns 16 * t .. + 15 of every
-  /// 64. It holds row 16 * strip + g + 8 as well.
+  /// The thread of a block that holds row 16 * strip + g, where strip < 4 and g < 8, and columns 16 * t .. + 15 of
+  /// every 64. It holds row 16 * strip + g + 8 as well.
   static __device__ __forceinline__ constexpr int thread(int strip, int g, int t) { return 32 * strip + 4 * g + t; }
 
   /// The word of a vector that covers `column`.

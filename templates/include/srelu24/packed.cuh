@@ -101,7 +101,7 @@ __device__ __forceinline__ uint32_t round_e4m3(float a, float b, float c, float 
   return r;
 }
 
-/// The low halves of x and y, and the high halves: undoes the (row g, row g + 8) pairing.
+/// The low halves of x and y in one register, and the high halves in one: this undoes the pairing of rows g and g + 8.
 __device__ __forceinline__ uint32_t low_halves(uint32_t x, uint32_t y) {
   return __byte_perm(x, y, 0x5410);
 }

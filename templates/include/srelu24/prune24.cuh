@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t x, uint32_t y
   return (x & mask) | (y & ~mask);
 }
 
-/// Keep the two largest magnitudes of (a, b, c, d); `kept0` has the lower index.
+/// Keeps the two largest magnitudes of (a, b, c, d); `kept0` has the lower index.
 /// `nibble` gets 4 index bits at bit `Shift` (row g) and at bit `Shift + 16` (row g + 8).
 template <int Shift>
 __device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t const (&magnitude)[4], uint32_t& kept0,
@@ -39,7 +39,7 @@ __device__ __forceinline__ void prune_group(uint32_t const (&value)[4], uint32_t
   nibble |= ~low_pair & (0x00080008u << Shift);                           // i1 >= 2
 }
 
-/// Prune 16 neighbouring features: `value[f]` holds feature f of both rows.
+/// Prunes 16 neighbouring features: `value[f]` holds feature f of both rows. The result is their word of E.
 /// They come from Activation::round or prepare; selection is by magnitude, and kept values get Activation::finish.
 template <class Element, class Activation>
 __device__ __forceinline__ uint32_t prune16(uint32_t const (&value)[16], uint4& row_low, uint4& row_high) {

@@ -1,20 +1,20 @@
 // 2:4 pruning along rows (tokens), between the threads of one warp.
 //
 // A register holds one feature of row g (low half) and of row g + 8 (high half); a warp holds 16 rows, a thread 16
-// features of two of them. A group along tokens is rows 2i, 2i + 8, 2i + 1, 2i + 9 (training/order.py): the threads g =
-// 2i and g = 2i + 1 hold it, so one exchange of half of their registers brings whole groups together.
+// features of two of them. A group along tokens is rows 2i, 2i + 8, 2i + 1, 2i + 9 (srelu24/training/order.py): the
+// threads g = 2i and g = 2i + 1 hold it, so one exchange of half of their registers brings whole groups together.
 #pragma once
 
 #include <srelu24/prune24.cuh>
 
 namespace srelu24 {
 
-/// What the nibbles of one group of four features say of both rows: all ones in each half where it is so.
+/// What the nibbles of one group of four features say, for both rows: all ones in a half where it holds for its row.
 struct KeptMasks {
-  uint32_t first_is_1, first_is_2;    // of the first kept position; else it is 0
-  uint32_t second_odd, second_upper;  // of the second: 1 or 3; 2 or 3
+  uint32_t first_is_1, first_is_2;    // the first kept position; where neither holds it is 0
+  uint32_t second_odd, second_upper;  // the second kept position is 1 or 3; it is 2 or 3
 
-  /// `Shift`: of the group's nibble in either half of `word`.
+  /// `Shift` is the bit at which the group's nibble begins in each half of `word`.
   template <int Shift>
   static __device__ __forceinline__ KeptMasks of(uint32_t word) {
     auto const spread = [&](int bit) { return (word >> (Shift + bit) & 0x00010001u) * 0xffffu; };
@@ -55,8 +55,8 @@ struct KeptTokens {
   uint32_t word;        // nibbles of the warp's four groups: low half feature 16 t + g of 64, high half + 8
 };
 
-/// Keep the two largest magnitudes of every group along tokens; lower position first on ties, bits as they are.
-/// `value[f]`: feature f of both rows. All threads of the warp take part.
+/// Keeps the two largest magnitudes of every group along tokens, on ties the lower position first; kept values keep
+/// their bits. `value[f]` holds feature f of both rows. All threads of the warp take part.
 template <class Element>
 __device__ __forceinline__ KeptTokens prune_tokens16(uint32_t const (&value)[16]) {
   using P = Packed<Element>;

@@ -1,5 +1,6 @@
-// 16-bit rows to e4m3 with a scale each: one CTA a row, which is read once. For the GEMM that follows it also prepares
-// what the recipe needs of a row: a zero to take a maximum from, or a scale of S predicted from the row's norm.
+// Quantises 16-bit rows to e4m3 with a scale for each. One CTA does a row and reads it once. For the GEMM that follows
+// it also writes what the recipe needs for each row: the zero that a maximum begins from, or a scale of S that is
+// predicted from the row's norm.
 #pragma once
 
 #include <srelu24/scale.cuh>
@@ -20,14 +21,14 @@ struct QuantizeParams {
   int32_t m, n;
 };
 
-/// What rounding may add to Cauchy-Schwarz (srelu24/fp8/reference.py).
+/// By how much rounding may exceed the bound of Cauchy-Schwarz (srelu24/fp8/reference.py).
 inline constexpr float kBoundMargin = 1.07f;
 
 template <class Element>
 __device__ __forceinline__ void quantize_rows(QuantizeParams const& p) {
   using P = Packed<Element>;
   constexpr int kThreads = 128;
-  constexpr int kHeld = 8;  // vectors of 8 a thread keeps: 8192 columns; what is beyond is read again, from L1 or L2
+  constexpr int kHeld = 8;  // vectors that a thread keeps, 8192 columns of a row; others are read again, from L1 or L2
   int const row = blockIdx.x, thread = threadIdx.x, vectors = p.n / 8;
   auto const* in = reinterpret_cast<uint4 const*>(static_cast<Element const*>(p.in) + row * p.in_stride);
   auto* out = reinterpret_cast<uint2*>(static_cast<uint8_t*>(p.out) + row * p.out_stride);

@@ -7,7 +7,7 @@
 
 namespace srelu24 {
 
-/// The walk over the output's tiles. Divisors come with the host's multipliers.
+/// The order of the output's tiles. The host has prepared the divisions (FastDivmod).
 struct RasterParams {
   int32_t tiles, tiles_n;
   int32_t group;             // tiles walked along M before moving on along N: the height of a band
@@ -17,7 +17,7 @@ struct RasterParams {
 };
 
 struct Tile {
-  int m, n;  // in tiles; those of clusters on Hopper
+  int m, n;  // in tiles of a CTA under mma.sync, of a cluster under wgmma
 };
 
 /// Walks `group` tiles along M, then one along N: neighbours share B tiles, and a band of A

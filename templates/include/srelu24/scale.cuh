@@ -5,23 +5,25 @@
 
 namespace srelu24 {
 
-/// Scales of 8-bit operands and results (docs/fp8.md). A step is 1, or 0 where one scale serves all rows.
+/// Scales of 8-bit operands and results (docs/fp8.md). A step is the distance from one row's scale to the next: 1, or 0
+/// where one scale serves all rows.
 struct ScaleParams {
   float const* a;                 // [m] or [1]
   float const* b;                 // [n]
   float const* s_inverse;         // gemm_relu2_24 to e4m3: what r * r is multiplied by, [m] or [1]
-  uint32_t* r_largest;            // gemm_relu2_24 to bf16: bits of each row's largest r as a float [m], zero before
-  unsigned long long* saturated;  // gemm_relu2_24 to e4m3: values beyond the largest, added to
+  uint32_t* r_largest;            // gemm_relu2_24 to bf16: bits of each row's largest r as a float [m]; zero at launch
+  unsigned long long* saturated;  // gemm_relu2_24 to e4m3: a count of values that saturate, added to
   int32_t a_step, s_inverse_step;
 };
 
 inline constexpr float kLargestE4m3 = 448.f;
-/// Half way to the number that would come next: what is more saturates.
+/// Half way from the largest number to the one that would come next: what is greater than this saturates.
 inline constexpr float kUnreachableE4m3 = 464.f;
 /// Rows with a smaller largest magnitude are scaled as if it were this.
 inline constexpr float kSmallestAmax = 0x1p-96f;
 
-/// What a stored value stands for, given the largest magnitude its row has to hold. NaN passes.
+/// By what a stored value is multiplied to give what it stands for, from the largest magnitude in its row. NaN gives
+/// NaN.
 __device__ __forceinline__ float scale_of(float largest) {
   return __fdiv_rn(largest < kSmallestAmax ? kSmallestAmax : largest, kLargestE4m3);
 }

@@ -1,4 +1,5 @@
-// The kept r of a packed matrix to S in e4m3, each row scaled by its own largest value. One CTA a row. E stays.
+// Squares the kept r of a packed matrix to S in e4m3, each row scaled by its own largest value. One CTA does a row. E
+// is the same for both and not touched.
 #pragma once
 
 #include <srelu24/scale.cuh>
@@ -16,7 +17,7 @@ struct SquareParams {
 };
 
 __device__ __forceinline__ void square_rows(SquareParams const& p) {
-  constexpr int kAtOnce = 8;                       // vectors a thread asks for before it uses the first
+  constexpr int kAtOnce = 8;                       // vectors that a thread loads before it uses the first
   int const row = blockIdx.x, vectors = p.n / 16;  // of 8 kept values
   int const ends = (vectors + 1) / 2 * 2;          // rows of the output are padded to 16 bytes, with zeros
   auto const* in = reinterpret_cast<uint4 const*>(static_cast<cutlass::bfloat16_t const*>(p.in) + row * p.in_stride);

@@ -1,4 +1,4 @@
-// A 16-bit matrix to its transpose, in tiles of 64 x 64 through shared memory. One CTA of 256 threads a tile.
+// Transposes a 16-bit matrix, in tiles of 64 x 64 that pass through shared memory. A CTA of 256 threads does a tile.
 #pragma once
 
 #include <srelu24/sm90/params.cuh>

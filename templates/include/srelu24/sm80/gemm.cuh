@@ -1,7 +1,8 @@
 // The GEMM kernels on mma.sync and mma.sp: a CTA computes one tile, from cp.async to epilogue.
 //
-// Config (bound by the template) names the element type, the tile, the warps, the load order and the epilogue. All warps
-// load and all multiply; each owns kWarpM x kWarpN of the tile in its registers. They run on every GPU from Ampere on.
+// Config (bound by the template) names the element type, the tile, the warps, the load order and the epilogue. All
+// warps load and all multiply; each owns kWarpM x kWarpN of the tile in its registers. They run on every GPU from
+// Ampere on.
 #pragma once
 
 #include <srelu24/epilogue_scaled.cuh>
@@ -30,8 +31,9 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
   using View = OfWarp<Config>;
   constexpr int kWarpsN = Config::kTileN / Config::kWarpN;
 
-  // Which part is this warp's is asked twice, so that the answer takes no registers in between.
-  auto number = [&](int& slice) {  // of the tile
+  // Which part of the tile is this warp's is computed before the mainloop and again after it, so that it takes no
+  // registers in between.
+  auto number = [&](int& slice) {  // of the tile, and the slice of its K
     int tile = unknown(blockIdx.x);
     if constexpr (Config::kStreamK) {
       p.split.slices(tile, slice, tile);
@@ -77,7 +79,7 @@ __device__ __forceinline__ void gemm(GemmParams const& p) {
 #pragma unroll
   for (int s = 0; s < Mainloop<Config>::kStrips; ++s) {
     BlockPosition const at = position(mine, s);
-    if (64 * at.block >= p.m) continue;  // no row of this block of E is there
+    if (64 * at.block >= p.m) continue;  // no row of this block of E is inside of the matrix
     if constexpr (Config::kPrune && Config::kScaled) {
       float s_inverse[2] = {};
       if constexpr (kStoresE4m3<View>) load_of_rows(s_inverse, p.scale.s_inverse, p.scale.s_inverse_step, p.m, at);

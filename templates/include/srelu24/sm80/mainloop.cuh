@@ -1,9 +1,10 @@
 // Shared memory to accumulators: one warp's kWarpM x 64 part of the tile, in strips of 16 rows.
 //
-// An MMA takes 32 bytes of K of A, packed or not. The operands come from shared memory ahead of it: those of B by kAhead
-// `items`, an item being what one ldmatrix brings (16 columns x 32 bytes of K; under a sparse MMA 8 columns x 64), those
-// of A with the first of B. This goes on across k-blocks: behind the barrier between two of them the tensor cores have
-// the MMAs of kAhead items to do while all warps load at once. The copies of a later k-block are spread over the steps.
+// An MMA takes 32 bytes of K of A, packed or not. The operands come from shared memory ahead of it: those of B by
+// kAhead `items`, an item being what one ldmatrix brings (16 columns x 32 bytes of K; under a sparse MMA 8 columns x
+// 64), those of A with the first of B. This goes on across k-blocks: behind the barrier between two of them the tensor
+// cores have the MMAs of kAhead items to do while all warps load at once. The copies of a later k-block are spread over
+// the steps.
 #pragma once
 
 #include <srelu24/sm80/mma.cuh>
@@ -44,7 +45,7 @@ struct Mainloop {
   LoaderA from_a;
   LoaderB from_b;
 
-  /// Asks for the first k-blocks.
+  /// Starts the copies of the first k-blocks.
   __device__ __forceinline__ Mainloop(GemmParams const& params, Part const& part, uint32_t shared)
       : p(params),
         at(part),
@@ -114,16 +115,16 @@ struct Mainloop {
         if (++block == at.k_end) break;
       }
     }
-    cute::cp_async_wait<0>();  // of the groups that hold nothing
+    cute::cp_async_wait<0>();  // groups beyond the last k-block, which hold nothing
   }
 
  private:
-  /// Of a row of B before k-block `block`.
+  /// How many bytes of a row of B lie before k-block `block`.
   __device__ __forceinline__ int64_t bytes(int block) const {
     return min(static_cast<int64_t>(block) * Config::kTileK, static_cast<int64_t>(p.k)) * sizeof(Element);
   }
 
-  /// Of the next k-block to be asked for, the copies `first` to `first + count`.
+  /// Starts copies `first` to `first + count` of the next k-block that has not been copied.
   __device__ __forceinline__ void copy(uint32_t stage, int first, int count) const {
     from_a.copy(stage, first, count);
     from_b.copy(stage + kStageBytesA, max(first - LoaderA::kCopies, 0), first + count - max(first, LoaderA::kCopies));
@@ -136,7 +137,7 @@ struct Mainloop {
     from_b.advance();
   }
 
-  /// Wait until the next k-block is there, for all warps. kStages - 1 blocks are on their way.
+  /// Waits until the next k-block has arrived, for all warps. kStages - 1 k-blocks are in flight before.
   __device__ __forceinline__ static void arrive() {
     cute::cp_async_wait<Config::kStages - 2>();
     __syncthreads();

@@ -1,4 +1,4 @@
-// The MMAs of a warp on what is in registers, and E, which a sparse one needs besides.
+// The MMAs of a warp on operands in registers, and the E that sparse ones need besides.
 #pragma once
 
 #include <cutlass/arch/mma_sparse_sm80.h>
@@ -11,9 +11,10 @@
 
 namespace srelu24 {
 
-/// The words of E that a thread feeds to its MMAs, in vectors of 16 bytes a strip that serve 256 of K: kBlocks
-/// k-blocks, with kWords words each. A 16-bit MMA takes the word of the k-block from lanes t = 0, 1 for the first 32 of
-/// its 64 columns and from 2, 3 for the others, as the MMA's selector says; an 8-bit one the word of its step from all.
+/// The words of E that a thread feeds to its MMAs. For each strip it holds a 16-byte vector, which serves 256 of K:
+/// kBlocks k-blocks, with kWords words each. A 16-bit MMA takes the word of the k-block from lanes t = 0, 1 for the
+/// first 32 of its 64 columns and from 2, 3 for the others, as the MMA's selector says; an 8-bit one the word of its
+/// step from all.
 template <class Config, int Strips>
 struct Metadata {
   using E = MetadataLayout;
@@ -23,8 +24,8 @@ struct Metadata {
 
   uint4 const* source;
   uint4 vector[Strips];
-  uint32_t word[Strips];  // at hand
-  int left;               // vectors to come
+  uint32_t word[Strips];  // of the current step
+  int left;               // vectors after this one
 
   /// From row `first`, of a block of 64 in which all strips lie; k-blocks from `begin` to `end`.
   __device__ __forceinline__ Metadata(GemmParams const& p, int first, int begin, int end) {
@@ -38,7 +39,7 @@ struct Metadata {
     }
   }
 
-  /// On to `step` of k-block `q` of the vector. With a vector's last word the next vector is asked for.
+  /// Goes on to `step` of k-block `q` of the vector. With a vector's last word the load of the next one begins.
   __device__ __forceinline__ void take(int q, int step) {
     if constexpr (Config::kSparse) {
       if (step >= kWords) return;
@@ -49,7 +50,7 @@ struct Metadata {
         word[s] = all[w];
       }
       if (w == 3) {
-        source += left > 0 ? E::kBlockVectors : 0;  // the last one once more, for nobody
+        source += left > 0 ? E::kBlockVectors : 0;  // after the last one it is loaded again, and not used
         --left;
         load();
       }

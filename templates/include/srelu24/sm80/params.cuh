@@ -1,4 +1,5 @@
-// The GEMM kernels' arguments, as srelu24/launch_sm80.py packs them: keep the two in step.
+// The arguments of the mma.sync GEMM kernels, as srelu24/arguments.py packs them. tests/compile/test_parameters.py
+// holds every field to the place where it is packed.
 #pragma once
 
 #include <srelu24/raster.cuh>
@@ -6,20 +7,20 @@
 
 namespace srelu24 {
 
-/// How the CTAs of a tile share its K (split.cuh), in units of 256, a vector of E.
+/// How the CTAs of a tile share its K (split.cuh). A unit is 256 of K, what a vector of E covers.
 struct SplitKParams {
   cutlass::FastDivmod slices;  // CTAs of a tile
-  int32_t units, extra;        // every slice takes `units`, the first `extra` of them one more
+  int32_t units, extra;        // every slice takes `units`, the first `extra` slices take one more
   float4* partials;            // what all slices but the last leave, kTileM * kTileN floats each
-  int32_t* flags;              // one a tile, zero at launch and again after it
+  int32_t* flags;              // one for each tile: slices that have arrived; zero before and after a launch
 };
 
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
 struct GemmParams {
-  void const* a;          // [m, k], or the packed values [m, k / 2]
+  void const* a;          // [m, k]; for spgemm the packed values [m, k / 2]
   void const* b;          // [n, k]
   uint4 const* metadata;  // spgemm: E of A, [ceil(m / 64)][ceil(k / 256)][128]
-  void* out;              // [m, n], or the packed values [m, n / 2]
+  void* out;              // [m, n]; for gemm_relu2_24 the packed values [m, n / 2]
   uint4* out_metadata;    // gemm_relu2_24: E of the output, [ceil(m / 64)][ceil(n / 256)][128]
   void const* bias;       // [n] or null; fp32 where operands have scales
   void const* residual;   // [m, n] or null

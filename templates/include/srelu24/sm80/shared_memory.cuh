@@ -1,5 +1,5 @@
-// To and from shared memory by its 32-bit addresses: asynchronous copies, and the matrices of an MMA. CuTe's copies take
-// all of 16 bytes or none, and its ldmatrix a generic address, whose conversion hides what is constant in it.
+// To and from shared memory by its 32-bit addresses: asynchronous copies, and the matrices of an MMA. CuTe's copies
+// take all of 16 bytes or none, and its ldmatrix a generic address, whose conversion hides what is constant in it.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -8,7 +8,7 @@
 
 namespace srelu24 {
 
-/// 16 bytes to shared memory, zeros if `zero`; nothing where not `there`.
+/// Copies 16 bytes to shared memory, or writes 16 zeros if `zero`. Without `there` it does nothing.
 __device__ __forceinline__ void copy16(uint32_t shared, void const* global, bool zero, bool there) {
   asm volatile(
       "{.reg .pred zero, there;\n"
@@ -19,7 +19,7 @@ __device__ __forceinline__ void copy16(uint32_t shared, void const* global, bool
       : "memory");
 }
 
-/// The same of which the first `bytes` are read and the others zero.
+/// The same, but only the first `bytes` of the 16 are read; the others become zero.
 __device__ __forceinline__ void copy_first(uint32_t shared, void const* global, int bytes, bool there) {
   asm volatile(
       "{.reg .pred there;\n"
@@ -37,7 +37,7 @@ __device__ __forceinline__ void const* address(void const* p, uint32_t a, uint32
   return sum;
 }
 
-/// x, of which the compiler does not know that it is always the same.
+/// x itself, but the compiler cannot know that two calls give the same, so it does not keep what follows from it.
 __device__ __forceinline__ uint32_t unknown(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -1,6 +1,6 @@
-// A tile whose K several CTAs share: their sums pass through global memory to the CTA with the last slice of K, which adds
-// them in a fixed order and stores the result. CTAs of a tile are neighbours, and that one is the last of them: it waits
-// only for CTAs before it.
+// A tile whose K several CTAs share: their sums pass through global memory to the CTA with the last slice of K, which
+// adds them in a fixed order and stores the result. CTAs of a tile are neighbours, and that one is the last of them: it
+// waits only for CTAs before it.
 #pragma once
 
 #include <cutlass/barrier.h>
@@ -21,7 +21,8 @@ __device__ __forceinline__ float4* partial_sums(SplitKParams const& p, int tile,
   return p.partials + slot * (Accumulators / 4 * Threads) + threadIdx.x;
 }
 
-/// What to do with the sums of a slice: true when they are now whole and this CTA stores them.
+/// Leaves the sums of a slice for the CTA with the last one, or there adds all others. True where the sums are now
+/// whole and this CTA has to store them.
 template <int Threads, int Strips, int Columns>
 __device__ __forceinline__ bool reduce(float (&acc)[Strips][Columns], SplitKParams const& p, int tile, int slice) {
   constexpr int kAccumulators = Strips * Columns;

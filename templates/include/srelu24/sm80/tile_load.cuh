@@ -2,7 +2,8 @@
 //
 // A row of a k-block is kRowBytes in shared memory: 128, or 64 of packed A. Its 16-byte chunks are permuted by an
 // exclusive or with the row, so that the eight rows an ldmatrix reads at one k lie in different banks. Rows of B lie in
-// the kernel's LoadOrder. What is beyond K is zero; rows beyond M or N are not loaded: what comes of them is not stored.
+// the kernel's LoadOrder. What is beyond K is zero; rows beyond M or N are not loaded: what comes of them is not
+// stored.
 #pragma once
 
 #include <srelu24/load_order.cuh>
@@ -46,7 +47,8 @@ struct TileLoader {
   uint32_t const stride;       // 16 bytes between rows
   uint32_t const destination;  // of that chunk, from the tile's start
 
-  /// Of `matrix`, which has so many rows, the tiles from `first_row` on, and of its rows the bytes [begin, end).
+  /// Loads from `matrix` of `matrix_rows` rows: a tile's rows begin at `first_row`, and of each row it takes the bytes
+  /// [begin, end), a k-block at a time.
   __device__ __forceinline__ TileLoader(void const* matrix, int64_t stride_bytes, int matrix_rows, int first_row,
                                         int64_t begin, int64_t end)
       : source(static_cast<uint8_t const*>(matrix) + (first_row + row()) * stride_bytes + begin + 16 * chunk()),
@@ -55,8 +57,8 @@ struct TileLoader {
         stride(static_cast<uint32_t>(stride_bytes / 16)),
         destination(chunk_offset<RowBytes>(threadIdx.x / kChunks, chunk())) {}
 
-  /// Copies `first` to `first + count`, of kCopies, of the next k-block to the tile at `tile`. Beyond the last k-block
-  /// they are none.
+  /// Starts this thread's copies number `first` to `first + count` (of kCopies) of the next k-block, into the tile at
+  /// `tile`. Beyond the last k-block it copies nothing.
   __device__ __forceinline__ void copy(uint32_t tile, int first, int count) const {
     int const limit = left > -2 * chunk() ? rows : 0;
 #pragma unroll
@@ -72,7 +74,7 @@ struct TileLoader {
     }
   }
 
-  /// On to the next k-block.
+  /// Goes on to the next k-block.
   __device__ __forceinline__ void advance() {
     source += RowBytes;
     left -= RowBytes / 8;

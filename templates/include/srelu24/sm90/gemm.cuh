@@ -1,9 +1,9 @@
 // The wgmma GEMM kernels, from TMA to epilogue. CTAs are persistent: each works on one tile after the other.
 //
-// Config (bound by the template) names the element type, the tile, the MMA atoms, the load order and the epilogue. With a
-// producer warpgroup, warpgroup 0 only loads (`produce`) and hands its registers to the consumers (`consume`). Without
-// one, thread 0 of the first consumer loads between its MMAs (ProducerThread), which leaves room for three consumers of
-// 168 registers: a tile of 192 rows reads fewer bytes per FLOP than one of 128.
+// Config (bound by the template) names the element type, the tile, the MMA atoms, the load order and the epilogue. With
+// a producer warpgroup, warpgroup 0 only loads (`produce`) and hands its registers to the consumers (`consume`).
+// Without one, thread 0 of the first consumer loads between its MMAs (ProducerThread), which leaves room for three
+// consumers of 168 registers: a tile of 192 rows reads fewer bytes per FLOP than one of 128.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

@@ -37,7 +37,8 @@ struct MatrixDescriptor {
   }
 };
 
-/// The same of an MN-major operand: one of K is a row of 128 bytes, and 64 of M or N are `LeadingBytes` apart.
+/// The same for an MN-major operand: a row of 128 bytes holds 64 of M or N at one index of K, and the next 64 of M or N
+/// are `LeadingBytes` further.
 template <int LeadingBytes>
 struct MnMajorDescriptor {
   // A descriptor's address has no room for the rank in the cluster, which the shared address carries in its high bits:
@@ -49,7 +50,7 @@ struct MnMajorDescriptor {
   __device__ __forceinline__ explicit MnMajorDescriptor(void const* smem)
       : low((cute::cast_smem_ptr_to_uint(smem) & kAddressBits) >> 4 | LeadingBytes >> 4 << 16) {}
 
-  /// The descriptor as much further along K as `bytes` of a K-major row: 2 bytes are one of K.
+  /// The descriptor further along K by as much as `bytes` are in a K-major row, where an element takes 2 bytes.
   __device__ __forceinline__ uint64_t at(int bytes) const {
     cute::GmmaDescriptor d;
     d.bitfield.stride_byte_offset_ = 8 * 128 >> 4;
@@ -75,8 +76,8 @@ struct Mainloop {
 
   __device__ __forceinline__ Mainloop(SharedStorage<Config>& s, int consumer) : shared(s), warpgroup(consumer) {}
 
-  /// accumulators += A B^T over `k_blocks` k-blocks, dense A. The producer's turn comes once per step, while MMAs fly,
-  /// that of `at_end` once the last are issued: it may load what the epilogue needs.
+  /// accumulators += A B^T over `k_blocks` k-blocks, dense A. `producer` is called once in each step, while MMAs are in
+  /// flight; `at_end` once the last MMAs are issued, where it may load what the epilogue needs.
   template <class Producer, class AtEnd>
   __device__ __forceinline__ void dense(Accumulators& accumulators, int k_blocks, Producer& producer, AtEnd&& at_end) {
     Accumulators own;
@@ -97,8 +98,8 @@ struct Mainloop {
     drain(accumulators, sums);
   }
 
-  /// accumulators += A B^T with 2:4 A, likewise. `metadata` points at this thread's E: a 16-byte vector feeds 256 of
-  /// K, the next one is 128 vectors on. `e` holds the first, already loaded; it is used up.
+  /// The same for a packed A. `metadata` points at this thread's E: a 16-byte vector feeds 256 of K, and the next one
+  /// lies a block of E further. `e` holds the first vector, already loaded, and something else afterwards.
   template <class Producer, class AtEnd>
   __device__ __forceinline__ void sparse(Accumulators& accumulators, int k_blocks, uint4 const* metadata,
                                          uint32_t (&e)[4], Producer& producer, AtEnd&& at_end) {
@@ -128,7 +129,7 @@ struct Mainloop {
   }
 
  private:
-  /// The k-blocks of one vector of E; loads the next vector. True once the last k-block is issued.
+  /// Multiplies the k-blocks of one vector of E, and loads the next vector. True once the last k-block is issued.
   template <class Producer>
   __device__ __forceinline__ bool sparse_vector(Accumulators& accumulators, bool& first, int& left,
                                                 uint4 const*& metadata, uint32_t (&e)[4], uint32_t (&next)[4],
@@ -178,8 +179,8 @@ struct Mainloop {
     }
   }
 
-  /// Where the tensor cores sum. They keep fewer bits of 8-bit sums than fp32 has, so with kPromote they sum 128 products
-  /// (a dense k-block, a vector of E) into accumulators of their own, which are then added in fp32.
+  /// Where the tensor cores sum. They keep fewer bits of 8-bit sums than fp32 has, so with kPromote they sum 128
+  /// products (a dense k-block, a vector of E) into accumulators of their own, which are then added in fp32.
   static __device__ __forceinline__ Accumulators& sums_of(Accumulators& accumulators, Accumulators& own) {
     if constexpr (!Config::kPromote) return accumulators;
     zero(own);

@@ -1,4 +1,6 @@
-// The kernels' arguments, as srelu24/launch.py packs them: keep the two in step.
+// The arguments of the wgmma GEMM kernels and of a training step's movers, as srelu24/launch.py and
+// srelu24/training/movers.py pack them. tests/compile/test_parameters.py holds every field to the place where it is
+// packed.
 #pragma once
 
 #include <srelu24/raster.cuh>
@@ -11,17 +13,18 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-/// Stream-K: how the tiles that do not fill a whole wave are split along K (work.cuh). A unit is four k-blocks.
+/// Stream-K: how the tiles that do not fill a whole wave are split along K (work.cuh). A unit is 256 of K, what a
+/// vector of E covers: four k-blocks in 16 bits, two in 8 bits.
 struct SplitParams {
   int32_t first_tile;              // tiles from here on are split; the number of tiles when none are
-  int32_t units, extra;            // every cluster takes `units`, the first `extra` clusters one more
+  int32_t units, extra;            // every cluster takes `units`, the first `extra` clusters take one more
   cutlass::FastDivmod tile_units;  // units of one tile
-  float4* partials;                // one slot a consumer warpgroup: [kTileN / 8][128]
-  uint32_t* flags;                 // one a slot, zero at launch and again after it
+  float4* partials;                // a slot for each consumer warpgroup of the grid: [kTileN / 8][128]
+  uint32_t* flags;                 // one for each slot: whether it is filled; zero before and after a launch
 };
 
-/// Training kernels: the operand packed along tokens, the S of a backward pass, and the order of rows
-/// (training/order.py).
+/// What only the training kernels take: the operand packed along tokens, the S of a backward pass, and the order of
+/// rows (srelu24/training/order.py).
 struct TokenParams {
   void* values;             // kept values along tokens [m / 2, stride], rows in the order of the groups
   uint32_t* metadata;       // E of its transpose: [ceil(n / 64)][ceil(m / 256)][128][4]
@@ -35,11 +38,11 @@ struct TokenParams {
 
 /// Arguments of gemm, gemm_relu2_24 and spgemm. Output is [m, n] before packing; k is uncompressed.
 struct GemmParams {
-  TensorMap a;        // [m, k], or the packed values [m, k / 2]
-  TensorMap b_share;  // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
-  TensorMap b_rows[2];
+  TensorMap a;              // [m, k]; for spgemm the packed values [m, k / 2]
+  TensorMap b_share;        // [n, k] in the row order of LoadOrder, see sm90/tile_load.cuh
+  TensorMap b_rows[2];      // the same for a share with a ragged end
   uint4 const* metadata;    // spgemm: E of A, [ceil(m / 64)][ceil(k / 256)][128]
-  void* out;                // [m, n], or the packed values [m, n / 2]
+  void* out;                // [m, n]; where the output is packed, its values [m, n / 2]
   uint4* out_metadata;      // gemm_relu2_24: E of the output, [ceil(m / 64)][ceil(n / 256)][128]
   void const* bias;         // [n] or null; fp32 where operands have scales
   void const* residual;     // [m, n] or null

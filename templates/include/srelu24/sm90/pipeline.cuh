@@ -9,7 +9,7 @@
 
 namespace srelu24 {
 
-/// A position in the ring and the parity its barriers have there.
+/// A stage of the ring, and the parity of the phase that is waited for at its barriers.
 template <int Stages>
 struct RingPosition {
   int stage;
@@ -33,17 +33,19 @@ struct RingPosition {
 /// What a CTA still has to load for a piece of work. 16 bytes: one access to shared memory.
 struct alignas(16) Load {
   int k, k_end;  // next and end, in elements; nothing is left once they meet
-  int row;       // first row of A
-  int column;    // first row of B of this CTA's share
+  int row;       // first row of A that this CTA loads
+  int column;    // first row of B in this CTA's share: a column of the output
 };
 
-/// Works that a producer thread may know of, counted from the one its warpgroup multiplies: it has loaded at most
-/// kStages - kProducerLag k-blocks ahead, each of which may be a work, and knows what it loads next.
+/// How many works a producer thread may know of, from the one that its warpgroup multiplies on. It loads at most
+/// kStages - kProducerLag k-blocks ahead, each of which may be a work of its own, and knows the work that it loads
+/// next.
 template <class Config>
 inline constexpr int kWorksAhead = Config::kStages - Config::kProducerLag + 2;
 
-/// Scales and biases of a tile's columns, for two works that take turns: what a warpgroup still reads is not written.
-/// `full` completes when they have arrived, `empty` when every consumer warp has read them.
+/// Scales and biases of a tile's columns, for two works in turn, so that those of the next work may arrive while a
+/// warpgroup still reads those of this one. `full` completes when they have arrived, `empty` when every consumer warp
+/// has read them.
 template <class Config>
 struct ColumnScales {
   alignas(16) float scale[2][Config::kTileN];
@@ -58,7 +60,8 @@ struct ColumnScales {
     }
   }
 
-  /// By one thread: have those of work `w` brought, which begin at `column`. What lies beyond the matrix stays as it is.
+  /// Called by one thread: starts the copies for work `w`, whose columns begin at `column`. Places of columns beyond
+  /// the matrix are not written.
   __device__ __forceinline__ void load(GemmParams const& p, int w, int column) {
     int const turn = w % 2, bytes = 4 * min(Config::kTileN, p.n - column);  // n is a multiple of 16
     empty[turn].wait(w / 2 % 2 ^ 1);
@@ -71,7 +74,7 @@ struct ColumnScales {
   }
   __device__ __forceinline__ void wait(int w) { full[w % 2].wait(w / 2 % 2); }
 
-  /// By all threads of a warp.
+  /// Called by all threads of a warp: they have read what they need for work `w`.
   __device__ __forceinline__ void release(int w) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) empty[w % 2].arrive();
@@ -80,8 +83,8 @@ struct ColumnScales {
 
 struct NoColumnScales {};
 
-/// Ring of Config::kStages k-blocks. `full` completes when the TMA has written a stage, `empty` when every
-/// consumer warpgroup of every CTA that received the stage's B has read it.
+/// Shared memory of a CTA. First the ring of Config::kStages k-blocks: `full` completes when the TMA has written a
+/// stage, `empty` when every consumer warpgroup of every CTA that received the stage's B has read it.
 template <class Config>
 struct SharedStorage {
   static constexpr int kPackingA = Config::kSparse ? 2 : 1;
@@ -98,7 +101,7 @@ struct SharedStorage {
   cutlass::arch::ClusterTransactionBarrier full[Config::kStages];
   cutlass::arch::ClusterBarrier empty[Config::kStages];
   Load loads[Config::kProducerWarpgroup ? 1 : kWorksAhead<Config>];  // by work number, modulo the size
-  SharedPieces pieces[Config::kConsumers * 4];                       // one a warp
+  SharedPieces pieces[Config::kConsumers * 4];                       // one for each consumer warp
   cuda::std::conditional_t<Config::kScaled, ColumnScales<Config>, NoColumnScales> columns;
 };
 

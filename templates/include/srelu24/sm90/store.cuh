@@ -1,5 +1,5 @@
-// Which epilogue stores a consumer warpgroup's part of a tile, and for which kernels there are registers to load ahead of
-// time what it needs.
+// Which epilogue stores a consumer warpgroup's part of a tile, and for which kernels there are registers to load ahead
+// of time what it needs.
 #pragma once
 
 #include <srelu24/epilogue_scaled.cuh>
@@ -8,15 +8,15 @@
 namespace srelu24 {
 
 /// Whether a consumer keeps in registers what it needs between two mainloops: its pieces, and the scales of the tile's
-/// columns. What it reads of shared memory there waits behind the other warpgroup's MMAs, and an 8-bit mainloop is short.
-/// Biases would take the registers; where tiles are split it was slower (docs/performance-log.md).
+/// columns. What it reads of shared memory there waits behind the other warpgroup's MMAs, and an 8-bit mainloop is
+/// short. Biases would take the registers; where tiles are split it was slower (docs/performance-log.md).
 template <class Config>
 inline constexpr bool kHoldsScales =
     Config::kScaled && Config::kSparse && Config::kProducerWarpgroup && Config::kConsumers == 2 && !Config::kBias &&
     !Config::kPromote && !Config::kStreamK;
 
-/// Whether there are registers for what can be loaded before it is needed: the scales of a thread's rows in the mainloop,
-/// and the next tile's first E before this tile is stored.
+/// Whether there are registers for what can be loaded before it is needed: the scales of a thread's rows in the
+/// mainloop, and the next tile's first E before this tile is stored.
 template <class Config>
 inline constexpr bool kLoadsEarly =
     !(Config::kScaled && Config::kConsumers == 3 && (Config::kSparse || Config::kStreamK));

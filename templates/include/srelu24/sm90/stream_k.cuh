@@ -16,7 +16,7 @@ namespace srelu24 {
 /// One consumer warpgroup's place in the workspace.
 template <class Config>
 struct PartialSlot {
-  static constexpr int kVectors = Config::kTileN / 8;  // float4s of a thread
+  static constexpr int kVectors = Config::kTileN / 8;  // float4s that a thread's accumulators are
   SplitParams const& split;
   int const index, barrier;
 
@@ -45,7 +45,7 @@ struct PartialSlot {
     if (threadIdx.x % 128 == 0) {
       uint32_t ready = 0;
       while (ready == 0) asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(split.flags + index));
-      split.flags[index] = 0;  // each slot has one owner; the next launch finds the flag as this one did
+      split.flags[index] = 0;  // only one cluster reads this slot; the next launch needs the flag at zero again
     }
     cutlass::arch::NamedBarrier::sync(128, barrier);
     float4 const* const p = vectors();
@@ -60,7 +60,8 @@ struct PartialSlot {
   }
 };
 
-/// What to do with the sums of a piece of a tile: true when they are now whole and this cluster stores them.
+/// Hands the sums of a piece of a tile to its owner, or as the owner adds the others'. True where the sums are now
+/// whole and this cluster has to store them.
 template <class Config>
 __device__ __forceinline__ bool reduce(float (&acc)[Config::kTileN / 2], GemmParams const& p, Piece const& piece,
                                        int cta, int consumer) {

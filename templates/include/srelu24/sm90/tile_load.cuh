@@ -1,6 +1,7 @@
 // Global to shared memory: the TMA loads of one CTA, one k-block at a time.
 //
-// Rows of B are loaded in a LoadOrder, in blocks of 32 (kOwn8) or 64 (kOwn16). One box loads a CTA's whole share of the tile:
+// Rows of B are loaded in a LoadOrder, in blocks of 32 (kOwn8) or 64 (kOwn16). One box loads a CTA's whole share of the
+// tile:
 //
 //   b_share   {k, b: 2, t: 4, j, blocks}    strides in rows of B: 1, 8 or 16, 2, the block
 //
@@ -28,14 +29,14 @@ struct TileLoader {
   SharedStorage<Config>& shared;
   int const cta;  // rank in the cluster
 
-  /// All that this CTA loads for the work at `index`.
+  /// What this CTA has to load for the work at `index`.
   __device__ __forceinline__ Load of(int index) const {
     Work const work = work_at<Config>(params, index);
     return {work.k_begin * Config::kTileK, work.exists() ? work.k_end * Config::kTileK : work.k_begin * Config::kTileK,
             (work.tile.m * Config::kClusterM + cta) * Config::kTileM, work.tile.n * Config::kTileN + cta * kShareRows};
   }
 
-  /// Issue the loads of the next k-block, when its place in the ring is free.
+  /// Waits until the stage at `at` is free, then issues the loads of the next k-block into it.
   __device__ __forceinline__ void issue(Load& load, Ring const& at) const {
     shared.empty[at.stage].wait(at.phase);
     shared.full[at.stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);
@@ -99,15 +100,16 @@ struct TileLoader {
   }
 };
 
-/// A consumer thread that also loads, a k-block per step of its mainloop. What it loads next is in registers, since what
-/// it reads back from shared memory in a step presumably waits behind the tensor cores' own reads (performance-log.md).
-/// Works are worked out between tiles, where registers are free, and wait in shared memory for their turn.
+/// A consumer thread that also loads, one k-block in each step of its mainloop. What it loads next is in registers,
+/// since what it reads from shared memory in a step presumably waits behind the tensor cores' own reads
+/// (docs/performance-log.md). What comes after is computed between tiles, where registers are free, and kept in shared
+/// memory until its turn.
 template <class Config>
 struct ProducerThread {
   static constexpr int kLag = Config::kProducerLag;
 
   TileLoader<Config> const loader;
-  bool const active;  // this thread is the one
+  bool const active;  // whether this is the thread that loads
   int work = 0;       // number of the work that `load` belongs to
   Load load;
 
@@ -123,10 +125,10 @@ struct ProducerThread {
     for (int i = 0; i < Config::kStages - kLag; ++i, ring.advance()) step(ring);
   }
 
-  /// Before the mainloop of work w: work out what may be loaded in it at the latest.
+  /// Called before the mainloop of work w: prepares the last work that may be loaded in the course of it.
   __device__ __forceinline__ void before_work(int w) { prepare(w + kWorksAhead<Config> - 1); }
 
-  /// In the mainloop, once a k-block, with the consumer at `ring`.
+  /// Called once for each k-block of the mainloop, with the consumer at `ring`.
   __device__ __forceinline__ void in_step(RingPosition<Config::kStages> const& ring) { step(ring.ahead(kLag)); }
 
  private:
@@ -146,7 +148,7 @@ struct ProducerThread {
   }
 };
 
-/// In the place of ProducerThread where a warpgroup loads.
+/// What stands in the place of ProducerThread in kernels with a producer warpgroup: it does nothing.
 struct NoProducer {
   __device__ __forceinline__ void before_work(int) const {}
   template <class Ring>

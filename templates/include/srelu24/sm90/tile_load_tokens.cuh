@@ -1,11 +1,11 @@
 // Loads of spgemm_tokens, whose reduction runs along tokens: both operands have their own dimension, not K, contiguous
-// (MN-major), and B's rows are tokens in the order of the groups (training/order.py).
+// (MN-major), and B's rows are tokens in the order of the groups (srelu24/training/order.py).
 //
 //   a        {feature: 64, kc, blocks of 64 features}     packed values [k / 2, m]; kc counts kept values along tokens
 //   b_share  {column: 64, b: 2, i: 8, block of 16, blocks of 64 columns}
 //
-// Position 2 i + b of a block of 16 is its row i + 8 b. In shared memory 64 features, or columns, are one swizzled row of
-// 128 bytes, and K runs over the rows.
+// Position 2 i + b of a block of 16 is its row i + 8 b. In shared memory 64 features, or columns, are one swizzled row
+// of 128 bytes, and K runs over the rows.
 #pragma once
 
 #include <srelu24/sm90/tile_load.cuh>
@@ -19,7 +19,7 @@ struct TileLoader<Config> {
   SharedStorage<Config>& shared;
   int const cta;  // rank in the cluster
 
-  /// All that this CTA loads for the work at `index`.
+  /// What this CTA has to load for the work at `index`.
   __device__ __forceinline__ Load of(int index) const {
     Work const work = work_at<Config>(params, index);
     return {work.k_begin * Config::kTileK, work.exists() ? work.k_end * Config::kTileK : work.k_begin * Config::kTileK,
@@ -27,7 +27,7 @@ struct TileLoader<Config> {
             work.tile.n * Config::kTileN + cta * kShareColumns};
   }
 
-  /// Issue the loads of the next k-block, when its place in the ring is free.
+  /// Waits until the stage at `at` is free, then issues the loads of the next k-block into it.
   __device__ __forceinline__ void issue(Load& load, RingPosition<Config::kStages> const& at) const {
     shared.empty[at.stage].wait(at.phase);
     shared.full[at.stage].arrive_and_expect_tx(Config::kStageBytesA + Config::kStageBytesB);

@@ -6,7 +6,7 @@
 
 namespace srelu24 {
 
-/// A tile, or with stream-K a piece of one along K, in k-blocks. Nothing when it is empty.
+/// A tile, or with stream-K a piece of one along K, in k-blocks. An empty one means that there is no more work.
 struct Work {
   Tile tile;
   int k_begin, k_end;
@@ -19,7 +19,7 @@ __device__ __forceinline__ int first_unit(SplitParams const& p, int cluster) {
   return cluster * p.units + min(cluster, p.extra);
 }
 
-/// k-blocks that a vector of E feeds. Split tiles are cut between vectors, whether A is sparse or not.
+/// k-blocks that a vector of E feeds, 256 of K: the unit in which tiles are split, whether A is sparse or not.
 template <class Config>
 inline constexpr int kVectorBlocks = MetadataLayout::kVectorColumns / Config::kTileK;
 
@@ -36,7 +36,9 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   int const begin = first_unit(p.split, cluster), end = first_unit(p.split, cluster + 1);
   int tile, unit;  // the last unit's tile, and the unit in it
   p.split.tile_units(tile, unit, end - 1);
-  int const number = index - p.split.first_tile;  // 0 for the piece in that tile, one more for every tile before it
+  // A cluster comes here with first_tile + cluster, then `clusters` more each time: `back` counts tiles from the
+  // latest.
+  int const number = index - p.split.first_tile;
   int const back = (number >= clusters) + (number >= 2 * clusters) + (number >= 3 * clusters);
   int const tile_begin = end - 1 - unit - back * p.split.tile_units.divisor;
   int const k_begin = (max(begin, tile_begin) - tile_begin) * kUnit;
@@ -44,7 +46,7 @@ __device__ __forceinline__ Work work_at(GemmParams const& p, int index) {
   return {raster(p.raster, p.split.first_tile + tile - back), k_begin, begin < end ? k_end : 0};
 }
 
-/// What one consumer warpgroup does of a work.
+/// The part of a work that one consumer warpgroup does.
 struct alignas(16) Piece {
   int row, column;     // first of the warpgroup's rows, first column of the tile
   int k_begin, k_end;  // in k-blocks
@@ -65,8 +67,8 @@ struct Pieces {
   }
 };
 
-/// The same of a warp, waiting in shared memory: in most mainloops registers are short, and working pieces out again
-/// afterwards would take more than the accumulators leave.
+/// The same, kept in shared memory, once for each warp: most mainloops have no registers for it, and to work pieces out
+/// again afterwards would take more registers than the accumulators leave.
 struct SharedPieces {
   Piece now, next;
   int number;
