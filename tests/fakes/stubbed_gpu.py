@@ -54,8 +54,8 @@ def stubbed(
         monkeypatch.setattr(user, "stream", lambda device: 0)
     monkeypatch.setattr(workspace, "_workspaces", {})
     monkeypatch.setattr(workspace, "allocate_kept", lambda make, device: make())
-    on_the_cpu = workspace._new
-    monkeypatch.setattr(workspace, "_new", lambda flags, floats, device: on_the_cpu(flags, floats, torch.device("cpu")))
+    allocate, cpu = workspace._allocate, torch.device("cpu")
+    monkeypatch.setattr(workspace, "_allocate", lambda flags, floats, device: allocate(flags, floats, cpu))
     _forget()
     yield
     _forget()

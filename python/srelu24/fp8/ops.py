@@ -46,9 +46,9 @@ def ffn(
     reason = dense_reason(x, q1, q2, b1, b2)
     if reason is not None:
         warn_dense(reason)
-        return _dense(x, q1, q2, b1, b2)
+        return _run_dense(x, q1, q2, b1, b2)
     if isinstance(recipe, Static) and recipes.calibrating():
-        recipes.observe(recipe, _row_amax(rows, q1, b1))
+        recipes.observe(recipe, _find_row_amax(rows, q1, b1))
         recipe = recipes.resolve(Rowwise.name)
     given = FfnOperands(
         x=rows,
@@ -102,7 +102,8 @@ def check(
 def dense_reason(
     x: Tensor, w1: Tensor | QuantizedWeight, w2: Tensor | QuantizedWeight, b1: Tensor | None, b2: Tensor | None
 ) -> str | None:
-    """Why a call that fits together runs dense and in the type of x, or None. Weights may be still to be quantised."""
+    """Why a call whose operands fit together runs dense and in the type of x, or None. The weights may be plain ones,
+    not quantised yet."""
     if DISABLED:
         return "SRELU24_DISABLE is set"
     if x.dtype not in STORAGE_DTYPES:
@@ -124,13 +125,13 @@ def dense_reason(
     return reason
 
 
-def _dense(x: Tensor, w1: QuantizedRows, w2: QuantizedRows, b1: Tensor | None, b2: Tensor | None) -> Tensor:
-    """Unpruned, the weights widened to the type of x."""
+def _run_dense(x: Tensor, w1: QuantizedRows, w2: QuantizedRows, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+    """The FFN without pruning, its weights widened to the type of x."""
     h = squared_relu(torch.nn.functional.linear(x, w1.dequantize(x.dtype), b1))
     return torch.nn.functional.linear(h, w2.dequantize(x.dtype), b2)
 
 
-def _row_amax(x: Tensor, w1: QuantizedWeight, b1: Tensor | None) -> Tensor:
+def _find_row_amax(x: Tensor, w1: QuantizedWeight, b1: Tensor | None) -> Tensor:
     if x.is_cuda:
         return kernels.row_amax(x, w1.values, w1.scale, b1)
     return reference.row_amax(reference.gemm_relu2_24(quantize_rows(x), w1, b1).values)
@@ -163,7 +164,7 @@ def _ffn_cuda(*given: Any) -> Tensor:
         return kernels.forward(o)
     except ToolchainError as error:
         warn_dense(reason_of(error))
-        return _dense(o.x, o.rows1, o.rows2, o.b1, o.b2)
+        return _run_dense(o.x, o.rows1, o.rows2, o.b1, o.b2)
 
 
 _library.impl("ffn_fp8", _ffn_cuda, "CUDA")

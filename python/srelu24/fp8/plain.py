@@ -1,8 +1,9 @@
 """The 8-bit forward of plain weights, as modules hold them: quantised at the first call, and again once they changed.
 
-What is quantised is kept here, beside the weight and as long as it lives, so that state dicts, copies and pickles hold
-the plain weights alone. One op takes the plain weights and looks, whenever it runs, whether they are still those that
-were quantised; so compiled code sees changes too. A replayed CUDA graph does not look: capture it again then.
+The 8-bit form of a weight is kept here, as long as the weight lives, so that state dicts, copies and pickles hold the
+plain weights alone. The op ``ffn_fp8_plain`` takes the plain weights and compares them, whenever it runs, with those
+that were quantised, so compiled code sees changes too. A replayed CUDA graph does not compare: capture it again after a
+change.
 
 A change is seen by the weight's storage and by PyTorch's version counter, which counts every in-place operation but
 writes through ``.data``; follow those by ``torch.autograd.graph.increment_version(w)``.
@@ -93,7 +94,7 @@ _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def quantized(w: Tensor) -> QuantizedWeight:
-    """``w`` [N, K] by :func:`srelu24.quantize_weight` in e4m3: what is kept of it, or anew where it has changed.
+    """``w`` [N, K] by :func:`srelu24.quantize_weight` in e4m3: its kept form, or a new one where it has changed.
 
     A weight that was made under ``torch.inference_mode`` has no version and is quantised in every call.
 
@@ -107,15 +108,15 @@ def quantized(w: Tensor) -> QuantizedWeight:
         if torch.cuda.is_current_stream_capturing():
             raise Unsupported("a weight has to be quantised, and a CUDA graph is captured; run the layer once before.")
         torch.cuda.current_stream(w.device).synchronize()  # the weight may still be written
-    # Before it is read: what changes meanwhile is seen by the next call.
+    # Noted before the weight is read, so that the next call sees a change that comes in between.
     storage, version = StorageWeakRef(w.untyped_storage()), None if w.is_inference() else w._version
-    weight = QuantizedWeight(*allocate_kept(lambda: _quantized(w), w.device))
+    weight = QuantizedWeight(*allocate_kept(lambda: _quantize_and_wait(w), w.device))
     if version is not None:
         _kept[w] = _Kept(storage, version, weight)
     return weight
 
 
-def _quantized(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_and_wait(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     made = quantize_weight(w)
     if w.is_cuda:
         torch.cuda.current_stream(w.device).synchronize()  # threads on other streams will read it

@@ -92,7 +92,7 @@ class QuantizedWeight(QuantizedRows):
         return f"QuantizedWeight({self.shape[0]}x{self.shape[1]}, {self.dtype}, {self.device})"
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same on another device."""
+        """This weight on another device."""
         return QuantizedWeight(self.values.to(device), self.scale.to(device), self.row_norm.to(device))
 
 
@@ -131,13 +131,13 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = E4M3) -> QuantizedRows:
 
 def scale(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """What a stored value stands for, given the largest magnitude it has to hold; fp32, any shape."""
-    amax = _at_least(amax)
+    amax = _raise_to_floor(amax)
     return amax / torch.full_like(amax, LARGEST[dtype])  # by a number torch multiplies with its rounded inverse
 
 
 def inverse_scale(amax: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """What a value is multiplied by before it is stored. Rounded by itself: not exactly ``1 / scale``."""
-    amax = _at_least(amax)
+    amax = _raise_to_floor(amax)
     return torch.full_like(amax, LARGEST[dtype]) / amax  # of a number torch multiplies with the rounded inverse
 
 
@@ -154,5 +154,5 @@ def count_saturated(x: Tensor) -> Tensor:
     return (x.abs() > _UNREACHABLE).sum()
 
 
-def _at_least(amax: Tensor) -> Tensor:
+def _raise_to_floor(amax: Tensor) -> Tensor:
     return amax.clamp(min=SMALLEST_AMAX)  # NaN passes

@@ -33,9 +33,9 @@ class ScaleRecipe:
     def counter(self, device: torch.device) -> Tensor:
         """int64 []: the calls on ``device`` add the number of saturated values of S to it."""
         if device not in self._counters:
-            with torch.inference_mode(False):  # it is added to under every mode
+            with torch.inference_mode(False):  # so that calls in every mode may add to it
                 made = torch.zeros((), dtype=torch.int64, device=device)
-            if type(made) is not Tensor:  # made up by a tracer
+            if type(made) is not Tensor:  # a tracer's fake tensor, which must not be kept
                 return made
             self._counters.setdefault(device, made)  # another thread may have been first
         return self._counters[device]
@@ -86,7 +86,7 @@ class Static(ScaleRecipe):
 
     def __init__(self, amax: float | None = None) -> None:
         super().__init__()
-        self._amax = None if amax is None else _positive(amax)
+        self._amax = None if amax is None else _check_positive(amax)
         self._on_device: dict[torch.device, Tensor] = {}
 
     @property
@@ -107,7 +107,7 @@ class Static(ScaleRecipe):
             with torch.inference_mode(False):
                 amax = torch.tensor(value)
                 made = torch.stack((scale(amax), inverse_scale(amax))).to(device)
-            if type(made) is not Tensor:  # made up by a tracer
+            if type(made) is not Tensor:  # a tracer's fake tensor, which must not be kept
                 return made
             kept[device] = made
         return kept[device]
@@ -119,8 +119,8 @@ class Static(ScaleRecipe):
             self.scales_on(device)
 
     def calibrated(self, amax: float) -> None:
-        """Set the scale anew."""
-        self._amax, self._on_device = _positive(amax), {}
+        """Set the scale for this largest value of S."""
+        self._amax, self._on_device = _check_positive(amax), {}
 
     def __repr__(self) -> str:
         return f"Static(amax={self._amax})"
@@ -128,7 +128,7 @@ class Static(ScaleRecipe):
 
 _NAMED: dict[str, ScaleRecipe] = {recipe.name: recipe for recipe in (Rowwise(), Predicted())}
 _observed: dict[Static, Tensor] | None = None
-"""What a calibration under way has seen."""
+"""The largest value of S of each recipe that the running calibration has met; None while none runs."""
 
 
 def resolve(recipe: ScaleRecipe | str) -> ScaleRecipe:
@@ -147,7 +147,7 @@ def resolve(recipe: ScaleRecipe | str) -> ScaleRecipe:
 
 
 def for_layer(recipe: ScaleRecipe | str) -> ScaleRecipe:
-    """What a module holds: of a name a recipe of its own, which counts for it alone; instances pass.
+    """The recipe of one module: for a name a new recipe, whose counter is the module's own; instances pass.
 
     Raises:
         Unsupported: an unknown name, or no recipe.
@@ -198,12 +198,12 @@ def calibrate(run: Callable[[Any], object], data: Iterable[Any]) -> list[Static]
 
 
 def calibrating() -> bool:
-    """Whether a :func:`calibrate` is under way here."""
+    """Whether a :func:`calibrate` is running in this process."""
     return _observed is not None
 
 
 def observe(recipe: Static, amax: Tensor) -> None:
-    """Tell the calibration under way the largest magnitudes of a layer's S, fp32 [M]."""
+    """Report the largest magnitude of each row of a layer's S, fp32 [M], to the running calibration."""
     seen = _observed
     if seen is None or amax.numel() == 0:
         return
@@ -211,7 +211,7 @@ def observe(recipe: Static, amax: Tensor) -> None:
     seen[recipe] = torch.maximum(seen[recipe], largest) if recipe in seen else largest
 
 
-def _positive(amax: float) -> float:
+def _check_positive(amax: float) -> float:
     if not math.isfinite(amax) or amax <= 0:
         raise Unsupported(f"the largest hidden value is {amax}; a positive finite number is needed")
     return amax

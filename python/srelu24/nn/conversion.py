@@ -133,8 +133,8 @@ def _check_recipe(recipe: Recipe | ScaleRecipe | str, mode: str) -> None:
         for_layer(recipe)
 
 
-def _named(recipe: Recipe | ScaleRecipe | str | None) -> str:
-    """For the report."""
+def _describe_recipe(recipe: Recipe | ScaleRecipe | str | None) -> str:
+    """What the report says of the recipe."""
     if recipe is None:
         return ""
     return "trains by the recipe" if isinstance(recipe, Recipe) else f"8-bit, {for_layer(recipe).name}"
@@ -166,11 +166,11 @@ def _replace(
             parent._modules[name] = original
 
     report._undo.append(undo)
-    report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=_named(recipe)))
+    report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=_describe_recipe(recipe)))
 
 
 def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | str, report: Conversion) -> None:
-    """To an FFN that is ours already."""
+    """Give the recipe to an FFN that is a SquaredReLUFFN already, and report it."""
     if ffn.recipe is not None:
         report.left.append(Left(path, type(ffn).__name__, "it has a recipe already"))
         return
@@ -181,7 +181,7 @@ def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | 
         return
     report._undo.append(lambda: ffn.set_recipe(None))
     sizes = int(ffn.up.in_features), int(ffn.up.out_features)  # type: ignore[arg-type]
-    report.converted.append(Converted(path, "ffn", *sizes, note=_named(recipe)))
+    report.converted.append(Converted(path, "ffn", *sizes, note=_describe_recipe(recipe)))
 
 
 def _prune_second(site: Site, mode: str, report: Conversion) -> None:

@@ -67,7 +67,7 @@ class SquaredReLUFFN(nn.Module):
         if not all(isinstance(width, int) and width > 0 for width in (d_model, d_ff)):
             raise Unsupported(f"d_model is {d_model!r} and d_ff {d_ff!r}; both must be positive whole numbers.")
         up = nn.Linear(d_model, d_ff, bias=bias, device=device, dtype=dtype)
-        self._adopt(up, nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype), names, mode)
+        self._set_up(up, nn.Linear(d_ff, d_model, bias=bias, device=device, dtype=dtype), names, mode)
         if recipe is not None:
             self.set_recipe(recipe)
 
@@ -91,10 +91,10 @@ class SquaredReLUFFN(nn.Module):
         if getattr(up, "out_features", None) != getattr(down, "in_features", None):
             raise Unsupported(f"{up} and {down} do not follow each other; F out of one must be F into the other.")
         module = cls.__new__(cls)
-        module._adopt(up, down, names, mode, input_name)
+        module._set_up(up, down, names, mode, input_name)
         return module
 
-    def _adopt(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str, input_name: str = "x") -> None:
+    def _set_up(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str, input_name: str = "x") -> None:
         super().__init__()
         self.mode = check_mode(mode, "run")
         self.input_name = input_name
@@ -122,21 +122,21 @@ class SquaredReLUFFN(nn.Module):
         """Compute by a recipe from here on, or by none: then dense in training and by ``mode`` in inference.
 
         Args:
-            recipe: of training (docs/training.md): the module becomes a layer of it, whose state goes where the weights
-                go. Or of the 8-bit forward (docs/fp8.md): "rowwise", "predicted", "static" (to be calibrated) or an
-                instance; the weights stay as they are and are quantised beside, again whenever they have changed.
+            recipe: of training (docs/training.md): the module becomes a layer of it, whose state moves with the
+                weights. Or of the 8-bit forward (docs/fp8.md): "rowwise", "predicted", "static" (to be calibrated) or
+                an instance. The weights stay as they are; an 8-bit copy of each is made, and again when it has changed.
             name: of the layer in a training recipe and in its metrics; a number by default.
 
         Raises:
             Unsupported: a layer is more than a plain ``nn.Linear``, ``mode`` is not "auto", FSDP manages the weights of
                 an 8-bit module, the widths do not serve, the name is taken, or there is no such recipe.
         """
-        made = None if recipe is None else self._made(recipe, name)
+        made = None if recipe is None else self._make_recipe(recipe, name)
         if isinstance(self.recipe, LayerState):
             self.recipe.leave()
         self.recipe = made
 
-    def _made(self, recipe: Recipe | ScaleRecipe | str, name: str) -> LayerState | ScaleRecipe:
+    def _make_recipe(self, recipe: Recipe | ScaleRecipe | str, name: str) -> LayerState | ScaleRecipe:
         up, down = self.up, self.down
         if not isinstance(up, nn.Linear) or not (is_plain(up) and is_plain(down)):
             raise Unsupported(
@@ -220,7 +220,8 @@ def are_free(names: tuple[str, str]) -> bool:
 
 
 def is_plain(layer: nn.Module | None) -> bool:
-    """Whether calling ``layer`` is no more than a product with its weight; parametrized weights are weights."""
+    """Whether calling ``layer`` does no more than multiply by its weight and add its bias. A parametrized weight counts
+    as a weight."""
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return False
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -229,7 +230,7 @@ def is_plain(layer: nn.Module | None) -> bool:
 
 
 def _is_plain_weight(weight: Tensor) -> bool:
-    """A tensor, or one whose kind the operations know; a quantised one is its layer's own business."""
+    """Whether the operations can take the weight as it is. A quantised one has to be used by its own layer."""
     if type(weight) is nn.Parameter:  # the usual case at once: this runs before every call
         return True
     subclass: bool = is_traceable_wrapper_subclass(weight)

@@ -171,7 +171,7 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 
 class _Layer:
-    """Where the activations of one layer can be seen."""
+    """A layer whose activations can be observed by a hook."""
 
     def __init__(self, watched: nn.Module, up: nn.Module | None, down: nn.Module) -> None:
         self._watched, self._up, self._down = watched, up, down
@@ -191,8 +191,8 @@ class _Layer:
         nonzero, low, energy, low_energy = seen.sums.tolist()
         f, d = int(self._down.in_features), int(self._down.out_features)  # type: ignore[arg-type]
         lost = low_energy / energy if energy else None
-        choice = _choice(Shape(max(1, seen.tokens // seen.batches), d, f), next(self._down.parameters()), target)
-        keep, why = _recommendation(lost, choice, f, most)
+        choice = _choose(Shape(max(1, seen.tokens // seen.batches), d, f), next(self._down.parameters()), target)
+        keep, why = _recommend(lost, choice, f, most)
         known = choice if choice and choice.source != "unknown" else None
         return LayerProfile(
             path=path,
@@ -222,7 +222,7 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, _Layer]]:
             yield f"{site.path}.{site.names[1]}".lstrip("."), _Layer(site.down, None, site.down)
 
 
-def _recommendation(lost: float | None, choice: FfnChoice | None, f: int, most: float) -> tuple[bool, str]:
+def _recommend(lost: float | None, choice: FfnChoice | None, f: int, most: float) -> tuple[bool, str]:
     if f % 8:
         return False, f"F = {f} is not a multiple of 8"
     if lost is not None and lost > most:
@@ -236,8 +236,8 @@ def _recommendation(lost: float | None, choice: FfnChoice | None, f: int, most: 
     return True, f"little is dropped; {choice.why}"
 
 
-def _choice(shape: Shape, weight: Tensor, target: GpuTarget | None) -> FfnChoice | None:
-    """What the dispatcher knows about an FFN of these sizes; None where no kernel computes it."""
+def _choose(shape: Shape, weight: Tensor, target: GpuTarget | None) -> FfnChoice | None:
+    """What the dispatcher would choose for an FFN of these sizes; None where no kernel computes it."""
     try:
         target = target or dispatch.gpu_of(weight.device)
         return dispatch.choose_ffn(shape, DTYPES.get(weight.dtype, DType.BF16), False, False, target)

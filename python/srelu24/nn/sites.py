@@ -22,10 +22,10 @@ from srelu24_gen.errors import Unsupported
 
 _TWIN_F = 48
 _MOST_ELEMENTS = 2**28
-"""In a twin: a whole model with an adapter of its own is no FFN, and nor are the projections of a wide attention."""
+"""The most numbers that a twin may hold: a module with more is not one FFN, but a whole model or a wide attention."""
 
 _SCALES = (1.0, 0.05, 20.0)
-"""Of the twin's inputs: an activation that only looks like squared ReLU near 1 is told from it elsewhere."""
+"""Of the twin's inputs: an activation that agrees with squared ReLU only near 1 differs from it at another scale."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": torch.relu,
@@ -71,11 +71,11 @@ class Site:
     @property
     def input_name(self) -> str:
         """The keyword by which a whole FFN takes its input."""
-        return _inputs(self.module)[0].name
+        return _inputs_of(self.module)[0].name
 
 
 def find(model: nn.Module) -> list[Site]:
-    """Every candidate of the model, in the order of ``named_modules``; modules that srelu24 has put there are none.
+    """Every candidate of the model, in the order of ``named_modules``. Modules of srelu24 itself are no candidates.
 
     Raises:
         Unsupported: the model is no module.
@@ -85,14 +85,14 @@ def find(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules():
         if isinstance(module, SquaredReLUFFN):
             continue
-        if pairs := _pairs(module):
-            site = _examined(path, module, pairs[0])
+        if pairs := _find_pairs(module):
+            site = _examine(path, module, pairs[0])
             for others in pairs[1:]:
                 if site.kind == "other":
-                    found = _examined(path, module, others)
+                    found = _examine(path, module, others)
                     site = site if found.kind == "other" else found
             if site.kind != "other" or any(u.in_features != u.out_features for u in (site.up, site.down)):
-                sites.append(site)  # the projections of attention are square pairs, and no news
+                sites.append(site)  # but not the projections of attention, which are square pairs and nothing to report
         elif any(_is_squared_relu(child) for child in module.children()):
             why = "its squared ReLU is not between two linear layers among its children"
             sites.append(Site(path, module, ("", ""), "other", why))
@@ -117,7 +117,7 @@ def _is_squared_relu(module: nn.Module) -> bool:
         return False
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Module]:
+def _find_linears(module: nn.Module) -> dict[str, nn.Module]:
     """Children that act as linear layers, adapters around one included."""
     return {
         name: child
@@ -128,14 +128,14 @@ def _linears(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _pairs(module: nn.Module) -> list[list[tuple[str, str]]]:
+def _find_pairs(module: nn.Module) -> list[list[tuple[str, str]]]:
     """Children D -> F and F -> D: those with F >= D, then those with F < D, which are the same in the other order.
 
     Where D = F, attention has such children too: its twin will not run.
     """
     wide: list[tuple[str, str]] = []
     narrow: list[tuple[str, str]] = []
-    for (up_name, up), (down_name, down) in itertools.permutations(_linears(module).items(), 2):
+    for (up_name, up), (down_name, down) in itertools.permutations(_find_linears(module).items(), 2):
         if up.out_features == down.in_features and up.in_features == down.out_features:
             widens = int(up.out_features) >= int(up.in_features)  # type: ignore[arg-type]
             (wide if widens else narrow).append((up_name, down_name))
@@ -143,7 +143,7 @@ def _pairs(module: nn.Module) -> list[list[tuple[str, str]]]:
 
 
 @torch.no_grad()
-def _examined(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Site:
+def _examine(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Site:
     """The verdict on one candidate; the pair that proves to be a squared ReLU counts, else the first."""
     first = pairs[0]
     for name in dict.fromkeys(itertools.chain(*pairs)):
@@ -154,25 +154,25 @@ def _examined(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Sit
             return Site(path, module, first, "other", f"{name} is a {kind}, {extra}")
     if "forward" in module.__dict__:
         return Site(path, module, first, "other", "its forward was replaced on the instance")
-    if _elements(module, pairs) > _MOST_ELEMENTS:
+    if _count_elements(module, pairs) > _MOST_ELEMENTS:
         return Site(path, module, first, "other", "it holds far more than an FFN")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            runs = list(_runs(module, pairs))
+            runs = list(_run_twin(module, pairs))
     except Exception as error:  # Foreign code on an input it may not expect: whatever it raises, it is left alone.
         reason = f"it does not run on one tensor [2, 5, D] ({type(error).__name__}: {_first_line(error)})"
-        return Site(path, module, first, "other", _gated(module, pairs) or reason)
+        return Site(path, module, first, "other", _describe_gate(module, pairs) or reason)
     for pair in pairs:
         if all(run.is_core(pair) for run in runs):
             why = _why_not_whole(module, pair, runs)
             return Site(path, module, pair, "core" if why else "ffn", why)
-    return Site(path, module, first, "other", _gated(module, pairs) or _what_is_there(first, runs))
+    return Site(path, module, first, "other", _describe_gate(module, pairs) or _name_what_is_between(first, runs))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of a twin: its input, what its linear layers got and gave, its output."""
+    """One run of a twin: its input, the inputs and outputs of its linear layers, and its output."""
 
     twin: nn.Module
     x: Tensor
@@ -190,21 +190,21 @@ class _Run:
     def is_whole(self, pair: tuple[str, str]) -> bool:
         """The module's output is the FFN of its input, computed here from the weights alone, in float64."""
         up, down = (self.twin.get_submodule(name) for name in pair)
-        h = _product(self.x.double(), up)
-        y = _product(torch.relu(h) ** 2, down)
+        h = _apply_linear(self.x.double(), up)
+        y = _apply_linear(torch.relu(h) ** 2, down)
         if not isinstance(self.y, Tensor) or self.y.shape != y.shape:
             return False
         return torch.allclose(self.y.double(), y, rtol=1e-4, atol=float(y.abs().max()) * 1e-5)
 
 
-def _product(x: Tensor, layer: nn.Module) -> Tensor:
+def _apply_linear(x: Tensor, layer: nn.Module) -> Tensor:
     y = x @ layer.weight.double().T  # type: ignore[operator]
     return y if layer.bias is None else y + layer.bias.double()  # type: ignore[operator]
 
 
-def _runs(module: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[_Run]:
+def _run_twin(module: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[_Run]:
     """The twin on small and large inputs, in evaluation and in training mode (dropout)."""
-    twin = _twin(module, pairs)
+    twin = _make_twin(module, pairs)
     layers = {name: twin.get_submodule(name) for name in dict.fromkeys(itertools.chain(*pairs))}
     d = int(layers[pairs[0][0]].in_features)  # type: ignore[arg-type]
     for training, scale in itertools.product((False, True), _SCALES):
@@ -222,9 +222,9 @@ def _runs(module: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[_Run]:
         yield _Run(twin, x, seen, y)
 
 
-def _elements(module: nn.Module, pairs: list[tuple[str, str]]) -> int:
+def _count_elements(module: nn.Module, pairs: list[tuple[str, str]]) -> int:
     """Numbers in the parameters and buffers of a module's twin."""
-    children = {id(t) for child in _linears(module).values() for t in child.parameters()}
+    children = {id(t) for child in _find_linears(module).values() for t in child.parameters()}
     tensors = itertools.chain(module.parameters(), module.buffers())
     besides = sum(t.numel() for t in tensors if id(t) not in children)
     return besides + sum(i * o for i, o in _twin_sizes(module, pairs).values())
@@ -234,21 +234,21 @@ def _twin_sizes(module: nn.Module, pairs: list[tuple[str, str]]) -> dict[str, tu
     """Widths in and out of the twin's linear children: F is small, unless something has it for its D."""
     sizes = {
         name: (int(child.in_features), int(child.out_features))  # type: ignore[arg-type]
-        for name, child in _linears(module).items()
+        for name, child in _find_linears(module).items()
     }
     widths = {sizes[up][1] for up, _ in pairs}
     small = dict.fromkeys(widths, _TWIN_F) if widths.isdisjoint(sizes[up][0] for up, _ in pairs) else {}
     return {name: (small.get(i, i), small.get(o, o)) for name, (i, o) in sizes.items()}
 
 
-def _twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
+def _make_twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     """A copy in float32 on the CPU with random values everywhere, F made small; large weights are never copied."""
     sizes = _twin_sizes(module, pairs)
     memo: dict[int, object] = {}
-    for name, child in _linears(module).items():
+    for name, child in _find_linears(module).items():
         fresh = nn.Linear(*sizes[name], bias=child.bias is not None, device="cpu", dtype=torch.float32)
         memo[id(child)] = fresh
-    children = {id(t) for child in _linears(module).values() for t in child.parameters()}
+    children = {id(t) for child in _find_linears(module).values() for t in child.parameters()}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_floating_point() and id(tensor) not in children:
             values = torch.randn(tensor.shape, device="cpu", dtype=torch.float32)
@@ -258,14 +258,14 @@ def _twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _inputs(module: nn.Module) -> list[inspect.Parameter]:
+def _inputs_of(module: nn.Module) -> list[inspect.Parameter]:
     """Of the module's forward, without self."""
     return list(inspect.signature(module.forward).parameters.values())
 
 
 def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[_Run]) -> str:
     """Empty where the module can be replaced as a whole."""
-    inputs = _inputs(module)
+    inputs = _inputs_of(module)
     if len(inputs) != 1 or inputs[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         return "its forward takes more than one input"
     evaluation, training = runs[: len(_SCALES)], runs[len(_SCALES) :]
@@ -283,15 +283,15 @@ def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[_Run]) -
     return ""
 
 
-def _gated(module: nn.Module, pairs: list[tuple[str, str]]) -> str:
-    """Says so where two layers widen to the F that the second one takes; empty where not."""
+def _describe_gate(module: nn.Module, pairs: list[tuple[str, str]]) -> str:
+    """A sentence where two layers widen to the F that the second one takes, as in a gated FFN; else empty."""
     down = pairs[0][1]
     ups = [up for up, other in pairs if other == down]
     return f"gated: {' and '.join(ups)} both feed {down}" if len(ups) > 1 else ""
 
 
-def _what_is_there(pair: tuple[str, str], runs: list[_Run]) -> str:
-    """What lies between the two layers, named where it is known."""
+def _name_what_is_between(pair: tuple[str, str], runs: list[_Run]) -> str:
+    """A sentence about what lies between the two layers, with the activation's name where it is known."""
     layers = [(run.seen[pair[0]], run.seen[pair[1]]) for run in runs]
     if any(len(ups) != 1 or len(downs) != 1 for ups, downs in layers):
         return f"{pair[0]} and {pair[1]} do not run once each"

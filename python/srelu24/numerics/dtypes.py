@@ -28,7 +28,7 @@ class FragmentOrder(StrEnum):
 
     @property
     def granule(self) -> int:
-        """What F must be a multiple of: half of a 16-byte row step."""
+        """What F must be a multiple of: the columns whose kept values take 8 bytes."""
         return 16 if self is FragmentOrder.BITS8 else 8
 
 
@@ -101,7 +101,7 @@ STORAGE_TYPES = {
 }
 """The table."""
 
-# What the rest of the package looks up in it, by torch's types.
+# Columns of the table that the rest of the package looks up.
 
 TORCH_DTYPE = {dtype: row.torch_dtype for dtype, row in STORAGE_TYPES.items()}
 DTYPES = {TORCH_DTYPE[dtype]: dtype for dtype in WIDE_TYPES}

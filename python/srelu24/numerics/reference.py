@@ -46,7 +46,7 @@ def gemm(
         Unsupported: dtypes, devices or shapes do not fit together, or the activation is unknown.
     """
     rule = rule_of(activation)
-    return rule.store(_accumulate(a, b, bias, residual, accumulate), a.dtype)
+    return rule.store(_sum_products(a, b, bias, residual, accumulate), a.dtype)
 
 
 def gemm_relu2_24(
@@ -71,7 +71,7 @@ def gemm_24(
             unknown.
     """
     rule = rule_of(activation)
-    acc = _accumulate(x, w1, bias, None, accumulate)
+    acc = _sum_products(x, w1, bias, None, accumulate)
     return prune24(rule.select(acc, x.dtype), finish=rule.finish)
 
 
@@ -88,7 +88,7 @@ def spgemm(
     Raises:
         Unsupported: dtypes, devices or shapes do not fit together.
     """
-    return _accumulate(s.to_dense(), w2, bias, residual, accumulate).to(s.dtype)
+    return _sum_products(s.to_dense(), w2, bias, residual, accumulate).to(s.dtype)
 
 
 def sparsify24(h: Tensor, activation: Activation) -> Sparse24:
@@ -101,7 +101,7 @@ def sparsify24(h: Tensor, activation: Activation) -> Sparse24:
         Unsupported: not a 2-D tensor in a 16-bit type, F is not a multiple of 8, or the activation is unknown.
     """
     rule = rule_of(activation)
-    _expect("h", h, (None, None), h)
+    _check_operand("h", h, (None, None), h)
     return prune24(rule.select(h, h.dtype), finish=rule.finish)
 
 
@@ -139,7 +139,7 @@ def count_nonzeros(
     Raises:
         Unsupported: dtypes, devices or shapes do not fit together.
     """
-    acc = _accumulate(x, w1, bias, None, accumulate)
+    acc = _sum_products(x, w1, bias, None, accumulate)
     return (rule_of(activation).select(acc, x.dtype) != 0).sum(dim=0, dtype=torch.int32)
 
 
@@ -174,17 +174,17 @@ def prune24(
     return packed
 
 
-def _accumulate(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _sum_products(a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A B^T + bias + residual, summed in ``dtype``, as float32 [M, N]."""
-    _expect("operand A", a, (None, None), a)
-    _expect("weight B", b, (None, a.shape[1]), a)
+    _check_operand("operand A", a, (None, None), a)
+    _check_operand("weight B", b, (None, a.shape[1]), a)
     with torch.autocast(a.device.type, enabled=False):  # it would round the product to 16 bits
         acc = a.to(dtype) @ b.to(dtype).T
     if bias is not None:
-        _expect("bias", bias, (b.shape[0],), a)
+        _check_operand("bias", bias, (b.shape[0],), a)
         acc += bias.to(dtype)
     if residual is not None:
-        _expect("residual", residual, (a.shape[0], b.shape[0]), a)
+        _check_operand("residual", residual, (a.shape[0], b.shape[0]), a)
         acc += residual.to(dtype)
     return acc.to(torch.float32)
 
@@ -201,7 +201,7 @@ def _two_largest(keys: list[Tensor]) -> list[Tensor]:
     return keep
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
+def _check_operand(name: str, tensor: Tensor, shape: tuple[int | None, ...], like: Tensor) -> None:
     """Refuse a tensor that is not of this shape (None: any size) and of the storage type and device of ``like``."""
     if tensor.dtype not in STORAGE_DTYPES:
         raise Unsupported(f"{name} is {tensor.dtype}; {' or '.join(map(str, STORAGE_DTYPES))} is needed")

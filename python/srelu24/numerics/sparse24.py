@@ -1,6 +1,6 @@
 """Sparse24, a 2:4-pruned matrix in packed form, and the orders in which its metadata E is stored.
 
-What the kept values are is decided in :mod:`srelu24.numerics.reference`; this module only knows where bits lie.
+Which values are kept is decided in :mod:`srelu24.numerics.reference`; this module only knows where bits lie.
 Layout: docs/architecture.md, "The packed operand". Source of the format: PTX ISA, "wgmma.mma_async.sp", sparse matrix
 storage; ``cutlass/gemm/collective/builders/sm90_sparse_config.inl``.
 """
@@ -257,7 +257,7 @@ class _Order:
 
 _BLOCK_ROWS = 64
 _COORDINATES = "iwhganuc"
-"""Of a half in a row-major matrix of them."""
+"""The coordinates of a half, in the order of a row-major matrix of halves."""
 
 _FRAGMENTS = {
     # Block i, a; thread 32 w + 4 g + (2 u + c); word n; the halves are rows g and g + 8.
@@ -265,7 +265,7 @@ _FRAGMENTS = {
     # Block i, a; thread 32 w + 4 g + (2 u + h); word n; the halves are 16 columns each.
     FragmentOrder.BITS8: _Order(4, 2, 2, "iawguhnc"),
 }
-"""The registers of wgmma.sp."""
+"""The orders in which wgmma.sp reads its registers."""
 
 
 def _cutlass_order(tile_k: int, order: FragmentOrder) -> _Order:
@@ -322,14 +322,14 @@ def _flatten(s: Sparse24) -> tuple[list[Any], tuple[tuple[int, int], FragmentOrd
 
 
 def _unflatten(leaves: Any, context: tuple[tuple[int, int], FragmentOrder]) -> Sparse24:
-    # Leaves may be anything here (None, specs, fake tensors), so __post_init__ must not judge them.
+    # Leaves may be anything here (None, specs, fake tensors), so the checks of __post_init__ must not run.
     values, metadata = leaves
     shape, order = context
     return _unchecked(values, metadata, shape, order)
 
 
 def _unchecked(values: Any, metadata: Any, shape: tuple[int, int], order: FragmentOrder) -> Sparse24:
-    """A Sparse24 of parts known to fit, without the checks: they cost more than a kernel launch."""
+    """A Sparse24 of parts that are known to fit. The checks are left out, since they cost more than a launch."""
     s = object.__new__(Sparse24)
     object.__setattr__(s, "values", values)
     object.__setattr__(s, "metadata", metadata)

@@ -1,4 +1,4 @@
-"""Which kernels a call would run, with which configuration, from which record, and why; or why none."""
+"""explain(): which kernels a call would run, with which configuration, from which record and why; or why none runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from srelu24_gen.target import GpuTarget
 
 @dataclass(frozen=True, slots=True)
 class ExplainedKernel:
-    """One kernel of the answer."""
+    """One of the kernels that a call runs."""
 
     problem: Problem
     spec: KernelSpec
@@ -100,7 +100,7 @@ def explain(
         target, rows = gpu_of(x.device), x.reshape(-1, x.shape[-1])
         parts = kernels.problems(known.name, rows, q1.values, q2.values, b1, b2)
         why = f"{target.name}, {target.arch}, {target.kernels}; 8-bit, recipe {known.name}"
-        return _unless_missing(Explanation("kernels", why, tuple(_explained(p, target) for p in parts)), mode)
+        return _unless_missing(Explanation("kernels", why, tuple(_explain_kernel(p, target) for p in parts)), mode)
     x, w1, w2, b1, b2 = autocast(x, w1, w2, b1, b2)  # type: ignore[assignment]
     check_ffn(x, w1, w2, b1, b2)
     rows = x.reshape(-1, x.shape[-1])
@@ -127,7 +127,7 @@ def explain_kernels(
     mode: str = "auto",
     activation: Activation = Activation.RELU2,
 ) -> Explanation:
-    """What runs for such operands on such a GPU, which need not be there.
+    """What runs for operands of these sizes on a GPU, which this machine need not have.
 
     Raises:
         Unsupported: no kernel computes the sparse FFN.
@@ -137,10 +137,10 @@ def explain_kernels(
     way = {"auto": choice.way, SPARSE: SPARSE, BATCH: SPARSE, "dense": choice.dense_way}[mode]
     why = choice.why if mode == "auto" else f"{mode} was asked for"
     if way == SPARSE:
-        pair = tuple(_explained(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2, activation))
+        pair = tuple(_explain_kernel(p, target, mode == BATCH) for p in shape.gemms(dtype, b1, b2, activation))
         return Explanation("kernels", f"{where}; {why}", pair)
     own = shape.dense_gemms(dtype, b1, b2, activation)[: {"cublas": 0, "mixed": 1, "gemm": 2}[way]]
-    return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explained(p, target) for p in own))
+    return Explanation("dense", f"{where}; {why}; {WAYS[way]}", tuple(_explain_kernel(p, target) for p in own))
 
 
 def explain_step(x: Tensor, w1: Tensor, b1: Tensor | None, b2: Tensor | None, layer: LayerState) -> Explanation:
@@ -157,7 +157,7 @@ def explain_step(x: Tensor, w1: Tensor, b1: Tensor | None, b2: Tensor | None, la
     target, phase = gpu_of(x.device), "sparse" if recipe.sparse else "dense, in its warm-up"
     why = f"{target.name}, {target.arch}, {target.kernels}; by a training recipe, now {phase}"
     problems = step.problems_of(Shape(m, d, f), DTYPES[x.dtype], *biases)
-    return Explanation("kernels", why, tuple(_explained(p, target) for p in problems))
+    return Explanation("kernels", why, tuple(_explain_kernel(p, target) for p in problems))
 
 
 def _unless_missing(explanation: Explanation, mode: str) -> Explanation:
@@ -166,6 +166,6 @@ def _unless_missing(explanation: Explanation, mode: str) -> Explanation:
     return explanation if reason is None else Explanation("nothing" if mode == BATCH else "dense", reason)
 
 
-def _explained(problem: Problem, target: GpuTarget, batch: bool = False) -> ExplainedKernel:
+def _explain_kernel(problem: Problem, target: GpuTarget, batch: bool = False) -> ExplainedKernel:
     choice = choose(problem, target, batch)
     return ExplainedKernel(problem, KernelSpec(problem.family, choice.config, target.arch), choice)

@@ -82,8 +82,8 @@ def ffn(
         [..., D] in the type of ``x``.
 
     Raises:
-        Unsupported: ranks, sizes, types or devices do not fit together; or "batch" is asked for what only dense
-            PyTorch computes.
+        Unsupported: ranks, sizes, types or devices do not fit together; or deterministic is "batch" where only
+            dense PyTorch computes the result.
         CompileError, LaunchError: a kernel could not be built or launched.
     """
     check_tensor("x", x)

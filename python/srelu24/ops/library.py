@@ -1,7 +1,7 @@
 """The torch.library ops of 16-bit operands: CUDA tensors run the kernels, CPU tensors the reference, fakes give shapes.
 
-What the kernels cannot do, and those that this machine neither has nor can compile, runs as dense PyTorch with one
-warning per reason, where the result has a dense form.
+A call that the kernels cannot take, or whose kernels this machine neither has nor can compile, runs as dense PyTorch
+with one warning per reason, where the result has a dense form.
 """
 
 from __future__ import annotations
@@ -106,17 +106,17 @@ def _sparsify24_cuda(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _matmul_cuda(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    s = _packed(values, metadata, w2.shape[1])
+    s = _make_packed(values, metadata, w2.shape[1])
     reason = kernel_reason(w2, bias, residual)
     if reason is not None:
         warn_dense(reason)
-        return _matmul_dense(s, w2, bias, residual)
+        return _run_dense_matmul(s, w2, bias, residual)
     out = torch.empty(s.shape[0], w2.shape[0], dtype=s.dtype, device=s.device)
     try:
         _run(Op.SPGEMM, Operands(a=s, b=w2, bias=bias, residual=residual, out=out))
     except ToolchainError as error:
         warn_dense(reason_of(error))
-        return _matmul_dense(s, w2, bias, residual)
+        return _run_dense_matmul(s, w2, bias, residual)
     return out
 
 
@@ -146,7 +146,7 @@ def _ffn_cpu(
     if reason is not None:
         return fallback_ffn(reason, mode, x, w1, w2, b1, b2, activation)
     if mode == "dense":
-        return _dense_ffn(x, w1, w2, b1, b2, activation)
+        return _run_dense_ffn(x, w1, w2, b1, b2, activation)
     return reference.ffn(x, w1, w2, b1, b2, activation)
 
 
@@ -173,7 +173,7 @@ def _sparsify24_cpu(h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _matmul_cpu(values: Tensor, metadata: Tensor, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return reference.spgemm(_packed(values, metadata, w2.shape[1]), w2, bias, residual)
+    return reference.spgemm(_make_packed(values, metadata, w2.shape[1]), w2, bias, residual)
 
 
 def _linear24(a: Tensor, w: Tensor, bias: Tensor | None, mode: str = "auto") -> Tensor:
@@ -271,15 +271,15 @@ def fallback_ffn(
     """The FFN in dense PyTorch, with a warning.
 
     Raises:
-        Unsupported: batch-invariant results were asked for.
+        Unsupported: the results must be batch-invariant, and dense ones are not.
     """
     if mode == BATCH:
         raise Unsupported(f"Batch-invariant results need the sparse kernels: {reason}.")
     warn_dense(reason)
-    return _dense_ffn(x, w1, w2, b1, b2, activation)
+    return _run_dense_ffn(x, w1, w2, b1, b2, activation)
 
 
-def _dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str) -> Tensor:
+def _run_dense_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, activation: str) -> Tensor:
     return torch.nn.functional.linear(dense_linear(x, w1, b1, activation), w2, b2)
 
 
@@ -292,15 +292,16 @@ def dense_linear(x: Tensor, w: Tensor, bias: Tensor | None, activation: str) -> 
     return rule_of(activation).plain(torch.nn.functional.linear(x, w, bias))
 
 
-def _packed(values: Tensor, metadata: Tensor, f: int) -> Sparse24:
-    """The packed operand. Its values are laid out anew where a compiler has copied them without their row padding."""
+def _make_packed(values: Tensor, metadata: Tensor, f: int) -> Sparse24:
+    """The packed operand. Where a compiler has copied its values without the padding of their rows, they are copied
+    once more, into padded rows."""
     m, stride = values.shape[0], row_stride(f)
     if values.stride(1) != 1 or (m > 1 and values.stride(0) != stride) or values.data_ptr() % ALIGNMENT:
         values = torch.nn.functional.pad(values, (0, stride - f // 2))[:, : f // 2]
     return Sparse24(values, metadata, (m, f))
 
 
-def _matmul_dense(s: Sparse24, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _run_dense_matmul(s: Sparse24, w2: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     y = torch.nn.functional.linear(s.to_dense(), w2, bias)
     return y if residual is None else y + residual
 

@@ -23,11 +23,12 @@ ROWS, COLUMNS, ALL = Shard(0), Shard(1), Replicate()
 _BLOCK_ROWS, _BLOCK_COLUMNS = 64, 256
 
 
-def _given(tensor: Any, placement: Any) -> Any:
+def _where_given(tensor: Any, placement: Any) -> Any:
+    """The placement of an optional tensor; None where it is left out."""
     return None if tensor is None else placement
 
 
-def _splits(tensor: Any, dimension: int, unit: int) -> bool:
+def _splits_into_whole_units(tensor: Any, dimension: int, unit: int) -> bool:
     """Whether every rank of the mesh gets whole units of a dimension."""
     return bool(tensor.shape[dimension] % (unit * tensor.mesh.size()) == 0)
 
@@ -35,42 +36,42 @@ def _splits(tensor: Any, dimension: int, unit: int) -> bool:
 def _ffn(x: Any, w1: Any, w2: Any, b1: Any, b2: Any, *options: str) -> Sequence[Rule]:
     rest = [None] * len(options)  # mode and activation, as far as they are given
     rules: list[Rule] = [
-        ([ALL], [ALL, ALL, ALL, _given(b1, ALL), _given(b2, ALL), *rest]),
-        ([ROWS], [ROWS, ALL, ALL, _given(b1, ALL), _given(b2, ALL), *rest]),
+        ([ALL], [ALL, ALL, ALL, _where_given(b1, ALL), _where_given(b2, ALL), *rest]),
+        ([ROWS], [ROWS, ALL, ALL, _where_given(b1, ALL), _where_given(b2, ALL), *rest]),
     ]
-    if _splits(w1, 0, 4):
-        rules.append(([Partial()], [ALL, ROWS, COLUMNS, _given(b1, ROWS), _given(b2, Partial()), *rest]))
+    if _splits_into_whole_units(w1, 0, 4):
+        rules.append(([Partial()], [ALL, ROWS, COLUMNS, _where_given(b1, ROWS), _where_given(b2, Partial()), *rest]))
     return rules
 
 
 def _linear(x: Any, w: Any, bias: Any, activation: str) -> Sequence[Rule]:
     rules: list[Rule] = [
-        ([ALL], [ALL, ALL, _given(bias, ALL), None]),
-        ([ROWS], [ROWS, ALL, _given(bias, ALL), None]),
-        ([COLUMNS], [ALL, ROWS, _given(bias, ROWS), None]),
+        ([ALL], [ALL, ALL, _where_given(bias, ALL), None]),
+        ([ROWS], [ROWS, ALL, _where_given(bias, ALL), None]),
+        ([COLUMNS], [ALL, ROWS, _where_given(bias, ROWS), None]),
     ]
     if activation == "none":
-        rules.append(([Partial()], [COLUMNS, COLUMNS, _given(bias, Partial()), None]))
+        rules.append(([Partial()], [COLUMNS, COLUMNS, _where_given(bias, Partial()), None]))
     return rules
 
 
 def _linear24(a: Any, w: Any, bias: Any, mode: str | None = None) -> Sequence[Rule]:
     rest = [None] * (mode is not None)
     rules: list[Rule] = [
-        ([ALL], [ALL, ALL, _given(bias, ALL), *rest]),
-        ([ROWS], [ROWS, ALL, _given(bias, ALL), *rest]),
+        ([ALL], [ALL, ALL, _where_given(bias, ALL), *rest]),
+        ([ROWS], [ROWS, ALL, _where_given(bias, ALL), *rest]),
     ]
-    if _splits(w, 1, 4):
-        rules.append(([Partial()], [COLUMNS, COLUMNS, _given(bias, Partial()), *rest]))
+    if _splits_into_whole_units(w, 1, 4):
+        rules.append(([Partial()], [COLUMNS, COLUMNS, _where_given(bias, Partial()), *rest]))
     return rules
 
 
 def _gemm_24(x: Any, w1: Any, b1: Any) -> Sequence[Rule]:
-    rules: list[Rule] = [([ALL, ALL], [ALL, ALL, _given(b1, ALL)])]
-    if _splits(x, 0, _BLOCK_ROWS):
-        rules.append(([ROWS, ROWS], [ROWS, ALL, _given(b1, ALL)]))
-    if _splits(w1, 0, _BLOCK_COLUMNS):
-        rules.append(([COLUMNS, COLUMNS], [ALL, ROWS, _given(b1, ROWS)]))
+    rules: list[Rule] = [([ALL, ALL], [ALL, ALL, _where_given(b1, ALL)])]
+    if _splits_into_whole_units(x, 0, _BLOCK_ROWS):
+        rules.append(([ROWS, ROWS], [ROWS, ALL, _where_given(b1, ALL)]))
+    if _splits_into_whole_units(w1, 0, _BLOCK_COLUMNS):
+        rules.append(([COLUMNS, COLUMNS], [ALL, ROWS, _where_given(b1, ROWS)]))
     return rules
 
 
@@ -86,19 +87,19 @@ def _kind(values: Any) -> int:
 
 def _sparsify24(h: Any, activation: str) -> Sequence[Rule]:
     rules: list[Rule] = [([ALL, ALL], [ALL, None])]
-    if _splits(h, 0, _BLOCK_ROWS):
+    if _splits_into_whole_units(h, 0, _BLOCK_ROWS):
         rules.append(([ROWS, ROWS], [ROWS, None]))
-    if _splits(h, 1, _BLOCK_COLUMNS):
+    if _splits_into_whole_units(h, 1, _BLOCK_COLUMNS):
         rules.append(([COLUMNS, COLUMNS], [COLUMNS, None]))
     return rules
 
 
 def _matmul(values: Any, metadata: Any, w2: Any, bias: Any, residual: Any) -> Sequence[Rule]:
-    rules: list[Rule] = [([ALL], [ALL, ALL, ALL, _given(bias, ALL), _given(residual, ALL)])]
-    if _splits(values, 0, _BLOCK_ROWS):
-        rules.append(([ROWS], [ROWS, ROWS, ALL, _given(bias, ALL), _given(residual, ROWS)]))
-    if _splits(w2, 1, _BLOCK_COLUMNS):
-        partial = [_given(bias, Partial()), _given(residual, Partial())]
+    rules: list[Rule] = [([ALL], [ALL, ALL, ALL, _where_given(bias, ALL), _where_given(residual, ALL)])]
+    if _splits_into_whole_units(values, 0, _BLOCK_ROWS):
+        rules.append(([ROWS], [ROWS, ROWS, ALL, _where_given(bias, ALL), _where_given(residual, ROWS)]))
+    if _splits_into_whole_units(w2, 1, _BLOCK_COLUMNS):
+        partial = [_where_given(bias, Partial()), _where_given(residual, Partial())]
         rules.append(([Partial()], [COLUMNS, COLUMNS, COLUMNS, *partial]))
     return rules
 

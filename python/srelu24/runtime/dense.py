@@ -37,8 +37,8 @@ def ffn(
 
     The operands are trusted, as those of :func:`srelu24.runtime.launch.run` are.
     """
-    h = library_gemm(x, w1, b1, activation) if way == "cublas" else _own(x, w1, b1, activation)
-    return _own(h, w2, b2, Activation.NONE) if way == "gemm" else linear(h, w2, b2)
+    h = library_gemm(x, w1, b1, activation) if way == "cublas" else _run_own_gemm(x, w1, b1, activation)
+    return _run_own_gemm(h, w2, b2, Activation.NONE) if way == "gemm" else linear(h, w2, b2)
 
 
 def library_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
@@ -46,11 +46,11 @@ def library_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activati
     squares are taken in place."""
     if activation not in (Activation.RELU, Activation.RELU2):
         return rule_of(activation).plain(linear(x, w, bias))
-    h = torch._addmm_activation(_zeros(w) if bias is None else bias, x, w.t())
+    h = torch._addmm_activation(_find_zeros(w) if bias is None else bias, x, w.t())
     return h.mul_(h) if activation is Activation.RELU2 else h
 
 
-def _own(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+def _run_own_gemm(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     m, (n, k) = x.shape[0], w.shape
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     family = family_of(Op.GEMM, x.dtype, activation, bias is not None)
@@ -61,8 +61,9 @@ def _own(x: Tensor, w: Tensor, bias: Tensor | None, activation: Activation) -> T
 _kept_zeros: dict[tuple[int, torch.dtype, torch.device, int], Tensor] = {}
 
 
-def _zeros(w: Tensor) -> Tensor:
-    """A bias of zeros, without which cuBLASLt has no relu. Kept for the current stream; a CUDA graph has its own."""
+def _find_zeros(w: Tensor) -> Tensor:
+    """A bias of zeros: without a bias cuBLASLt has no relu. It is kept for the current stream; a CUDA graph gets zeros
+    of its own."""
     if w.is_cuda and torch.cuda.is_current_stream_capturing():
         return w.new_zeros(w.shape[0])
     key = (w.shape[0], w.dtype, w.device, stream(w.device.index) if w.is_cuda else 0)

@@ -23,12 +23,12 @@ from srelu24_gen.spec import Activation, DType, Family, KernelSpec, Op, Problem,
 from srelu24_gen.target import SYSTEM_SHARED_BYTES, GpuTarget, Toolchain, target_for_device
 
 _CACHED_CHOICES = 8192
-"""Problems remembered: one per family and number of tokens that a process meets."""
+"""How many choices are kept: a process needs one for each family and number of tokens that it meets."""
 
 MODES = ("auto", "sparse", "dense")
 """What a caller of an FFN may ask for."""
 BATCH = "batch"
-"""How an FFN runs for which batch-invariance is asked: sparse, with batch-invariant configurations."""
+"""The mode of an FFN whose results must be batch-invariant: sparse, with batch-invariant configurations."""
 
 
 @functools.cache
@@ -58,7 +58,7 @@ def choose(problem: Problem, target: GpuTarget, batch: bool = False) -> Choice:
     """The best known configuration: :func:`srelu24.db.choice.answer`, from the database at its usual places.
 
     Args:
-        batch: the batch-invariant configuration most like it.
+        batch: whether the configuration has to be batch-invariant; then it is the one most like the best.
 
     Raises:
         Unsupported: no kernel computes the problem on ``target``; the message is the reason.
@@ -97,7 +97,8 @@ def ffn_way(
     device: torch.device,
     activation: str = Activation.RELU2,
 ) -> str:
-    """How a call runs in mode "auto" or "dense": one dictionary look-up once it is known.
+    """How a call runs in mode "auto" or "dense", by the names of ``dense.WAYS`` or SPARSE. Once it is known this is one
+    dictionary look-up.
 
     Raises:
         Unsupported: no kernel computes the sparse pair.
@@ -138,7 +139,7 @@ def family_of(
 
 @functools.lru_cache(maxsize=_CACHED_CHOICES)
 def launcher_of(family: Family, m: int, n: int, k: int, device: torch.device, batch: bool = False) -> Launcher:
-    """The loaded kernel that answers a call: one dictionary look-up once it is known.
+    """The loaded kernel that answers a call. Once it is known this is one dictionary look-up.
 
     Raises:
         Unsupported: no kernel computes the problem.
@@ -165,7 +166,7 @@ def pair_of(
     batch: bool = False,
     activation: str = Activation.RELU2,
 ) -> Pair:
-    """What answers an FFN that runs sparse: one dictionary look-up once it is known.
+    """Both kernels of an FFN that runs sparse. Once they are known this is one dictionary look-up.
 
     Raises:
         Unsupported, ToolchainError, CompileError, LaunchError: as of :func:`launcher_of`.
@@ -180,7 +181,8 @@ def pair_of(
 
 def clear_cache() -> None:
     """Forget every choice, so that new tuning records and bundles count. Kernels already loaded stay loaded."""
-    # What others are made from comes first: a call of another thread in between keeps nothing of what was.
+    # In this order: each cache is made from those before it, so that a call of another thread in between cannot fill
+    # it from one that still has the old records.
     for cached in (_database, choose, choose_ffn, ffn_way, compiles, missing, launcher_of, pair_of):
         cached.cache_clear()
 

@@ -48,7 +48,7 @@ class GemmLauncher:
         out = o.out.values if isinstance(o.out, Sparse24) else o.out
         assert o.b is not None
         m, (n, k) = a.shape[0], o.b.shape
-        space = self._workspace(m, n, k, out.device) if self.spec.config.stream_k else None
+        space = self._find_workspace(m, n, k, out.device) if self.spec.config.stream_k else None
         key = (  # the fields of Arguments, as the plain tuple that hashes fastest
             a.data_ptr(),
             o.b.data_ptr(),
@@ -69,10 +69,10 @@ class GemmLauncher:
             0 if o.residual is None else o.residual.stride(0),
             None if o.scales is None else scale_arguments(o.scales),
         )
-        block, grid = self._encoded(key)
+        block, grid = self._find_or_encode(key)
         self.kernel.launch(grid, block.address, stream(self.kernel.device))
 
-    def _encoded(self, key: tuple[Any, ...]) -> tuple[ArgumentBlock, int]:
+    def _find_or_encode(self, key: tuple[Any, ...]) -> tuple[ArgumentBlock, int]:
         """The parameter block of these arguments, and the grid."""
         found = self._blocks.get(key)
         if found is None:
@@ -80,7 +80,7 @@ class GemmLauncher:
             keep_block(self._blocks, key, found)
         return found
 
-    def _workspace(self, m: int, n: int, k: int, device: torch.device) -> Workspace | None:
+    def _find_workspace(self, m: int, n: int, k: int, device: torch.device) -> Workspace | None:
         flags, floats = self.workspace_size(m, n, k)
         return workspace(flags, floats, device) if flags else None
 
@@ -98,7 +98,7 @@ class GemmLauncher:
         """GemmParams of ``sm90/params.cuh``, and the grid."""
         c = self.spec.config
         plan = plan_work(c, x.m, x.n, x.k, self.kernel.sm_count)
-        first_map, share, low, high = self._maps(x)
+        first_map, share, low, high = self._encode_maps(x)
         content = GEMM_PARAMS_SM90.pack(
             a=first_map,
             b_share=share,
@@ -129,7 +129,7 @@ class GemmLauncher:
         )
         return ArgumentBlock(content), plan.clusters * c.cluster_m
 
-    def _maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
+    def _encode_maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
         """a, b_share, b_rows[0], b_rows[1]."""
         c, sparse = self.spec.config, self.spec.family.op is Op.SPGEMM
         a = tensor_map(
@@ -140,9 +140,9 @@ class GemmLauncher:
             box=(c.tile_k // 2 if sparse else c.tile_k, c.tile_m),
             swizzle_bytes=64 if sparse else 128,
         )
-        return a, *self._maps_b(x.b, x.n, x.k, x.b_stride)
+        return a, *self._encode_maps_of_b(x.b, x.n, x.k, x.b_stride)
 
-    def _maps_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
+    def _encode_maps_of_b(self, b: int, n: int, k: int, stride: int) -> tuple[bytes, bytes, bytes]:
         """b_share, b_rows[0], b_rows[1] of ``tile_load.cuh``: B's rows in the kernel's load order."""
         c, dtype = self.spec.config, self.spec.family.weight or self.spec.family.dtype
         run = 16 if self.spec.family.op in PACKING_OPS else 8

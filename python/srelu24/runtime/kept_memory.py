@@ -10,11 +10,13 @@ from torch import Tensor
 
 
 def allocate_kept(make: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:
-    """What ``make`` allocates and fills, for the current stream alone, in memory that no CUDA graph's pool owns.
+    """Call ``make`` so that the tensors it allocates and fills lie in memory that no CUDA graph's pool owns, for use on
+    the current stream alone.
 
     While a graph is prepared (TorchInductor's CUDA graph trees, ``torch.cuda.use_mem_pool``) what this thread
-    allocates belongs to the graph, which finds fault with anything that is kept. So another thread allocates, on the
-    default stream, and the current stream waits for it. Not to be called while the current stream is captured.
+    allocates belongs to the graph, and the graph reports tensors that outlive it as errors. So another thread
+    allocates, on the default stream, and the current stream waits for it. This must not be called while the current
+    stream is captured.
     """
     if device.type != "cuda":
         return make()

@@ -94,14 +94,15 @@ _thread = threading.local()
 
 
 def make_context_current() -> None:
-    """Launches and tensor maps need a primary context current in this thread; torch binds the device's, once."""
+    """Make a device's primary context current in this thread, which launches and tensor maps need. torch does so, and
+    is asked once a thread."""
     if not getattr(_thread, "bound", False):
         torch.cuda.set_device(torch.cuda.current_device())
         _thread.bound = True
 
 
 def stream(device: int) -> int:
-    """The current stream's handle; torch's public way builds an object first, for 3 us."""
+    """The handle of a device's current stream. torch's public function builds an object first, which takes 3 us."""
     return torch._C._cuda_getCurrentRawStream(device)
 
 
@@ -111,7 +112,7 @@ class ArgumentBlock:
     __slots__ = ("_memory", "_pointers", "address")
 
     def __init__(self, content: bytes) -> None:
-        # 64 to align it, and 64 because the driver reads a struct with its padding.
+        # 64 bytes more to align the start, and 64 because the driver reads a struct with its padding.
         self._memory = ctypes.create_string_buffer(len(content) + 128)
         start = (ctypes.addressof(self._memory) + 63) & ~63
         ctypes.memmove(start, content, len(content))

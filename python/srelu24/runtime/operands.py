@@ -1,4 +1,5 @@
-"""Checks of the tensors a caller gives: what is wrong is refused, what the kernels cannot read has a reason."""
+"""Checks of the tensors that a caller gives. Operands that do not fit together are refused; for those that the kernels
+cannot read there is a reason, with which the call runs in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ FLOATS = frozenset({*STORAGE_DTYPES, torch.float32, torch.float64})
 """Types that a call takes: the kernels compute the 16-bit ones, PyTorch the others."""
 
 DISABLED = os.environ.get("SRELU24_DISABLE", "0") not in ("", "0")
-"""The kernels are switched off for this process: read once, so that a call does not pay for it."""
+"""Whether the kernels are switched off for this process. It is read once, so that calls do not pay for it."""
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
@@ -32,7 +33,7 @@ def differentiated(*tensors: Tensor | None) -> bool:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether one of these operands carries a forward-mode derivative."""
-    # Private, and the one way to ask without a cost per operand: -1 outside of every dual level.
+    # A private name, -1 outside of every dual level; PyTorch has no public way to ask that costs nothing per operand.
     return getattr(forward_ad, "_current_level", -1) >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
@@ -45,8 +46,8 @@ def transformed() -> bool:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    kind = "cuda" if x.is_cuda else x.device.type  # the short way to the usual case
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # it knows no "meta"
+    kind = "cuda" if x.is_cuda else x.device.type  # is_cuda is the faster question
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # autocast has no "meta"
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -59,7 +60,7 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether it is spread over processes; asked by name, since importing torch.distributed.tensor takes a second."""
+    """Whether a value is a DTensor, by its name: importing torch.distributed.tensor takes a second."""
     return type(value).__name__ == "DTensor"
 
 
@@ -71,7 +72,7 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None) -> None:
     """Raise Unsupported unless x [..., D], w1 [F, D], w2 [D, F], b1 [F] and b2 [D] fit together."""
-    if not _fit(x, w1, w2):  # so one of these checks says what is wrong
+    if not _matrices_fit(x, w1, w2):  # one of the checks below raises, and its message says what is wrong
         if x.dim() < 1:
             raise Unsupported("x has no dimensions; it must be [..., D].")
         check_tensor("w1", w1)
@@ -84,8 +85,9 @@ def check_ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor |
         check_vector("b2", b2, w2.shape[0], x)
 
 
-def _fit(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
-    """Whether the matrices of an FFN fit together, asked in few words: this runs before every launch."""
+def _matrices_fit(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
+    """Whether the matrices of an FFN fit together. This runs before every launch, so it finds no words for what is
+    wrong."""
     if not (isinstance(w1, Tensor) and isinstance(w2, Tensor) and w1.dim() == 2):
         return False
     (f, d), dtype, device = w1.shape, x.dtype, x.device
@@ -101,7 +103,11 @@ def _fit(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
 
 
 def check_mode(mode: str, deterministic: str) -> str:
-    """How an FFN has to run: one of the dispatcher's MODES, or BATCH. Raise Unsupported where that makes no sense."""
+    """The mode that an FFN has to run in: one of the dispatcher's MODES, or BATCH.
+
+    Raises:
+        Unsupported: one of the two is unknown, or they contradict each other.
+    """
     if mode not in MODES:
         raise Unsupported(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
     if deterministic not in ("run", "batch"):
@@ -139,7 +145,7 @@ def _check_kind(name: str, tensor: Tensor, like: Tensor) -> None:
         raise Unsupported(f"{name} is on {tensor.device} and the input on {like.device}; move both to one device.")
 
 
-def _described(tensor: Tensor, fault: str) -> Reason:
+def _describe_fault(tensor: Tensor, fault: str) -> Reason:
     """What is wrong with a tensor. Its number of rows stands in the words and not in the kind."""
     return Reason(f"a tensor of shape {list(tensor.shape)} {fault}", kind=f"a width of {tensor.shape[-1]} {fault}")
 
@@ -165,12 +171,12 @@ def kernel_reason(*tensors: Tensor | None) -> str | None:
         if width % 8 or width == 0:
             return f"a width of {width} is not a positive multiple of 8"
         if on_gpu and tensor.data_ptr() % ALIGNMENT:
-            return _described(tensor, f"does not start at a multiple of {ALIGNMENT} bytes")
+            return _describe_fault(tensor, f"does not start at a multiple of {ALIGNMENT} bytes")
         if tensor.is_contiguous():  # so its rows are of ``width``
             continue
         strides = tensor.stride()
         if strides[-1] != 1:
-            return _described(tensor, "is not contiguous in its last dimension")
+            return _describe_fault(tensor, "is not contiguous in its last dimension")
         row = strides[0] if len(strides) == 2 and tensor.shape[0] > 1 else width
         if row < width:
             return f"a row stride of {row} elements lets rows of {width} overlap"

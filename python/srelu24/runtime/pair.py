@@ -1,7 +1,8 @@
 """The sparse FFN as one prepared call: gemm_relu2_24, then spgemm on what it packed.
 
-On a small shape a call takes the host longer than the GPU. So what follows from sizes and type is worked out when a
-:class:`Pair` is made, and a call only allocates, looks up both parameter blocks by its addresses, and launches twice.
+A call of a small shape takes the host longer than the GPU. So everything that depends on sizes and type alone is
+computed when a :class:`Pair` is made. A call only allocates, looks up both parameter blocks by its addresses, and
+launches twice.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from srelu24.runtime.workspace import workspace
 from srelu24_gen.models import Shape
 
 _CACHED_CALLS = 8192
-"""Calls whose parameter blocks are kept, of all pairs; torch's allocator reuses addresses, so few are needed."""
+"""How many calls' parameter blocks are kept, of all pairs; torch's allocator reuses addresses, so few are needed."""
 
 
 class Pair:
     """Both kernels of an FFN of one shape, dtype and device, loaded.
 
-    Between them lies S, packed as :class:`srelu24.numerics.sparse24.Sparse24` says, but in one allocation, metadata
-    first, and with anything in the padding of its rows, which spgemm does not read.
+    The first one writes S and the second one reads it. S is packed as :class:`srelu24.numerics.sparse24.Sparse24` says,
+    but in one allocation, metadata first, and the padding of its rows is not cleared, since spgemm does not read it.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Pair:
         packed = torch.empty(self._packed_bytes, dtype=torch.uint8, device=device)
         out = torch.empty(*self._out_size, dtype=self._dtype, device=device)
         space = workspace(self._flags, self._floats, device) if self._flags else None
-        (first, first_grid), (second, second_grid) = _encoded(
+        (first, first_grid), (second, second_grid) = _encode(
             self,
             x.data_ptr(),
             w1.data_ptr(),
@@ -73,7 +74,7 @@ class Pair:
 
 
 @functools.lru_cache(maxsize=_CACHED_CALLS)
-def _encoded(
+def _encode(
     pair: Pair,
     x: int,
     w1: int,

@@ -127,7 +127,7 @@ def weight_gradient(
     """``A^T B`` summed over tokens in fp32: A [M, F] packed along tokens, B [M, N] -> [F, N], or transposed [N, F].
 
     Args:
-        out: added to; fp32 or the type of ``b``. None makes a new one in the type of ``b``.
+        out: the product is added to it; fp32 or the type of ``b``. None makes a new tensor in the type of ``b``.
 
     Raises:
         As :func:`pruned_hidden`.
@@ -166,7 +166,7 @@ _fixed: ContextVar[KernelConfig | None] = ContextVar("_fixed", default=None)
 
 @contextmanager
 def fixed_config(config: KernelConfig) -> Iterator[None]:
-    """Every kernel of this module that is launched inside has this configuration: to compare configurations."""
+    """Launch every kernel of this module with this configuration inside of the context, to compare configurations."""
     token = _fixed.set(config)
     try:
         yield
@@ -208,10 +208,10 @@ def run(spec: KernelSpec, o: TrainingOperands) -> None:
     """Launch this very kernel on the current stream, without synchronising.
 
     Raises:
-        Unsupported: the stride is none of the kernels'.
+        Unsupported: the kernels do not have this stride.
         CompileError, LaunchError: the kernel could not be built or launched.
     """
-    launcher_for(spec, o.b.device.index).launch(_arguments(o))
+    launcher_for(spec, o.b.device.index).launch(_arguments_of(o))
 
 
 @functools.cache
@@ -244,7 +244,7 @@ def _launch(family: Family, o: TrainingOperands) -> None:
     run(spec_for(family, sizes, dispatch.gpu_of(o.b.device)), o)
 
 
-def _arguments(o: TrainingOperands) -> Arguments:
+def _arguments_of(o: TrainingOperands) -> Arguments:
     m, n, k = o.sizes
     a = o.a if isinstance(o.a, Tensor) else o.a.values
     out = o.out.values if isinstance(o.out, Sparse24) else o.out
@@ -288,16 +288,16 @@ class TrainingLauncher(GemmLauncher):
         """Launch on the current stream, without synchronising."""
         device = self.kernel.device
         if self.spec.config.stream_k:
-            space = self._workspace(x.m, x.n, x.k, torch.device("cuda", device))
+            space = self._find_workspace(x.m, x.n, x.k, torch.device("cuda", device))
             if space is not None:
                 x = x._replace(partials=space.partials.data_ptr(), flags=space.flags.data_ptr())
-        block, grid = self._encoded(x)
+        block, grid = self._find_or_encode(x)
         self.kernel.launch(grid, block.address, stream(device))
 
-    def _maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
+    def _encode_maps(self, x: Arguments) -> tuple[bytes, bytes, bytes, bytes]:
         family, c = self.spec.family, self.spec.config
         if family.op is Op.SPGEMM:  # its A is packed, in the order of rows; only its output is permuted
-            return super()._maps(x)
+            return super()._encode_maps(x)
         assert x.tokens is not None
         row_step, block_step = x.tokens.row_step, x.tokens.block_step
         if family.op is not Op.SPGEMM_TOKENS:
@@ -309,7 +309,7 @@ class TrainingLauncher(GemmLauncher):
                 box=(c.tile_k, BLOCK, c.tile_m // BLOCK),
                 swizzle_bytes=128,
             )
-            return rows, *self._maps_b(x.b, x.n, x.k, x.b_stride)
+            return rows, *self._encode_maps_of_b(x.b, x.n, x.k, x.b_stride)
         features = tensor_map(
             family.dtype,
             x.a,

@@ -68,7 +68,7 @@ class Metrics:
         """
         if name not in self.observations:
             raise Unsupported(f"no layer {name!r} was watched; those that ran are {sorted(self.observations)}.")
-        return _summary(name, self.observations[name])
+        return _summarize(name, self.observations[name])
 
     def table(self) -> Table:
         """For ``rich.print``."""
@@ -111,7 +111,7 @@ class Metrics:
             axes.legend()
 
 
-def _summary(name: str, seen: list[Observation]) -> LayerMetrics:
+def _summarize(name: str, seen: list[Observation]) -> LayerMetrics:
     nonzeros, dense, kept, kept_both = sum(x.sums for x in seen).tolist()  # type: ignore[union-attr]
     rows = sum(x.rows for x in seen)
     f, n = seen[-1].sizes

@@ -51,16 +51,16 @@ def dense_columns(
         along_tokens: set to zero in these columns on the way.
     """
     out = torch.empty(s.shape[0], len(columns), dtype=s.values.dtype, device=s.values.device)
-    _split(s, columns, token_stride, along_tokens, out)
+    _split_columns(s, columns, token_stride, along_tokens, out)
     return out
 
 
 def clear_columns(along_tokens: TokenSparse24, columns: Tensor) -> None:
     """Set columns, int64 [n], to zero."""
-    _split(None, columns, None, along_tokens, None)
+    _split_columns(None, columns, None, along_tokens, None)
 
 
-def _split(
+def _split_columns(
     s: Sparse24 | None,
     columns: Tensor,
     token_stride: int | None,

@@ -169,13 +169,13 @@ def ffn(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None,
 def _forward(o: RecipeOperands | TrainOperands) -> Forward:
     """The step's forward pass, on the kernels where they take it."""
     x, w1, w2, b1, b2 = o.x, o.w1, o.w2, o.b1, o.b2
-    pruning = _pruning(o.sparse, o.dense_features, o.token_stride)
+    pruning = _make_pruning(o.sparse, o.dense_features, o.token_stride)
     reason = _reason_against(o)
     if reason is not None and x.is_cuda:
         warn_reference(reason)
-    with _exact(x):
+    with _without_autocast(x):
         if reason is not None:
-            return reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_accumulate(x))
+            return reference.forward(x, w1, w2, b1, b2, pruning=pruning, accumulate=_choose_sum_type(x))
         if pruning is None:
             return step.dense_forward(x, w1, w2, b1, b2)
         return step.forward(x, w1, w2, b1, b2, pruning)
@@ -195,20 +195,20 @@ def _ffn_recipe(*given: Any) -> Tensor:
     return _forward(RecipeOperands(*given)).y
 
 
-def _gradients(o: BackwardOperands) -> Gradients:
+def _compute_gradients(o: BackwardOperands) -> Gradients:
     """The gradients that are needed; those of the weights are added to their buffers, where there are any."""
     x, w1, w2 = o.x, o.w1, o.w2
-    pruning, needed = _pruning(o.sparse, o.dense_features, o.token_stride), Needed(*o.needed)
+    pruning, needed = _make_pruning(o.sparse, o.dense_features, o.token_stride), Needed(*o.needed)
     hidden = o.hidden
     if step.keeps_packed(hidden):
         if pruning is not None:
-            with _exact(x):
+            with _without_autocast(x):
                 return step.backward(
                     o.g, x, w1, w2, hidden, pruning=pruning, needed=needed, w1_grad=o.w1_grad, w2_grad=o.w2_grad
                 )
         hidden = step.dense_part(hidden, x.shape[0], w1.shape[0])
-    with _exact(x):
-        d = reference.backward(o.g, x, w1, w2, hidden, pruning=pruning, needed=needed, accumulate=_accumulate(x))
+    with _without_autocast(x):
+        d = reference.backward(o.g, x, w1, w2, hidden, pruning=pruning, needed=needed, accumulate=_choose_sum_type(x))
     for buffer, gradient in ((o.w1_grad, d.w1), (o.w2_grad, d.w2)):
         if buffer is not None and gradient is not None:
             buffer += gradient
@@ -217,14 +217,14 @@ def _gradients(o: BackwardOperands) -> Gradients:
 
 def _ffn_train_backward(*given: Any) -> tuple[Tensor, ...]:
     o = BackwardOperands(*given)
-    d = _gradients(o)
-    return tuple(_stored(gradient, o.x) for gradient in (d.x, d.w1, d.w2, d.b1, d.b2))
+    d = _compute_gradients(o)
+    return tuple(_round_to_storage(gradient, o.x) for gradient in (d.x, d.w1, d.w2, d.b1, d.b2))
 
 
 def _ffn_train_into(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     o = BackwardOperands(*given)
-    d = _gradients(o)
-    return _stored(d.x, o.x), _stored(d.b1, o.x), _stored(d.b2, o.x)
+    d = _compute_gradients(o)
+    return _round_to_storage(d.x, o.x), _round_to_storage(d.b1, o.x), _round_to_storage(d.b2, o.x)
 
 
 def _hidden_kept(*given: Any) -> Tensor:
@@ -240,20 +240,21 @@ def _hidden_kept(*given: Any) -> Tensor:
     return torch.stack([(left != 0).sum() for left in (s, both)])
 
 
-def _pruning(sparse: Tensor, dense_features: Tensor, token_stride: int | None) -> Pruning | None:
+def _make_pruning(sparse: Tensor, dense_features: Tensor, token_stride: int | None) -> Pruning | None:
     return Pruning(dense_features, token_stride) if sparse.item() else None
 
 
-def _accumulate(x: Tensor) -> torch.dtype | None:
-    """The contract's fp32 sums on a CPU; on a GPU the products of PyTorch, which sum in fp32 and round once more."""
+def _choose_sum_type(x: Tensor) -> torch.dtype | None:
+    """The type in which the reference sums products of 16-bit operands: on a CPU the contract's fp32. None on a GPU:
+    PyTorch's own products sum in fp32 there, and round the result to storage."""
     return torch.float32 if x.dtype.itemsize == 2 and x.device.type == "cpu" else None
 
 
-def _stored(gradient: Tensor | None, like: Tensor) -> Tensor:
+def _round_to_storage(gradient: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 
 
-def _exact(x: Tensor) -> torch.autocast:
+def _without_autocast(x: Tensor) -> torch.autocast:
     """Autocast off: the reference chooses its own types."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -275,7 +276,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if g is None:
-        return _of_inputs(Gradients())
+        return _spread_over_inputs(Gradients())
     asked: Any = TrainOperands(*ctx.needs_input_grad)  # a bool for every input
     needed = Needed(x=asked.x, w1=asked.w1, w2=asked.w2, b1=asked.b1, b2=asked.b2)
     x, w1, w2, hidden, sparse, dense_features = ctx.saved_tensors
@@ -298,7 +299,7 @@ def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             raise Unsupported(_DOUBLE_BACKWARD)
         dx, db1, db2 = torch.ops.srelu24.ffn_train_into(*saved._replace(w1_grad=w1_grad, w2_grad=w2_grad))
         dw1 = dw2 = None
-    return _of_inputs(
+    return _spread_over_inputs(
         Gradients(
             x=dx if needed.x else None,
             w1=dw1 if needed.w1 else None,
@@ -310,12 +311,12 @@ def _backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 def _flags(needed: Needed) -> list[bool]:
-    """As the ops take it."""
+    """The list of bools that the ops take."""
     return [needed.x, needed.w1, needed.w2, needed.b1, needed.b2]
 
 
-def _of_inputs(d: Gradients) -> tuple[Tensor | None, ...]:
-    """One for every input of ``ffn_train``, as autograd takes them; most inputs have none."""
+def _spread_over_inputs(d: Gradients) -> tuple[Tensor | None, ...]:
+    """A gradient or None for every input of ``ffn_train``, in the order in which autograd takes them."""
     return tuple(getattr(d, name, None) for name in TrainOperands._fields)
 
 
@@ -335,15 +336,15 @@ def _ffn_train_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _ffn_train_backward_fake(*given: Any) -> tuple[Tensor, ...]:
     o = BackwardOperands(*given)
-    return _room(o, x=o.x.shape, w1=o.w1.shape, w2=o.w2.shape, b1=o.w1.shape[:1], b2=o.w2.shape[:1])
+    return _allocate_gradients(o, x=o.x.shape, w1=o.w1.shape, w2=o.w2.shape, b1=o.w1.shape[:1], b2=o.w2.shape[:1])
 
 
 def _ffn_train_into_fake(*given: Any) -> tuple[Tensor, ...]:
     o = BackwardOperands(*given)
-    return _room(o, x=o.x.shape, b1=o.w1.shape[:1], b2=o.w2.shape[:1])
+    return _allocate_gradients(o, x=o.x.shape, b1=o.w1.shape[:1], b2=o.w2.shape[:1])
 
 
-def _room(o: BackwardOperands, **shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _allocate_gradients(o: BackwardOperands, **shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """For each of these gradients: empty where it is not needed."""
     needed = Needed(*o.needed)
     return tuple(o.x.new_empty(shape if getattr(needed, name) else (0,)) for name, shape in shapes.items())

@@ -64,7 +64,7 @@ class TokenSparse24:
 
     @classmethod
     def of_transposed(cls, s: Sparse24, m: int) -> TokenSparse24:
-        """The same matrix from the packed form of its transpose [F, padded(M)], which is copied."""
+        """The matrix [M, F] whose transpose [F, padded(M)] is packed in ``s``. Its values are copied."""
         return cls(s.values.T.contiguous(), s.metadata, (m, s.shape[0]))
 
     def transposed(self) -> Sparse24:

@@ -76,7 +76,7 @@ class Recipe:
         self.steps = 0
         """Steps taken."""
         self.metrics: Metrics | None = None
-        """Where layers report to, while somebody watches."""
+        """Where layers report to inside of :meth:`watch`."""
         self.layers: dict[str, LayerState] = {}
         # On the host: reading it does not wait for the GPU, and changing it does not change any code.
         self.sparse_flag = torch.tensor(warmup_steps == 0)
@@ -123,12 +123,12 @@ class Recipe:
         return next(str(n) for n in itertools.count() if str(n) not in self.layers)
 
     def step(self) -> bool:
-        """Count an optimizer step; rank the features anew when it is time. Does not wait for the GPU.
+        """Count an optimizer step, and rank the features when a ranking is due. Does not wait for the GPU.
 
         Call it when the backward passes of the step are done: autograd refuses one whose forward saw another state.
 
         Returns:
-            Whether the warm-up ended with this step. What was captured in a CUDA graph before is dense for ever, so
+            Whether the warm-up ended with this step. A CUDA graph that was captured before stays dense, so
             capture it again then; eager and compiled code switch by themselves.
         """
         was_sparse = self.sparse
@@ -165,7 +165,7 @@ class Recipe:
         Raises:
             Unsupported: not a recipe's state, other layers, or a tensor of another size; nothing is changed then.
         """
-        steps, layers = _parts(saved)
+        steps, layers = _read_state(saved)
         if set(layers) != set(self.layers):
             raise Unsupported(
                 f"the saved recipe has layers {sorted(layers)} and this one {sorted(self.layers)}; "
@@ -224,7 +224,8 @@ class LayerState:
         del self.recipe.layers[self.name]
 
     def to(self, device: torch.device) -> None:
-        """Move to where the layer's weights are now. From the "meta" device it begins anew.
+        """Move to where the layer's weights are now. The counts and the ranking of a layer on the "meta" device have no
+        values; after a move from there they are as in a new layer.
 
         Raises:
             Unsupported: gradients are accumulated into buffers, which stay where they are.
@@ -284,7 +285,7 @@ class LayerState:
         self.rows.zero_()
 
     def observe(self, counts: Tensor, kept: Tensor, rows: int) -> None:
-        """Report a forward pass to whoever watches the recipe."""
+        """Report a forward pass to the metrics of :meth:`Recipe.watch`."""
         assert self.recipe.metrics is not None
         dense = counts[self.dense_features].sum()
         self.recipe.metrics.add(
@@ -297,8 +298,12 @@ class LayerState:
         return len(self.counts), len(self.dense_features)
 
 
-def _parts(saved: Mapping[str, Any]) -> tuple[int, dict[str, dict[str, Tensor]]]:
-    """The step and the layers of a saved state; raise Unsupported where it is none."""
+def _read_state(saved: Mapping[str, Any]) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    """The step and the layers of a saved state.
+
+    Raises:
+        Unsupported: it is not the state of a recipe.
+    """
     try:
         steps = saved["steps"]
         layers = {layer: {name: state[name] for name in _TENSORS} for layer, state in saved["layers"].items()}

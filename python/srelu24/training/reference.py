@@ -61,7 +61,8 @@ class Needed:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Gradients:
-    """In the type of the sums, not yet rounded to storage, of the shape of what they are of; None where not needed."""
+    """The gradient of each operand, in its shape, in the type of the sums and not yet rounded to storage; None where it
+    is not needed."""
 
     x: Tensor | None = None
     w1: Tensor | None = None
@@ -80,8 +81,8 @@ def forward(
     pruning: Pruning | None,
     accumulate: torch.dtype | None = torch.float32,
 ) -> Forward:
-    """One layer forward; ``pruning`` None is the dense step of the warm-up."""
-    y1 = _linear(x, w1, b1, accumulate)
+    """The forward pass of one layer. Where ``pruning`` is None it is the dense step of the warm-up."""
+    y1 = _apply_linear(x, w1, b1, accumulate)
     r = rounded_relu(y1, x.dtype)
     counts = (r != 0).sum(dim=0, dtype=torch.int32)
     hidden = r * r
@@ -89,7 +90,7 @@ def forward(
     if pruning is not None:
         s = torch.where(kept_along_features(r), hidden, 0.0)
         hidden = s if pruning.reuse_masks else hidden
-    return Forward(_linear(s, w2, b2, accumulate).to(x.dtype), hidden, counts)
+    return Forward(_apply_linear(s, w2, b2, accumulate).to(x.dtype), hidden, counts)
 
 
 def backward(
@@ -106,19 +107,19 @@ def backward(
     """The gradients, from what :func:`forward` kept and with the pruning it was called with."""
     dy1 = dx = dw1 = dw2 = db1 = None
     if needed.x or needed.w1 or needed.b1:
-        ds = _product(g, w2, accumulate).to(x.dtype)
+        ds = _multiply(g, w2, accumulate).to(x.dtype)
         # Where ``accumulate`` is None this stays in the storage type, whatever that rounds: [M, F] in fp32 is large.
         wide = x.dtype if accumulate is None else torch.promote_types(x.dtype, torch.float32)
         dy1 = squared_relu_gradient(ds.to(wide), hidden.to(wide)).to(x.dtype)
     if dy1 is not None and needed.x:
-        dx = _product(_along_features(dy1, pruning), w1, accumulate)
+        dx = _multiply(_prune_along_features(dy1, pruning), w1, accumulate)
     if dy1 is not None and needed.w1:
-        dw1 = _product(_along_tokens(dy1, pruning).T, x, accumulate)
+        dw1 = _multiply(_prune_along_tokens(dy1, pruning).T, x, accumulate)
     if dy1 is not None and needed.b1:
-        db1 = _column_sums(dy1, accumulate)
+        db1 = _sum_columns(dy1, accumulate)
     if needed.w2:
-        dw2 = _product(g.T, _along_tokens(hidden, pruning), accumulate)
-    return Gradients(dx, dw1, dw2, db1, _column_sums(g, accumulate) if needed.b2 else None)
+        dw2 = _multiply(g.T, _prune_along_tokens(hidden, pruning), accumulate)
+    return Gradients(dx, dw1, dw2, db1, _sum_columns(g, accumulate) if needed.b2 else None)
 
 
 def kept_along_features(x: Tensor) -> Tensor:
@@ -141,14 +142,14 @@ def kept_along_tokens(x: Tensor, pruning: Pruning) -> Tensor:
     return kept[:m]
 
 
-def _along_features(dy1: Tensor, pruning: Pruning | None) -> Tensor:
+def _prune_along_features(dy1: Tensor, pruning: Pruning | None) -> Tensor:
     """dY1 for dX: the forward's mask has pruned it, unless masks are not reused."""
     if pruning is None or pruning.reuse_masks:
         return dy1
     return torch.where(kept_along_features(dy1), dy1, 0.0)
 
 
-def _along_tokens(x: Tensor, pruning: Pruning | None) -> Tensor:
+def _prune_along_tokens(x: Tensor, pruning: Pruning | None) -> Tensor:
     return x if pruning is None else torch.where(kept_along_tokens(x, pruning), x, 0.0)
 
 
@@ -164,15 +165,15 @@ def _two_largest(group: tuple[Tensor, ...], dim: int) -> Tensor:
     return torch.stack([count < 2 for count in before], dim=dim)
 
 
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None, accumulate: torch.dtype | None) -> Tensor:
+def _apply_linear(x: Tensor, w: Tensor, bias: Tensor | None, accumulate: torch.dtype | None) -> Tensor:
     if accumulate is not None:
         x, w, bias = x.to(accumulate), w.to(accumulate), None if bias is None else bias.to(accumulate)
     return torch.nn.functional.linear(x, w, bias)
 
 
-def _product(a: Tensor, b: Tensor, accumulate: torch.dtype | None) -> Tensor:
+def _multiply(a: Tensor, b: Tensor, accumulate: torch.dtype | None) -> Tensor:
     return a @ b if accumulate is None else a.to(accumulate) @ b.to(accumulate)
 
 
-def _column_sums(x: Tensor, accumulate: torch.dtype | None) -> Tensor:
+def _sum_columns(x: Tensor, accumulate: torch.dtype | None) -> Tensor:
     return x.sum(dim=0, dtype=accumulate or torch.promote_types(x.dtype, torch.float32))

@@ -99,7 +99,8 @@ def load(shape: Shape, dtype: DType, b1: bool, b2: bool, device: torch.device) -
 
 
 def keeps_packed(hidden: Tensor) -> bool:
-    """Whether a step on the kernels kept this, :func:`hidden_size` elements; the reference keeps relu2(Y1), [M, F]."""
+    """Whether ``hidden`` was kept by a step on the kernels, as :func:`hidden_size` elements. The reference keeps
+    relu2(Y1), [M, F]."""
     return hidden.dim() == 1
 
 
@@ -130,8 +131,8 @@ def dense_forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tens
     m, f = x.shape[0], w1.shape[0]
     hidden = x.new_empty(hidden_size(m, f))
     s = dense_part(hidden, m, f)
-    hidden[m * f :].zero_()  # an output has no chance values, read or not
-    kernels.dense_hidden(_ready(x), _ready(w1), None if b1 is None else _ready(b1), s)
+    hidden[m * f :].zero_()  # nothing reads this part, but an op's output must not hold what was in memory before
+    kernels.dense_hidden(_make_loadable(x), _make_loadable(w1), None if b1 is None else _make_loadable(b1), s)
     counts = (s != 0).sum(dim=0, dtype=torch.int32)
     return Forward(torch.nn.functional.linear(s, w2, b2), hidden, counts)
 
@@ -139,11 +140,11 @@ def dense_forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tens
 def forward(x: Tensor, w1: Tensor, w2: Tensor, b1: Tensor | None, b2: Tensor | None, pruning: Pruning) -> Forward:
     """:func:`srelu24.training.reference.forward` on the kernels; ``hidden`` is as the module says."""
     m, f = x.shape[0], w1.shape[0]
-    x, w1, w2 = _ready(x), _ready(w1), _ready(w2)
-    b1, b2 = (b if b is None else _ready(b) for b in (b1, b2))
+    x, w1, w2 = _make_loadable(x), _make_loadable(w1), _make_loadable(w2)
+    b1, b2 = (b if b is None else _make_loadable(b) for b in (b1, b2))
     hidden = x.new_empty(hidden_size(m, f))
     s, along_tokens = packed_parts(hidden, m, f)
-    if m % E_VECTOR_COLUMNS:  # words that no kernel writes
+    if m % E_VECTOR_COLUMNS:  # then no kernel writes the last words
         along_tokens.metadata.zero_()
     _, _, counts = kernels.pruned_hidden(x, w1, b1, pruning.token_stride, (s, along_tokens))
     movers.clear_columns(along_tokens, pruning.dense_features)
@@ -165,16 +166,17 @@ def backward(
     """:func:`srelu24.training.reference.backward` on the kernels, rounded to storage.
 
     Args:
-        w1_grad, w2_grad: the gradients of the weights are added to these, unrounded, and are these.
+        w1_grad, w2_grad: buffers to which the gradients of the weights are added, unrounded; the result holds the
+            buffers then.
     """
     m, f = x.shape[0], w1.shape[0]
-    g, x, stride = _ready(g), _ready(x), pruning.token_stride
+    g, x, stride = _make_loadable(g), _make_loadable(x), pruning.token_stride
     s, s_tokens = packed_parts(hidden, m, f)
     dx = dw1 = dw2 = db1 = None
     if needed.x or needed.w1 or needed.b1:
-        dy1, dy1_tokens = kernels.hidden_gradient(g, _transposed(w2, m), s, stride)
+        dy1, dy1_tokens = kernels.hidden_gradient(g, _transpose(w2, m), s, stride)
         if needed.x:
-            dx = kernels.product(dy1, _transposed(w1, m), None, stride)
+            dx = kernels.product(dy1, _transpose(w1, m), None, stride)
         if needed.w1:
             dense = movers.dense_columns(dy1, pruning.dense_features, stride, dy1_tokens)
             dw1 = _weight_gradient(dy1_tokens, dense, x, pruning, w1_grad, transposed=False)
@@ -188,7 +190,7 @@ def backward(
 
 
 def kept(hidden: Tensor, m: int, f: int, pruning: Pruning) -> tuple[Tensor, Tensor]:
-    """Non-zeros of S, and of S pruned along tokens: int64 [] each."""
+    """The numbers of non-zeros of S, and of S pruned along tokens: int64 [] each."""
     s, along_tokens = packed_parts(hidden, m, f)
     dense = (columns(s, pruning.dense_features) != 0).sum()
     return (s.values != 0).sum(), (along_tokens.values != 0).sum() + dense
@@ -218,11 +220,11 @@ def _weight_gradient(
     return gradient
 
 
-def _transposed(w: Tensor, m: int) -> Tensor:
-    return movers.transposed(_ready(w)) if m else w.T  # nothing is multiplied without tokens
+def _transpose(w: Tensor, m: int) -> Tensor:
+    return movers.transposed(_make_loadable(w)) if m else w.T  # nothing is multiplied without tokens
 
 
-def _ready(x: Tensor) -> Tensor:
+def _make_loadable(x: Tensor) -> Tensor:
     """The operand as the TMA reads it: contiguous and 16-byte aligned."""
     x = x.contiguous()
     return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()

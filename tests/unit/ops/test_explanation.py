@@ -86,7 +86,7 @@ def test_the_text_names_kernels_and_where_their_configurations_come_from(
         )
     )
     try:
-        kernels = tuple(explanation._explained(problem, TARGETS["h200"]) for problem in (gemm1, gemm2))
+        kernels = tuple(explanation._explain_kernel(problem, TARGETS["h200"]) for problem in (gemm1, gemm2))
     finally:
         dispatch.clear_cache()
     lines = str(Explanation("kernels", "NVIDIA H200, sm_90a", kernels)).splitlines()

@@ -262,9 +262,9 @@ def test_modes_on_a_cpu() -> None:
 
 def test_zeros_are_kept_per_width_type_and_device() -> None:
     w = torch.ones(24, 8)
-    assert dense._zeros(w) is dense._zeros(w + 1)
-    assert dense._zeros(w) is not dense._zeros(w[:16])
-    assert dense._zeros(w.half()).dtype == torch.float16
+    assert dense._find_zeros(w) is dense._find_zeros(w + 1)
+    assert dense._find_zeros(w) is not dense._find_zeros(w[:16])
+    assert dense._find_zeros(w.half()).dtype == torch.float16
 
 
 def test_the_model_is_cautious_for_every_named_width() -> None:

@@ -184,7 +184,7 @@ def test_b_lands_in_the_order_of_its_load(op: Op, cluster_m: int, n: int, monkey
     activation = Activation.RELU2 if op is Op.GEMM_RELU2_24 else Activation.NONE
     spec = KernelSpec(Family(op, DType.BF16, activation), KernelConfig(cluster_m=cluster_m))
     launcher = GemmLauncher(spec, loaded_kernel())
-    share, *rows = launcher._maps_b(0, n, k, stride)
+    share, *rows = launcher._encode_maps_of_b(0, n, k, stride)
     assert isinstance(share, Box)
 
     block, share_rows = load_block(op), 256 // cluster_m

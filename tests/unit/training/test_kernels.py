@@ -99,8 +99,8 @@ def test_other_strides_are_refused() -> None:
 def test_dense_rows_are_loaded_in_their_order(tile_m: int, stride: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     family = Family(Op.GEMM_DRELU2_24, DType.BF16, tokens=True, permuted=True)
     made = launcher(family, tile_m=tile_m)
-    monkeypatch.setattr(kernels.GemmLauncher, "_maps_b", lambda *_: (None,) * 3)
-    box, *_ = made._maps(arguments(M, N, 128, a=136, b=0, stride=stride, tokens=M))
+    monkeypatch.setattr(kernels.GemmLauncher, "_encode_maps_of_b", lambda *_: (None,) * 3)
+    box, *_ = made._encode_maps(arguments(M, N, 128, a=136, b=0, stride=stride, tokens=M))
     assert isinstance(box, Box)
     tokens = token_of_row(M, stride)
     for row in range(0, M, tile_m):
@@ -113,7 +113,7 @@ def test_dense_rows_are_loaded_in_their_order(tile_m: int, stride: int | None, m
 @pytest.mark.parametrize(("tile_m", "cluster_m"), [(64, 1), (128, 2), (192, 2)])
 def test_operands_along_tokens_are_loaded_by_position(tile_m: int, cluster_m: int, stride: int | None) -> None:
     made = launcher(Family(Op.SPGEMM_TOKENS, DType.BF16), tile_m=tile_m, cluster_m=cluster_m)
-    features, columns, *_ = made._maps(arguments(192, N, M, a=192, b=264, stride=stride, tokens=M))
+    features, columns, *_ = made._encode_maps(arguments(192, N, M, a=192, b=264, stride=stride, tokens=M))
     assert isinstance(features, Box)
     assert isinstance(columns, Box)
     order = token_order(M, stride, CPU).tolist()
@@ -155,7 +155,7 @@ def test_every_tensor_of_a_launch_has_its_place_in_the_arguments() -> None:
     operands = kernels.TrainingOperands
 
     def given(o: kernels.TrainingOperands) -> dict[str, object]:
-        return {name: value for name, value in kernels._arguments(o)._asdict().items() if name != "scales"}
+        return {name: value for name, value in kernels._arguments_of(o)._asdict().items() if name != "scales"}
 
     tokens = (along.values.data_ptr(), along.metadata.data_ptr())
     assert given(
