@@ -21,10 +21,8 @@ from srelu24.measuring.timing import Captured, Interrupted, Progress
 from srelu24.measuring.workload import make_ffn, poison
 from srelu24.ops import functions
 from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType
-
-Shape = tuple[int, int, int]
-"""M tokens, D model width, F hidden width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,6 @@ def bench_ffn(
     """Whole forward passes against every peer, and in the same run each kernel alone.
 
     Args:
-        shapes: (M, D, F).
         densities: shares of non-zero activations before pruning; each is a case of its own.
         seconds_per_shape: of timing rounds, per shape and density; preparing, warm-up and checking come on top.
         json_path: result file, written anew after every group of rows, so that nothing measured is lost.
@@ -156,7 +153,7 @@ class _Bench:
         for number, (shape, (density, zero)) in enumerate(itertools.product(shapes, kinds)):
             self._fraction = number / cases
             data = "zeros" if zero else f"density {density:g}"
-            self._event("case", f"{_shape_name(shape)} {self._dtype}, {data}: data and references")
+            self._event("case", f"{shape} {self._dtype}, {data}: data and references")
             case = self._case.make(shape, self._dtype, density, self._device, zeros=zero)
             groups: dict[str, Group] = {}
             for part, share in parts.items():
@@ -203,7 +200,7 @@ class _Bench:
 
         def progress(now: Progress) -> None:
             self._fraction = begin + share * now.fraction
-            self._event("progress", f"{case.name}: {part}, round {now.rounds}")
+            self._event("progress", f"{case.shape}: {part}, round {now.rounds}")
 
         try:
             group.timings = timing.interleave(
@@ -226,7 +223,7 @@ class _Bench:
 
     def _fail(self, group: Group, case: Case, name: str, reason: str) -> None:
         group.errors[name] = reason
-        self._event("failed", f"{case.name}: {name}: {reason}")
+        self._event("failed", f"{case.shape}: {name}: {reason}")
 
     def _record(self, rows: list[Row]) -> None:
         self.file.rows += rows
@@ -266,18 +263,12 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, Srelu24Error) and first else f"{type(error).__name__}: {first}"
 
 
-def _shape_name(shape: Shape) -> str:
-    return "x".join(str(size) for size in shape)
-
-
 def _check_arguments(shapes: Sequence[Shape], densities: Sequence[float], seconds: float) -> None:
     if not shapes or not densities:
         raise Unsupported("a benchmark needs at least one shape MxDxF and one density")
     for shape in shapes:
-        if len(shape) != 3 or min(shape) < 1:
-            raise Unsupported(
-                f"shape {_shape_name(shape)} cannot be measured; MxDxF with whole numbers from 1 is needed"
-            )
+        if min(shape) < 1:
+            raise Unsupported(f"shape {shape} cannot be measured; MxDxF with whole numbers from 1 is needed")
     for density in densities:
         if not 0 <= density <= 1:
             raise Unsupported(f"density is {density}; a share of non-zero activations from 0 to 1 is needed")

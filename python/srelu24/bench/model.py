@@ -17,15 +17,15 @@ from torch.nn import functional
 from srelu24.bench.results import BenchFile, Candidate, Row, check_writable
 from srelu24.bench.rows import candidate
 from srelu24.measuring import machine
-from srelu24.measuring import timing as measure
 from srelu24.measuring.machine import require_gpu
-from srelu24.measuring.timing import Interrupted, Timing
+from srelu24.measuring.timing import Call, Interrupted, Timing, interleave, ratio
 from srelu24.measuring.workload import make_ffn
 from srelu24.nn.conversion import convert
 from srelu24.nn.profiling import profile
 from srelu24.numerics import reference
 from srelu24.numerics.dtypes import TORCH_DTYPE
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType
 
 TOKENS = (2048, 4096, 8192, 12288, 16384)
@@ -140,7 +140,7 @@ def bench_model(
         density: of the FFNs' activations before pruning.
         seconds: of timing rounds per token count.
         json_path: result file, written after every token count.
-        on_event: told what is going on, a line at a time.
+        on_event: called with a line for each thing that begins.
 
     Raises:
         Unsupported: no such device, no token counts, or the converted stack's outputs are wrong.
@@ -152,8 +152,8 @@ def bench_model(
     if not tokens or min(tokens) < 2:
         raise Unsupported(f"token counts are {list(tokens)}; at least one, of 2 or more, is needed.")
     check_writable(json_path)
-    tell = on_event or (lambda _: None)
-    tell(f"{architecture.name}, {architecture.layers} layers: weights")
+    report = on_event or (lambda _: None)
+    report(f"{architecture.name}, {architecture.layers} layers: weights")
     dense = make_stack(architecture, dtype, density, device)
     converted = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})  # the same weights, held once
     convert(converted)
@@ -166,16 +166,16 @@ def bench_model(
     calls: dict[str, Callable[[Tensor], Tensor]] = {"srelu24 eager": converted, "dense eager": dense}
     graphs = {}
     for name, stack in (("srelu24 compiled", converted), ("dense compiled", dense)):
-        tell(f"torch.compile of {name.split()[0]}, on {len(tokens)} token counts")
+        report(f"torch.compile of {name.split()[0]}, on {len(tokens)} token counts")
         calls[name], graphs[name] = _compiled(stack, list(inputs.values()))
     found = sum(layer.density for layer in measured.layers) / len(measured.layers)
     for m, x in inputs.items():
-        tell(f"{m} tokens")
+        report(f"{m} tokens")
         with torch.inference_mode():
             peaks = {name: _peak_bytes(call, x) for name, call in calls.items()}
-            run: dict[str, measure.Call] = {name: partial(call, x) for name, call in calls.items()}
+            run: dict[str, Call] = {name: partial(call, x) for name, call in calls.items()}
             try:
-                timings, interrupted = measure.interleave(run, device=device, seconds=seconds), False
+                timings, interrupted = interleave(run, device=device, seconds=seconds), False
             except Interrupted as stopped:
                 timings, interrupted = stopped.timings, True
         for mode in MODES:
@@ -267,9 +267,9 @@ def _row(
     return Row(
         op=f"prefill_{mode}",
         dtype=dtype.value,
-        shape=f"{m}x{a.d_model}x{a.d_ff}",
+        shape=str(Shape(m, a.d_model, a.d_ff)),
         density=density,
         candidates=candidates,
-        speedup={"dense": measure.ratio(ours, theirs)} if ours and theirs else {},
+        speedup={"dense": ratio(ours, theirs)} if ours and theirs else {},
         measured_density=measured,
     )

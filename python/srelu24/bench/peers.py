@@ -41,9 +41,7 @@ class Case:
     speed: ClassVar[int] = 1
     """Of the tensor cores on the GEMMs' operands, over that on 16 bits."""
 
-    m: int
-    d: int
-    f: int
+    shape: Shape
     dtype: DType
     density: float
     x: Tensor
@@ -60,7 +58,7 @@ class Case:
     @classmethod
     def make(
         cls,
-        shape: tuple[int, int, int],
+        shape: Shape,
         dtype: DType,
         density: float,
         device: torch.device | str,
@@ -76,31 +74,25 @@ class Case:
         Raises:
             Unsupported: the density is not within 0..1, or D is too small for it.
         """
-        m, d, f = shape
-        data = make_ffn(m, d, f, dtype, density, device, seed)
+        data = make_ffn(*shape, dtype, density, device, seed)
         if zeros:
             for tensor in (data.x, data.w1, data.w2):
                 tensor.zero_()
-        h = torch.empty(m, f, dtype=data.x.dtype, device=device)
-        y = torch.empty(m, d, device=device)
+        h = torch.empty(shape.m, shape.f, dtype=data.x.dtype, device=device)
+        y = torch.empty(shape.m, shape.d, device=device)
         with exact_float32():
             w1, w2 = data.w1.float(), data.w2.float()
-            for start in range(0, m, _CHUNK_ROWS):
+            for start in range(0, shape.m, _CHUNK_ROWS):
                 rows = slice(start, start + _CHUNK_ROWS)
                 exact = data.x[rows].float() @ w1.T
                 h[rows] = exact
                 y[rows] = exact.relu_().square_() @ w2.T
-        return cls(m, d, f, dtype, density, data.x, data.w1, data.w2, h, y)
-
-    @property
-    def name(self) -> str:
-        """MxDxF."""
-        return f"{self.m}x{self.d}x{self.f}"
+        return cls(shape, dtype, density, data.x, data.w1, data.w2, h, y)
 
     @property
     def gemm_flops(self) -> int:
         """Of one dense GEMM of the two."""
-        return 2 * self.m * self.d * self.f
+        return 2 * self.shape.m * self.shape.d * self.shape.f
 
     @cached_property
     def measured_density(self) -> float:
@@ -177,7 +169,7 @@ def relative_error(output: Output, expected: Tensor) -> float:
 
 def _require(case: Case, op: Op, n: int, k: int, activation: Activation = Activation.NONE) -> None:
     """Raises Unsupported where the public op would quietly run dense PyTorch instead of our kernel."""
-    problem = Problem(Family(op, case.dtype, activation), case.m, n, k)
+    problem = Problem(Family(op, case.dtype, activation), case.shape.m, n, k)
     dispatch.choose(problem, dispatch.gpu_of(case.x.device))
 
 
@@ -188,15 +180,14 @@ def plain_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 def _srelu24(case: Case) -> Run:
     """The two kernels through the public op."""
-    _require(case, Op.GEMM_RELU2_24, case.f, case.d, Activation.RELU2)
-    _require(case, Op.SPGEMM, case.d, case.f)
+    _require(case, Op.GEMM_RELU2_24, case.shape.f, case.shape.d, Activation.RELU2)
+    _require(case, Op.SPGEMM, case.shape.d, case.shape.f)
     return lambda: functions.ffn(case.x, case.w1, case.w2, mode="sparse")
 
 
 def chosen_way(case: Case) -> str:
     """What ``ffn(mode="auto")`` runs: "sparse", or one of the dense ways."""
-    shape = Shape(case.m, case.d, case.f)
-    return dispatch.choose_ffn(shape, case.dtype, False, False, dispatch.gpu_of(case.x.device)).way
+    return dispatch.choose_ffn(case.shape, case.dtype, False, False, dispatch.gpu_of(case.x.device)).way
 
 
 def _auto(case: Case) -> Run:
@@ -208,9 +199,9 @@ def _auto(case: Case) -> Run:
 def _dense_way(way: str) -> Peer:
     def build(case: Case) -> Run:
         if way != "cublas":
-            _require(case, Op.GEMM, case.f, case.d, Activation.RELU2)
+            _require(case, Op.GEMM, case.shape.f, case.shape.d, Activation.RELU2)
         if way == "gemm":
-            _require(case, Op.GEMM, case.d, case.f)
+            _require(case, Op.GEMM, case.shape.d, case.shape.f)
         return lambda: dense.ffn(way, case.x, case.w1, case.w2, None, None)
 
     return Peer(way, build, lambda case: case.y_dense)
@@ -231,22 +222,22 @@ def _eager(case: Case) -> Run:
 
 def _dense_fused(case: Case) -> Run:
     """The best dense FFN of our own: squared ReLU in the first GEMM's epilogue, then a dense GEMM."""
-    _require(case, Op.GEMM, case.f, case.d, Activation.RELU2)
-    _require(case, Op.GEMM, case.d, case.f)
+    _require(case, Op.GEMM, case.shape.f, case.shape.d, Activation.RELU2)
+    _require(case, Op.GEMM, case.shape.d, case.shape.f)
     return lambda: functions.linear(functions.linear(case.x, case.w1, activation="relu2"), case.w2)
 
 
 def _unfused(case: Case) -> Run:
     """Our kernels without the fusion: dense GEMM, activation and pruning over memory, sparse GEMM."""
-    _require(case, Op.GEMM, case.f, case.d)
-    _require(case, Op.SPARSIFY24, case.f, 0, Activation.RELU2)
-    _require(case, Op.SPGEMM, case.d, case.f)
+    _require(case, Op.GEMM, case.shape.f, case.shape.d)
+    _require(case, Op.SPARSIFY24, case.shape.f, 0, Activation.RELU2)
+    _require(case, Op.SPGEMM, case.shape.d, case.shape.f)
     return lambda: functions.matmul(functions.sparsify24(functions.linear(case.x, case.w1)), case.w2)
 
 
 def _cusparselt(case: Case) -> Run:
     """The paper's way: cuBLAS, a kernel that activates and prunes (ours), cuSPARSELt on an S compressed beforehand."""
-    _require(case, Op.SPARSIFY24, case.f, 0, Activation.RELU2)
+    _require(case, Op.SPARSIFY24, case.shape.f, 0, Activation.RELU2)
     gemm2 = case.cusparselt_gemm
 
     def run() -> Tensor:
@@ -257,27 +248,27 @@ def _cusparselt(case: Case) -> Run:
 
 
 def _gemm1_fused(case: Case) -> Run:
-    _require(case, Op.GEMM_RELU2_24, case.f, case.d, Activation.RELU2)
+    _require(case, Op.GEMM_RELU2_24, case.shape.f, case.shape.d, Activation.RELU2)
     return lambda: functions.gemm_relu2_24(case.x, case.w1)
 
 
 def _gemm1_dense(case: Case) -> Run:
-    _require(case, Op.GEMM, case.f, case.d)
+    _require(case, Op.GEMM, case.shape.f, case.shape.d)
     return lambda: functions.linear(case.x, case.w1)
 
 
 def _gemm2_dense(case: Case) -> Run:
-    _require(case, Op.GEMM, case.d, case.f)
+    _require(case, Op.GEMM, case.shape.d, case.shape.f)
     return lambda: functions.linear(case.act, case.w2)
 
 
 def _gemm2_sparse(case: Case) -> Run:
-    _require(case, Op.SPGEMM, case.d, case.f)
+    _require(case, Op.SPGEMM, case.shape.d, case.shape.f)
     return lambda: functions.matmul(case.s, case.w2)
 
 
 def _sparsify24(case: Case) -> Run:
-    _require(case, Op.SPARSIFY24, case.f, 0, Activation.RELU2)
+    _require(case, Op.SPARSIFY24, case.shape.f, 0, Activation.RELU2)
     return lambda: functions.sparsify24(case.h)
 
 

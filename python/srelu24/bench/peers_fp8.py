@@ -50,8 +50,8 @@ class Fp8Case(Case):
     @cached_property
     def r(self) -> Sparse24:
         """The kept r, bf16, by the reference."""
-        packed = Sparse24.empty(self.m, self.f, torch.bfloat16, self.x.device, FragmentOrder.BITS8)
-        for start in range(0, self.m, _CHUNK_ROWS):
+        packed = Sparse24.empty(self.shape.m, self.shape.f, torch.bfloat16, self.x.device, FragmentOrder.BITS8)
+        for start in range(0, self.shape.m, _CHUNK_ROWS):
             rows = slice(start, start + _CHUNK_ROWS)
             with exact_float32():
                 part = reference.gemm_relu2_24(QuantizedRows(self.xq.values[rows], self.xq.scale[rows]), self.q1)
@@ -114,7 +114,9 @@ class Fp8Case(Case):
     def unscaled(self) -> Tensor:
         """What cuSPARSELt has to give, [M, D]."""
         one = torch.ones(1, device=self.x.device)
-        return self._product(self.s8.to_dense(), one.expand(self.m), QuantizedRows(self.q2.values, one.expand(self.d)))
+        return self._product(
+            self.s8.to_dense(), one.expand(self.shape.m), QuantizedRows(self.q2.values, one.expand(self.shape.d))
+        )
 
     @staticmethod
     def _product(a: Tensor, scale: Tensor, w: QuantizedRows) -> Tensor:
@@ -192,13 +194,13 @@ def _scaled_gemm(a: QuantizedRows, w: QuantizedWeight) -> Run:
 
 def _gemm1(to: torch.dtype, promote: bool = False) -> Callable[[Fp8Case], Run]:
     def build(case: Fp8Case) -> Run:
-        out = Sparse24.empty(case.m, case.f, to, case.x.device, FragmentOrder.BITS8)
+        out = Sparse24.empty(case.shape.m, case.shape.f, to, case.x.device, FragmentOrder.BITS8)
         scales = Scales(a=case.xq.scale, b=case.q1.scale)
         if to == E4M3:
             scales.s_inverse = quantize.inverse_scale(case.amax)
             scales.saturated = torch.zeros((), dtype=torch.int64, device=case.x.device)
         else:
-            scales.r_largest = torch.zeros(case.m, device=case.x.device)
+            scales.r_largest = torch.zeros(case.shape.m, device=case.x.device)
 
         def run() -> Sparse24:
             kernels.gemm_relu2_24(case.xq.values, case.q1.values, None, out, scales, promote=promote)
@@ -211,7 +213,7 @@ def _gemm1(to: torch.dtype, promote: bool = False) -> Callable[[Fp8Case], Run]:
 
 def _gemm2(promote: bool = False) -> Callable[[Fp8Case], Run]:
     def build(case: Fp8Case) -> Run:
-        out = torch.empty(case.m, case.d, dtype=torch.bfloat16, device=case.x.device)
+        out = torch.empty(case.shape.m, case.shape.d, dtype=torch.bfloat16, device=case.x.device)
         scales = Scales(a=quantize.scale(case.amax), b=case.q2.scale)
 
         def run() -> Tensor:
@@ -225,7 +227,7 @@ def _gemm2(promote: bool = False) -> Callable[[Fp8Case], Run]:
 
 def _quantize_rows(case: Fp8Case) -> Run:
     out = torch.empty(case.x.shape, dtype=E4M3, device=case.x.device)
-    scales = Scales(rows=torch.empty(case.m, device=case.x.device))
+    scales = Scales(rows=torch.empty(case.shape.m, device=case.x.device))
 
     def run() -> Tensor:
         kernels.quantize_rows(case.x, out, scales)
@@ -236,7 +238,7 @@ def _quantize_rows(case: Fp8Case) -> Run:
 
 def _square_rows(case: Fp8Case) -> Run:
     s = case.r.with_room_for(E4M3)
-    scales = Scales(r_largest=case.amax.sqrt(), rows=torch.empty(case.m, device=case.x.device))
+    scales = Scales(r_largest=case.amax.sqrt(), rows=torch.empty(case.shape.m, device=case.x.device))
 
     def run() -> Tensor:
         kernels.square_rows(case.r, s, scales)

@@ -10,8 +10,7 @@ from msgspec import UNSET, UnsetType
 from srelu24.bench import peers, peers_fp8
 from srelu24.bench.peers import Case, Peer
 from srelu24.bench.results import Candidate, Row
-from srelu24.measuring import timing as measure
-from srelu24.measuring.timing import Timing
+from srelu24.measuring.timing import Timing, ratio
 
 PEERS: dict[str, tuple[Peer, ...]] = {
     "gemm": peers.GEMM,
@@ -49,7 +48,7 @@ def candidate(
         sm_mhz=timing.sm_mhz,
         watts=timing.watts,
         samples=len(timing.samples),
-        utilisation=_utilisation(timing, flops, flops_per_clock),
+        utilisation=utilisation(timing, flops, flops_per_clock),
         throttled=True if timing.throttled else UNSET,
         **more,
     )
@@ -66,17 +65,18 @@ class Group:
 
     def candidate(self, name: str, flops: int = 0, nbytes: int = 0, flops_per_clock: int = 0) -> Candidate:
         timing = self.timings.get(name)
-        told: dict[str, Any] = {}
+        details: dict[str, Any] = {}
         if name in self.errors:
-            told["why"] = self.errors[name]
+            details["why"] = self.errors[name]
         if timing is not None and nbytes:
-            told["gbps"] = nbytes / timing.ms / 1e6
+            details["gbps"] = nbytes / timing.ms / 1e6
         if timing is not None and name in self.notes:
-            told["note"] = self.notes[name]
-        return candidate(timing, flops, flops_per_clock=flops_per_clock, **told)
+            details["note"] = self.notes[name]
+        return candidate(timing, flops, flops_per_clock=flops_per_clock, **details)
 
 
-def _utilisation(timing: Timing, flops: int, flops_per_clock: int) -> float | UnsetType:
+def utilisation(timing: Timing, flops: int, flops_per_clock: int) -> float | UnsetType:
+    """Share of the tensor cores' rate at the clock of the timing; UNSET where either is not known."""
     if not flops_per_clock or not timing.sm_mhz:
         return UNSET
     return flops / (timing.ms * timing.sm_mhz * 1e3 * flops_per_clock)
@@ -98,7 +98,7 @@ def _row(
     return Row(
         op=op,
         dtype=case.dtype.value,
-        shape=case.name,
+        shape=str(case.shape),
         density=case.density,
         candidates={
             name: group.candidate(
@@ -106,7 +106,7 @@ def _row(
             )
             for name, peer in names.items()
         },
-        speedup={name: measure.ratio(ours, t) for name, t in timings.items() if name != "srelu24"} if ours else {},
+        speedup={name: ratio(ours, t) for name, t in timings.items() if name != "srelu24"} if ours else {},
         measured_density=case.measured_density,
     )
 
@@ -161,7 +161,7 @@ def _fp8_gemm_rows(case: Case, groups: dict[str, Group]) -> list[Row]:
 
 
 def _fp8_memory_rows(case: Case, groups: dict[str, Group]) -> list[Row]:
-    x, kept = case.m * case.d, case.m * case.f // 2
+    x, kept = case.shape.m * case.shape.d, case.shape.m * case.shape.f // 2
     rows = []
     for op, nbytes in (("quantize_rows", 3 * x), ("square_rows", 3 * kept)):
         names = {"srelu24": op, "copy": "copy"}

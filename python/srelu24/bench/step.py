@@ -19,9 +19,8 @@ from srelu24.bench.peers import plain_ffn
 from srelu24.bench.results import BenchFile, Row, check_writable
 from srelu24.bench.rows import candidate
 from srelu24.measuring import machine
-from srelu24.measuring import timing as measure
 from srelu24.measuring.machine import require_gpu
-from srelu24.measuring.timing import Call
+from srelu24.measuring.timing import Call, interleave, ratio
 from srelu24.measuring.workload import FFNData, make_ffn
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.runtime.dispatch import gpu_of
@@ -30,16 +29,15 @@ from srelu24.training import ops as training_ops
 from srelu24.training.packed import TokenSparse24
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24.training.step import reason_against
-from srelu24_gen import models, space
+from srelu24_gen import space
 from srelu24_gen.compile import build_many
 from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelConfig, KernelSpec, Problem
 
-SPLIT_SHAPE = (8192, 8192, 8192)
+SPLIT_SHAPE = Shape(8192, 8192, 8192)
 SPLIT_SHARES = (0.0, 0.25, 0.5, 0.75, 0.85, 0.9, 0.95, 1.0)
 """Sparse shares of the features, rounded to tiles of 64."""
-
-Shape = tuple[int, int, int]
 
 
 @dataclass(eq=False, slots=True)
@@ -78,10 +76,10 @@ class StepCase:
         """
         data = make_ffn(*shape, dtype, density, device)
         recipe = Recipe(warmup_steps=0)
-        reason = reason_against(data.x, shape[2], recipe.token_stride, recipe.kernels)
+        reason = reason_against(data.x, shape.f, recipe.token_stride, recipe.kernels)
         if reason is not None:
-            raise Unsupported(f"the training kernels do not take {'x'.join(map(str, shape))}: {reason}.")
-        g = torch.randn_like(data.x).div_(shape[1] ** 0.5)
+            raise Unsupported(f"the training kernels do not take {shape}: {reason}.")
+        g = torch.randn_like(data.x).div_(shape.d**0.5)
         return cls(data, g, recipe.layer("ffn", data.w1))
 
 
@@ -96,7 +94,7 @@ def bench_step(
     on_event: Callable[[str], None] = lambda text: None,
     device: torch.device | str = "cuda",
 ) -> BenchFile:
-    """Measure every shape (M, D, F) at every density, and the split at 8192^3; the file is saved after each.
+    """Measure every shape at every density, and the split at 8192^3; the file is saved after each.
 
     Raises:
         Unsupported: no shape or density, no supported GPU, or the kernels do not take a shape.
@@ -196,7 +194,7 @@ def bench_configs(
             if isinstance(built, Srelu24Error):
                 raise built
         named = {f"{s.name.split(f'_{s.arch}_')[1]}_g{s.config.raster_group}": s.config for s in specs}
-        timings = measure.interleave(
+        timings = interleave(
             {name: partial(_with_config, config, calls[op]) for name, config in named.items()},
             device=device,
             seconds=seconds / 5,
@@ -207,10 +205,10 @@ def bench_configs(
             Row(
                 op=op.replace("step", "config"),
                 dtype=dtype.value,
-                shape="x".join(map(str, shape)),
+                shape=str(shape),
                 density=density,
                 candidates={name: candidate(timing, problem.flops) for name, timing in ranked.items()},
-                speedup={name: measure.ratio(timing, default) for name, timing in ranked.items()},
+                speedup={name: ratio(timing, default) for name, timing in ranked.items()},
             )
         )
         best = next(iter(ranked))
@@ -226,7 +224,7 @@ def _with_config(config: KernelConfig, call: Call) -> None:
 def _problems(shape: Shape, dtype: DType) -> dict[str, Problem]:
     """The kernels of a step, by the op of their part."""
     ops = ("step_hidden", "step_y", "step_hidden_gradient", "step_dw1", "step_dw2")
-    return dict(zip(ops, models.Shape(*shape).step_gemms(dtype), strict=True))
+    return dict(zip(ops, shape.step_gemms(dtype), strict=True))
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
@@ -249,7 +247,7 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: Sequence[Tensor]) -> int:
 def _step_rows(shape: Shape, dtype: DType, density: float, device: torch.device | str, seconds: float) -> list[Row]:
     case = StepCase.make(shape, dtype, density, device)
     calls = whole_steps(case)
-    whole = _row("ffn_step", shape, dtype, density, calls, 6 * 2 * shape[0] * shape[1] * shape[2], device, seconds / 2)
+    whole = _row("ffn_step", shape, dtype, density, calls, 6 * 2 * shape.m * shape.d * shape.f, device, seconds / 2)
     leaves = [t.detach().requires_grad_() for t in (case.data.x, case.data.w1, case.data.w2)]
     inputs = [*leaves, case.layer.dense_features, case.layer.recipe.sparse_flag]
     whole.candidates["srelu24"].saved_bytes = saved_bytes(
@@ -270,7 +268,7 @@ def _split_rows(shape: Shape, dtype: DType, density: float, device: torch.device
     rows = []
     for share in SPLIT_SHARES:
         sparse = round(f * share / 64) * 64
-        case = StepCase.make((m, d, max(64, sparse)), dtype, density, device)
+        case = StepCase.make(Shape(m, d, max(64, sparse)), dtype, density, device)
         dense = make_ffn(m, max(64, f - sparse), 64, dtype, density, device).x if sparse < f else None
 
         def call(case: StepCase = case, dense: Tensor | None = dense, sparse: int = sparse) -> None:
@@ -297,15 +295,15 @@ def _row(
     device: torch.device | str,
     seconds: float,
 ) -> Row:
-    timings = measure.interleave(calls, device=device, seconds=seconds)
+    timings = interleave(calls, device=device, seconds=seconds)
     ours = timings["srelu24"]
     return Row(
         op=op,
         dtype=dtype.value,
-        shape="x".join(map(str, shape)),
+        shape=str(shape),
         density=density,
         candidates={name: candidate(timing, flops) for name, timing in timings.items()},
-        speedup={name: measure.ratio(ours, timing) for name, timing in timings.items() if name != "srelu24"},
+        speedup={name: ratio(ours, timing) for name, timing in timings.items() if name != "srelu24"},
     )
 
 

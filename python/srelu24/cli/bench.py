@@ -117,7 +117,7 @@ def bench_search(
 
 
 @app.command("model")
-def bench_model(
+def bench_decoder_stack(
     tokens: Annotated[
         str | None, typer.Option(help="Lengths of the prefill, such as 2048,16384.", metavar="M,M")
     ] = None,
@@ -129,13 +129,13 @@ def bench_model(
     results: options.Results = None,
 ) -> None:
     """Prefill of a decoder stack as wide as Nemotron-4 15B: dense against converted, eager and compiled."""
-    from srelu24.bench import model as model_bench
+    from srelu24.bench.model import NEMOTRON, TINY, TOKENS, bench_model
     from srelu24.cli import views
 
-    counts = (64, 96, 128, 192, 256) if tiny else model_bench.TOKENS
+    counts = (64, 96, 128, 192, 256) if tiny else TOKENS
     path = json if json or not results else results / "cpu" / "model.json"
-    file = model_bench.bench_model(
-        model_bench.TINY if tiny else model_bench.NEMOTRON,
+    file = bench_model(
+        TINY if tiny else NEMOTRON,
         counts if tokens is None else options.token_counts(tokens),
         dtype,
         density,
@@ -157,10 +157,11 @@ def bench_report(
 ) -> None:
     """Fill the tables of the pages and draw the plots from the result files."""
     from srelu24.bench.results import load_results, of_recipes
-    from srelu24.documents import pages, plots
+    from srelu24.documents import pages, plots, registry
 
+    tables = registry.of_results(results)
     for each in page:
-        pages.update_page(each, results)
+        pages.fill(each, tables)
     plots.plot_ffn(results, results / "ffn.svg")
     found = load_results(results)
     if any(row.row.op == "sweep" for row in found):
@@ -192,11 +193,10 @@ def bench_accuracy(
     """Errors of the 8-bit recipes against float64, on the CPU."""
     from srelu24.bench import accuracy
     from srelu24.bench.results import check_writable
-    from srelu24.documents import accuracy as tables
-    from srelu24.documents import pages
+    from srelu24.documents import pages, registry
 
     check_writable(json)
     file = accuracy.measure(typer.echo)
     file.save(json)
     if document is not None:
-        document.write_text(pages.filled(document.read_text(encoding="utf-8"), tables.tables(file), document.name))
+        pages.fill(document, registry.of_accuracy(file))

@@ -27,8 +27,7 @@ def bench_training(
     import torch
 
     from srelu24.bench.ablation import runs
-    from srelu24.bench.ablation.results import Setup
-    from srelu24.bench.ablation.variants import Variant
+    from srelu24.bench.ablation.results import Setup, Variant
 
     known = [v.value for v in Variant]
     for name in variant or []:
@@ -59,12 +58,10 @@ def report_training(
 ) -> None:
     """Fill the tables of docs/training.md and draw the ablation's plot next to its file."""
     from srelu24.bench.ablation.results import AblationFile
-    from srelu24.documents import ablation, pages
+    from srelu24.documents import ablation, pages, registry
 
     file = AblationFile.load(json)
-    text = page.read_text(encoding="utf-8")
-    tables = pages.tables(results) | ablation.tables(file)
-    page.write_text(pages.filled(text, tables, page.name), encoding="utf-8")
+    pages.fill(page, registry.of_results(results) | registry.of_ablation(file))
     ablation.plot(file, json.with_suffix(".svg"))
 
 
@@ -83,18 +80,18 @@ def bench_step(
     results: options.Results = None,
 ) -> None:
     """Forward and backward of the FFN against dense PyTorch, the kernels of the step alone, and what is overhead."""
-    from srelu24.bench import step as bench
+    from srelu24.bench import step
     from srelu24.bench.results import BenchFile
     from srelu24.measuring.machine import environment
 
-    shapes = [(each.m, each.d, each.f) for each in options.shapes_of(shape, model, tokens, default=[])]
+    shapes = options.shapes_of(shape, model, tokens, default=[])
     json = options.result_path(json, results, "step", dtype)
     if configs:
-        rows = bench.bench_configs(shapes[0], dtype, density[0], seconds=seconds, on_event=views.note)
+        rows = step.bench_configs(shapes[0], dtype, density[0], seconds=seconds, on_event=views.note)
         if json is not None:
             BenchFile(env=environment("cuda"), rows=rows).save(json)
         return
-    bench.bench_step(
+    step.bench_step(
         shapes,
         dtype,
         density,

@@ -13,9 +13,7 @@ import typer
 from rich.markup import escape
 
 from srelu24.cli import views
-from srelu24.db import fit as cost_fit
-from srelu24.db import health
-from srelu24.db import rekey as rekeying
+from srelu24.db import fit, health, rekey
 from srelu24.db.database import Database
 from srelu24.db.health import Stale
 from srelu24.db.records import TuningRecord, read_file, read_records, write_file
@@ -76,9 +74,10 @@ def coverage(
     ),
 ) -> None:
     """Fill the tables about tuning: shipped records with their evidence, and what tuning is worth."""
-    from srelu24.documents import coverage as tables
+    from srelu24.documents import pages, registry
 
-    changed = tables.update(document, Database.open(), results)
+    tables = registry.of_records(Database.open().shipped_records()) | registry.of_results(results)
+    changed = pages.fill(document, tables)
     views.note(f"{document} was {'changed' if changed else 'up to date'}")
 
 
@@ -161,8 +160,8 @@ def prune(
     views.note(f"dropped: {dropped}" if drop else "nothing was dropped")
 
 
-@app.command()
-def rekey(
+@app.command("rekey")
+def rekey_records(
     before: Annotated[
         Path, typer.Argument(metavar="CHECKOUT", help="srelu24 as it was, with records that were not stale.")
     ],
@@ -179,7 +178,7 @@ def rekey(
     files = {file: read_file(file, strict=True) for file in sorted(folder.rglob("*.json"))}
     with views.progress() as bar:
         task = bar.add_task("building both trees' kernels", total=None)
-        rekeyed = rekeying.rekey(
+        rekeyed = rekey.rekey(
             [record for records in files.values() for record in records],
             before,
             on_built=lambda done, of: bar.update(task, completed=done, total=of),
@@ -230,8 +229,8 @@ def verify(json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def fit(
+@app.command("fit")
+def fit_cost_model(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Trials that --save wrote; else those of your store.")
     ] = None,
@@ -248,14 +247,14 @@ def fit(
     database = Database.open()
     target, trials = _trials(files or [], gpu, database)
     if save is not None:
-        cost_fit.save(trials, target, save)
-    everything = {**cost_fit.of_records(database.records(), target), **trials}
+        fit.save(trials, target, save)
+    everything = {**fit.of_records(database.records(), target), **trials}
     today = cost.constants_of(target)
-    before = cost_fit.quality(everything, target, today)
+    before = fit.quality(everything, target, today)
     best, after = today, before
     with contextlib.suppress(KeyboardInterrupt), views.progress() as bar:
         task = bar.add_task(f"fitting to {target.name}", total=steps)
-        for reached in cost_fit.fit(everything, target, today, steps, seed):
+        for reached in fit.fit(everything, target, today, steps, seed):
             best, after = reached
             bar.update(task, advance=1, description=f"{after.behind:.2%} behind, times {after.rms:.1%} off")
     if json:
@@ -276,7 +275,7 @@ def fit(
     views.note(f'they belong in CONSTANTS["{target.key}"] of srelu24_gen/cost.py')
 
 
-def _trials(files: list[Path], gpu: str | None, database: Database) -> tuple[GpuTarget, cost_fit.Trials]:
+def _trials(files: list[Path], gpu: str | None, database: Database) -> tuple[GpuTarget, fit.Trials]:
     """Those of the files, which must be of one GPU, or those of the store. Of a problem in two files the last's: speeds
     are beside the others of a run."""
     if not files:
@@ -285,8 +284,8 @@ def _trials(files: list[Path], gpu: str | None, database: Database) -> tuple[Gpu
         if gpu is None and len(known) != 1:
             raise Unsupported(f"your store has trials of {', '.join(known) or 'no GPU'}; name one with --gpu")
         target = target_by_key(gpu or known[0])
-        return target, cost_fit.of_store(trials, target)
-    read = [cost_fit.read(file) for file in files]
+        return target, fit.of_store(trials, target)
+    read = [fit.read(file) for file in files]
     targets = {target.key: target for target, _ in read}
     if len(targets) > 1 or gpu not in (None, *targets):
         raise Unsupported(f"these are trials of {', '.join(sorted(targets))}; give files of one GPU")

@@ -14,8 +14,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from srelu24.cli import bench as cli_bench
-from srelu24.cli import bench_training, db, options, ship, tune, views
+from srelu24.cli import bench, bench_training, db, options, ship, tune, views
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Model, Shape
@@ -40,10 +39,10 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 app.add_typer(db.app, name="db")
-app.add_typer(cli_bench.app, name="bench")
-cli_bench.app.command("training")(bench_training.bench_training)
-cli_bench.app.command("training-report")(bench_training.report_training)
-cli_bench.app.command("step")(bench_training.bench_step)
+app.add_typer(bench.app, name="bench")
+bench.app.command("training")(bench_training.bench_training)
+bench.app.command("training-report")(bench_training.report_training)
+bench.app.command("step")(bench_training.bench_step)
 app.command()(tune.tune)
 app.command()(ship.pack)
 app.command()(ship.load)
@@ -99,12 +98,12 @@ def list_kernels(
     json: options.Json = False,
 ) -> None:
     """The kernels of a shape and their candidate configurations: chosen, built, recorded."""
-    from srelu24.documents import support
+    from srelu24.documents import pages, registry, support
     from srelu24.shipping import catalogue
 
     if matrix:
         if page is not None:
-            views.note(f"{page} was {'changed' if support.update(page) else 'up to date'}")
+            views.note(f"{page} was {'changed' if pages.fill(page, registry.of_gpus()) else 'up to date'}")
         elif json:
             views.show_json(support.matrix())
         else:
@@ -214,17 +213,17 @@ def build(
         raise typer.Exit(1)
 
 
-@app.command()
-def doctor(json: options.Json = False) -> None:
+@app.command("doctor")
+def check_machine(json: options.Json = False) -> None:
     """What this machine has, what is wrong, and how to mend it; exits with 1 when something is wrong."""
-    from srelu24.cli import doctor as doctor_module
+    from srelu24.cli import doctor
 
-    checks = doctor_module.diagnose()
+    checks = doctor.diagnose()
     if json:
         views.show_json(checks)
     else:
         views.show(views.doctor_table(checks))
-    if not doctor_module.healthy(checks):
+    if not doctor.healthy(checks):
         raise typer.Exit(1)
 
 

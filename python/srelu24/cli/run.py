@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from srelu24.cli import doctor, live, options, views
 from srelu24.shipping import catalogue
-from srelu24.shipping.catalogue import Shape
 from srelu24_gen.errors import ToolchainError
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType
 from srelu24_gen.target import GpuTarget, target_by_key
 

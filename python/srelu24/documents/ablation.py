@@ -6,19 +6,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from srelu24.bench.ablation.results import AblationFile, Grouping, Run
-from srelu24.bench.ablation.variants import Variant
+from srelu24.bench.ablation.results import AblationFile, Grouping, Run, Variant
+from srelu24.documents.tables import markdown_table
 from srelu24.figures import figure
 from srelu24_gen.errors import RecordError
-
-
-def tables(file: AblationFile) -> dict[str, str]:
-    """Markdown by name: ``training_ablation``, ``training_agreement``, ``token_groups``."""
-    return {
-        "training_ablation": _ablation_table(file),
-        "training_agreement": _agreement_table(file),
-        "token_groups": _groups_table(file.groupings),
-    }
 
 
 def plot(file: AblationFile, out_svg: Path) -> None:
@@ -51,15 +42,14 @@ def plot(file: AblationFile, out_svg: Path) -> None:
         _plot_groups(groups, file.groupings)
 
 
-def _ablation_table(file: AblationFile) -> str:
+def losses_table(file: AblationFile) -> str:
+    """A variant of the method per row: the validation loss it reaches, beside that of the dense runs."""
     runs = _by_variant(file)
     if not runs:
         return ""
     dense = {run.seed: run.final_loss for run in runs.get(Variant.DENSE, [])}
-    lines = [
-        "| variant | seeds | validation loss | lowest .. highest | over dense | density | ms per step |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["variant", "seeds", "validation loss", "lowest .. highest", "over dense", "density", "ms per step"]
+    rows = []
     for variant, of_variant in runs.items():
         finals = _finals(of_variant)
         diverged = len(of_variant) - len(finals)
@@ -76,7 +66,7 @@ def _ablation_table(file: AblationFile) -> str:
         cells.append(f"{mean(over):+.4f}" if over else "-")
         cells.append(f"{mean(density for run in of_variant for density in run.densities):.1%}")
         cells.append(f"{median(run.ms_per_step for run in of_variant):.1f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(cells)
     s, env = file.setup, file.env
     parameters = file.runs[0].parameters / 1e6
     commits = " and ".join(dict.fromkeys(run.commit[:10] for run in file.runs if run.commit))
@@ -86,10 +76,10 @@ def _ablation_table(file: AblationFile) -> str:
         f"parameters, {s.layers} layers of {s.width} and {s.hidden}, {s.steps} steps of {s.tokens} bytes, "
         f"{s.warmup_steps} dense ones in the warm-up, {file.corpus_bytes / 1e6:.0f} MB of text:"
     )
-    return "\n\n".join((head, "\n".join(lines))) + "\n"
+    return f"{head}\n\n{markdown_table(columns, rows)}\n"
 
 
-def _agreement_table(file: AblationFile) -> str:
+def agreement_table(file: AblationFile) -> str:
     """Training losses of the recipe on the kernels and on the reference, by seed: at quarters of the steps."""
     runs = _by_variant(file)
     kernels, reference = (
@@ -100,11 +90,11 @@ def _agreement_table(file: AblationFile) -> str:
     if not steps:
         return ""
     head = ["step", *(f"seed {seed}: kernels, reference" for seed in seeds), "mean difference", "spread of the seeds"]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for step in dict.fromkeys(steps[(quarter * len(steps) - 1) // 4] for quarter in range(1, 5)):
         pairs = [(kernels[seed][step], reference[seed][step]) for seed in seeds]
         spread = max(loss for _, loss in pairs) - min(loss for _, loss in pairs)
-        lines.append(
+        rows.append(
             [
                 str(step),
                 *(f"{ours:.4f}, {theirs:.4f}" for ours, theirs in pairs),
@@ -112,17 +102,19 @@ def _agreement_table(file: AblationFile) -> str:
                 f"{spread:.4f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, rows) + "\n"
 
 
-def _groups_table(groupings: list[Grouping]) -> str:
+def groups_table(file: AblationFile) -> str:
+    """Shares of non-zeros that groups along tokens drop, by the stride of the groups."""
+    groupings = file.groupings
     if not groupings:
         return ""
     layers = sorted({g.layer for g in groupings})
     head = ["stride", "all layers", "with dense features", *(f"layer {layer}" for layer in layers)]
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for stride, found in _by_stride(groupings).items():
-        lines.append(
+        rows.append(
             [
                 _stride_name(stride),
                 f"{mean(g.dropped for g in found):.2%}",
@@ -130,7 +122,7 @@ def _groups_table(groupings: list[Grouping]) -> str:
                 *(f"{mean(g.dropped for g in found if g.layer == layer):.2%}" for layer in layers),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return markdown_table(head, rows) + "\n"
 
 
 def _plot_groups(axis: Any, groupings: list[Grouping]) -> None:

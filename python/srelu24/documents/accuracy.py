@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from srelu24.bench.accuracy import AccuracyFile, Error
+from typing import TYPE_CHECKING
+
 from srelu24.documents.tables import markdown_table
 
+if TYPE_CHECKING:
+    from srelu24.bench.accuracy import AccuracyFile, Error
 
-def tables(file: AccuracyFile) -> dict[str, str]:
-    """Markdown by name: ``fp8_accuracy`` and ``fp8_bounds``."""
+
+def errors_table(file: AccuracyFile, group: str) -> str:
+    """A table per case of the candidates of one group: "ffn", or "bound" for formulas that could bound S."""
     head = ["computed as", "vs pruned", "vs dense", "worst row", "row x 1000", "row x 1e-6", "saturated", "lost rows"]
-    return {
-        f"fp8_{name}": "\n".join(
-            f"{_title(case)}\n\n{markdown_table(head, [_cells(row) for row in rows])}\n"
-            for case in dict.fromkeys(map(_case_of, file.rows))
-            if (rows := [row for row in file.rows if row.group == group and _case_of(row) == case])
-        )
-        for name, group in (("accuracy", "ffn"), ("bounds", "bound"))
-    }
+    by_case: dict[tuple[str, float, bool], list[Error]] = {}
+    for row in file.rows:
+        if row.group == group:
+            by_case.setdefault(_case_of(row), []).append(row)
+    return "\n".join(
+        f"{_title(case)}\n\n{markdown_table(head, [_cells(row) for row in rows])}\n" for case, rows in by_case.items()
+    )
 
 
 def _case_of(row: Error) -> tuple[str, float, bool]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
 
-from srelu24.db.database import Database
 from srelu24.db.records import Evidence, TuningRecord
-from srelu24.documents.pages import filled
-from srelu24.documents.pages import tables as result_tables
+from srelu24.documents.tables import markdown_table
 from srelu24_gen import models
 from srelu24_gen.models import Model, Pass, Shape
 from srelu24_gen.spec import DType, KernelConfig, config_text
@@ -20,47 +20,50 @@ DTYPE = DType.BF16
 
 Records = tuple[TuningRecord, ...]
 """Of all GEMMs of a pass."""
-_Found = dict[str, dict[Shape, Records]]
+_ByGpu = dict[str, dict[Shape, Records]]
 
 
-def update(document: Path, db: Database, results: Path) -> bool:
-    """Fill the tables of a document, those of result files too; True if that changed it.
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """Records by GPU and shape, where all GEMMs of a pass have one."""
 
-    Raises:
-        RecordError: its markers ask for a table that does not exist.
-    """
-    before = document.read_text(encoding="utf-8")
-    after = filled(before, tables(db.shipped_records()) | result_tables(results), document.name)
-    if after != before:
-        document.write_text(after, encoding="utf-8")
-    return after != before
+    forward: _ByGpu
+    step: _ByGpu
 
-
-def tables(records: Iterable[TuningRecord]) -> dict[str, str]:
-    """Markdown by name: ``coverage``, a model per row and the numbers of tokens; ``evidence``, an FFN per row; and
-    ``step_coverage`` and ``step_evidence``, the same of training steps."""
-    by_key = {r.key: r for r in records}
-    forward, step = (_complete(by_key, which) for which in Pass)
-    named = models.all_models()
-
-    def joined(found: _Found, table: Callable[[str, dict[Shape, Records]], str]) -> str:
-        return "\n".join(table(gpu, of_gpu) for gpu, of_gpu in sorted(found.items()))
-
-    return {
-        "coverage": joined(
-            forward, lambda gpu, of_gpu: _coverage(gpu, of_gpu, named, "the best dense FFN", _over_dense)
-        ),
-        "evidence": joined(forward, lambda gpu, of_gpu: _evidence(gpu, of_gpu, ("GEMM1", "GEMM2"), _DENSE)),
-        "step_coverage": joined(
-            step, lambda gpu, of_gpu: _coverage(gpu, of_gpu, named, "its default configurations", _over_default)
-        ),
-        "step_evidence": joined(step, lambda gpu, of_gpu: _evidence(gpu, of_gpu, _STEP_GEMMS, {})),
-    }
+    @classmethod
+    def of(cls, records: Iterable[TuningRecord]) -> Self:
+        """Sorted by what they are for; records of incomplete shapes are left out."""
+        by_key = {r.key: r for r in records}
+        return cls(_complete(by_key, Pass.FORWARD), _complete(by_key, Pass.BACKWARD))
 
 
-def _complete(by_key: dict[tuple[str, str, str, int, int, int], TuningRecord], which: Pass) -> _Found:
+def coverage_table(shipped: Shipped) -> str:
+    """A model per row: the speed over the best dense FFN at numbers of tokens."""
+    return _of_every_gpu(shipped.forward, partial(_coverage, against="the best dense FFN", ratio=_over_dense))
+
+
+def evidence_table(shipped: Shipped) -> str:
+    """An FFN per row: its configurations, and the evidence for them."""
+    return _of_every_gpu(shipped.forward, partial(_evidence, gemms=("GEMM1", "GEMM2"), dense=_DENSE))
+
+
+def step_coverage_table(shipped: Shipped) -> str:
+    """A model per row: the speed of a training step over its default configurations at numbers of tokens."""
+    return _of_every_gpu(shipped.step, partial(_coverage, against="its default configurations", ratio=_over_default))
+
+
+def step_evidence_table(shipped: Shipped) -> str:
+    """A training step per row: its configurations, and the evidence for them."""
+    return _of_every_gpu(shipped.step, partial(_evidence, gemms=_STEP_GEMMS, dense={}))
+
+
+def _of_every_gpu(found: _ByGpu, table: Callable[[str, dict[Shape, Records]], str]) -> str:
+    return "\n".join(table(gpu, of_gpu) for gpu, of_gpu in sorted(found.items()))
+
+
+def _complete(by_key: dict[tuple[str, str, str, int, int, int], TuningRecord], which: Pass) -> _ByGpu:
     """By GPU, the shapes of which all GEMMs of a pass have a record."""
-    found: _Found = {}
+    found: _ByGpu = {}
     for record in by_key.values():
         shape = Shape.of(record.problem)
         first, *others = shape.gemms_of(which, DTYPE)
@@ -88,9 +91,9 @@ _DENSE: dict[str, Callable[[Evidence], str]] = {
 }
 
 
-def _coverage(
-    gpu: str, found: dict[Shape, Records], named: Sequence[Model], against: str, ratio: Callable[[Evidence], str]
-) -> str:
+def _coverage(gpu: str, found: dict[Shape, Records], against: str, ratio: Callable[[Evidence], str]) -> str:
+    named = models.all_models()
+
     def cell(model: Model, m: int) -> str:
         records = found.get(Shape(m, model.d_model, model.d_ff))
         return ratio(records[0].evidence) if records else "-"
@@ -98,7 +101,8 @@ def _coverage(
     rows = [[m.key, f"{m.d_model}x{m.d_ff}", *(cell(m, tokens) for tokens in TOKENS)] for m in named]
     here = sum(cell != "-" for row in rows for cell in row[2:])
     title = f"{gpu}, {DTYPE.value}: {here} of {len(named) * len(TOKENS)}. Times as fast as {against}:"
-    return _table(title, ["model", "DxF", *(f"{m} tokens" for m in TOKENS)], rows)
+    table = markdown_table(["model", "DxF", *(f"{m} tokens" for m in TOKENS)], rows)
+    return f"{title}\n\n{table}\n"
 
 
 def _evidence(
@@ -121,7 +125,7 @@ def _evidence(
             ]
         )
     head = ["MxDxF", *gemms, "ms", "over default", *dense, "samples", "MHz", f"{gemms[0]}'s binary", "date"]
-    return _table(f"{gpu}:", head, rows)
+    return f"{gpu}:\n\n{markdown_table(head, rows)}\n"
 
 
 def _config(record: TuningRecord) -> str:
@@ -132,8 +136,3 @@ def _config(record: TuningRecord) -> str:
 
 def _ms(value: float | None) -> str:
     return f"{value:.3f}" if value else "-"
-
-
-def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n\n".join([title, "\n".join(f"| {' | '.join(line)} |" for line in lines)]) + "\n"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from srelu24.documents.pages import filled
 from srelu24.documents.tables import markdown_table
 from srelu24_gen import space
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, instructions_of
@@ -67,19 +65,6 @@ def markdown() -> str:
             cells.append(" / ".join(sorted(answers)))
         rows.append([target.key, target.name.removeprefix("NVIDIA "), target.arch, *cells])
     return markdown_table(head, rows) + "\n"
-
-
-def update(page: Path) -> bool:
-    """Fill the table of a page; True if that changed it.
-
-    Raises:
-        RecordError: its markers ask for another table.
-    """
-    before = page.read_text(encoding="utf-8")
-    after = filled(before, {"support": markdown()}, page.name)
-    if after != before:
-        page.write_text(after, encoding="utf-8")
-    return after != before
 
 
 def _kernels(family: Family, target: GpuTarget) -> str:

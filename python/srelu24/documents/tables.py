@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from statistics import geometric_mean
 from typing import Any
 
-from srelu24.bench.results import Candidate, Result, Row, of_op
+from srelu24.bench.results import Candidate, Result, Row, of_op, of_recipes
 
 PEERS = {
     "torch_compile": "torch.compile",
@@ -103,7 +103,7 @@ def overhead_table(results: list[Result]) -> str:
     return _tables(newest.values(), ["srelu24.ffn, host us per call", "eager PyTorch, host us per call"], cells)
 
 
-def ratio_table(results: list[Result], op: str, other: str, ours: str) -> str:
+def ratio_table(results: list[Result], *, op: str, other: str, ours: str) -> str:
     """Ours against one other, and over all shapes of a GPU the geometric mean and the worst."""
     results = [result for result in of_op(results, op) if other in result.row.speedup]
     texts = []
@@ -177,6 +177,11 @@ def over_compile(row: Row, name: str) -> float | None:
     times = [ms for n in names if (ms := row.candidates[n].ms) is not None]
     compiled = row.candidates["torch_compile"].ms
     return compiled / min(times) if times and compiled else None
+
+
+def recipes_figure(results: list[Result]) -> str:
+    """The plot of where the time of 8-bit FFNs goes (:func:`srelu24.documents.plots.plot_recipes`)."""
+    return "![time of the parts of an 8-bit FFN](results/fp8.svg)\n" if of_recipes(results) else ""
 
 
 def model_table(results: list[Result]) -> str:

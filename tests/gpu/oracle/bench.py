@@ -16,8 +16,7 @@ from tests.gpu.oracle.sm80 import CONFIGS, CutlassSpgemmSm80, our_spec
 from srelu24.bench import peers
 from srelu24.bench.results import BenchFile, Row, check_writable
 from srelu24.bench.rows import candidate
-from srelu24.measuring import machine
-from srelu24.measuring import timing as measure
+from srelu24.measuring import machine, timing
 from srelu24.runtime import launch
 from srelu24.runtime.launch import Operands
 from srelu24_gen.errors import Unsupported
@@ -31,7 +30,7 @@ def row(case: peers.Case, cutlass: CutlassSpgemmSm80, name: str, seconds: float)
     Raises:
         Unsupported: one of them is wrong.
     """
-    y = torch.empty(case.m, case.d, dtype=case.x.dtype, device=case.x.device)
+    y = torch.empty(case.shape.m, case.shape.d, dtype=case.x.dtype, device=case.x.device)
     spec, operands = our_spec(name), Operands(a=case.s, b=case.w2, out=y)
 
     def ours() -> torch.Tensor:
@@ -39,8 +38,8 @@ def row(case: peers.Case, cutlass: CutlassSpgemmSm80, name: str, seconds: float)
         return y
 
     captured = {
-        "srelu24": measure.capture(ours, device=y.device),
-        "cutlass": measure.capture(cutlass.prepared(name, case.s, case.w2), device=y.device),
+        "srelu24": timing.capture(ours, device=y.device),
+        "cutlass": timing.capture(cutlass.prepared(name, case.s, case.w2), device=y.device),
     }
 
     def check() -> None:
@@ -49,18 +48,18 @@ def row(case: peers.Case, cutlass: CutlassSpgemmSm80, name: str, seconds: float)
             run.call()
             error = peers.relative_error(run.output, case.y_masked)
             if not error <= peers.TOLERANCE[case.dtype]:
-                raise Unsupported(f"{who}, {name}, {case.name}: relative error {error:.2g}")
+                raise Unsupported(f"{who}, {name}, {case.shape}: relative error {error:.2g}")
 
     check()
-    timings = measure.interleave({who: run.call for who, run in captured.items()}, device=y.device, seconds=seconds)
+    timings = timing.interleave({who: run.call for who, run in captured.items()}, device=y.device, seconds=seconds)
     check()
     return Row(
         op=name,
         dtype=case.dtype.value,
-        shape=case.name,
+        shape=str(case.shape),
         density=case.density,
         candidates={who: candidate(timing, case.gemm_flops) for who, timing in timings.items()},
-        speedup={"cutlass": measure.ratio(timings["srelu24"], timings["cutlass"])},
+        speedup={"cutlass": timing.ratio(timings["srelu24"], timings["cutlass"])},
         measured_density=case.measured_density,
     )
 

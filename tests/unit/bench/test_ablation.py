@@ -15,12 +15,11 @@ from srelu24.bench.ablation import corpus as corpora
 from srelu24.bench.ablation import runs
 from srelu24.bench.ablation.corpus import Corpus
 from srelu24.bench.ablation.model import Transformer
-from srelu24.bench.ablation.results import AblationFile, Grouping, Run, Setup
-from srelu24.bench.ablation.variants import Variant, attach
+from srelu24.bench.ablation.results import AblationFile, Grouping, Run, Setup, Variant
+from srelu24.bench.ablation.variants import attach
 from srelu24.bench.results import load_results
 from srelu24.cli.main import app
-from srelu24.documents import ablation
-from srelu24.documents.pages import tables
+from srelu24.documents import ablation, registry
 from srelu24_gen.errors import RecordError, Unsupported
 
 SETUP = Setup(
@@ -197,7 +196,7 @@ def made_up() -> AblationFile:
 
 
 def test_tables_and_plot(tmp_path: Path) -> None:
-    made = ablation.tables(made_up())
+    made = registry.of_ablation(made_up())
     assert "| dense | 2 | 1.1000 | 1.0000 .. 1.2000 | +0.0000 | 10.0% | 5.0 |" in made["training_ablation"]
     assert "| no mask reuse | 1, 1 diverged | - | - | - | 10.0% | 5.0 |" in made["training_ablation"]
     # Over the dense run of its own seed.
@@ -235,5 +234,5 @@ def test_the_report_fills_a_page_and_draws(tmp_path: Path) -> None:
 
 def test_the_training_page_asks_only_for_tables_that_exist(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs" / "training.md").read_text(encoding="utf-8")
-    tables_there = tables(tmp_path) | ablation.tables(made_up())
-    assert set(re.findall(r"<!-- results:(\w+) -->", text)) <= set(tables_there)
+    known = registry.of_results(tmp_path) | registry.of_ablation(made_up())
+    assert set(re.findall(r"<!-- results:(\w+) -->", text)) <= set(known)

@@ -13,12 +13,12 @@ from msgspec import UNSET
 from torch import Tensor
 
 from srelu24.bench import forward, peers
-from srelu24.bench import rows as bench_rows
 from srelu24.bench.forward import BenchEvent, bench_ffn, bench_gemm
 from srelu24.bench.peers import Case, Peer, relative_error
 from srelu24.bench.results import BenchFile
+from srelu24.bench.rows import ENERGY_SECONDS, PEERS, utilisation
 from srelu24.db.choice import SPARSE
-from srelu24.measuring import timing as measure
+from srelu24.measuring import timing
 from srelu24.measuring.nvml import Power
 from srelu24.measuring.timing import Interrupted, Timing
 from srelu24.numerics import reference
@@ -27,8 +27,8 @@ from srelu24_gen.models import Shape
 from srelu24_gen.spec import Activation, DType, Problem
 from srelu24_gen.target import TARGETS
 
-REAL_INTERLEAVE = measure.interleave
-SHAPE = (64, 64, 128)
+REAL_INTERLEAVE = timing.interleave
+SHAPE = Shape(64, 64, 128)
 MS = {"srelu24": 2.0, "eager": 3.0, "dense_fused": 2.5, "unfused": 2.2}
 MS |= {"gemm1_fused": 1.0, "gemm1_dense": 0.9, "gemm1_cublas": 1.1, "gemm2_sparse": 0.6, "gemm2_dense": 0.8}
 MS |= {"sparse": 2.0, "cublas": 2.6, "mixed": 2.55, "gemm": 2.5}
@@ -36,10 +36,10 @@ MS |= {"gemm2_cublas": 0.7, "sparsify24": 0.2, "copy": 0.15}
 
 
 def interleave(
-    candidates: dict[str, Callable[[], None]], *, on_progress: Callable[[measure.Progress], None], **_: object
+    candidates: dict[str, Callable[[], None]], *, on_progress: Callable[[timing.Progress], None], **_: object
 ) -> dict[str, Timing]:
     """Times of the table above, twice as long in the second of three rounds."""
-    on_progress(measure.Progress(3, 1.0))
+    on_progress(timing.Progress(3, 1.0))
     return {name: Timing.of([MS[name], 2 * MS[name], MS[name]]) for name in candidates}
 
 
@@ -71,9 +71,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward.timing, "host_us", lambda call, device: 12.5)
     monkeypatch.setattr(forward.timing, "interleave", interleave)
     for part in ("ffn", "sweep"):
-        monkeypatch.setitem(
-            bench_rows.PEERS, part, tuple(p for p in bench_rows.PEERS[part] if p.name != "torch_compile")
-        )
+        monkeypatch.setitem(PEERS, part, tuple(p for p in PEERS[part] if p.name != "torch_compile"))
     monkeypatch.setattr(peers.dense, "ffn", lambda way, x, w1, w2, b1, b2: dense_ffn(x, w1, w2))
 
 
@@ -95,7 +93,7 @@ def test_a_sweep_shows_every_way_and_the_chosen_one(monkeypatch: pytest.MonkeyPa
         return reference.ffn(x, w1, w2) if sparse else dense_ffn(x, w1, w2)
 
     monkeypatch.setattr(peers.functions, "ffn", chooses)
-    file = forward.bench_sweep([(16, 64, 128), SHAPE], DType.BF16, (0.5,), device="cpu")
+    file = forward.bench_sweep([Shape(16, 64, 128), SHAPE], DType.BF16, (0.5,), device="cpu")
     assert [(row.op, row.shape) for row in file.rows] == [("sweep", "16x64x128"), ("sweep", "64x64x128")]
     for row, way in zip(file.rows, ("gemm", SPARSE), strict=True):
         assert set(row.candidates) == {"srelu24", "sparse", "cublas", "mixed", "gemm"}
@@ -140,14 +138,14 @@ def test_zeros_are_a_case_of_their_own_for_the_gemms() -> None:
 def test_utilisation_is_the_rate_at_the_measured_clock_over_the_tensor_cores() -> None:
     timing = Timing.of([2.0], Power(sm_mhz=1000.0))
     flops = 132 * 4096 * 1_000_000  # what an H200 does in 1 ms at 1000 MHz
-    assert bench_rows._utilisation(timing, flops, 132 * 4096) == pytest.approx(0.5)
-    assert bench_rows._utilisation(timing, flops, 132 * 4096 * 2) == pytest.approx(0.25)
-    assert bench_rows._utilisation(Timing.of([2.0]), flops, 132 * 4096) is UNSET
+    assert utilisation(timing, flops, 132 * 4096) == pytest.approx(0.5)
+    assert utilisation(timing, flops, 132 * 4096 * 2) == pytest.approx(0.25)
+    assert utilisation(Timing.of([2.0]), flops, 132 * 4096) is UNSET
 
 
 def _replace_peer(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[Case], peers.Run]) -> None:
-    changed = tuple(Peer(p.name, build, p.expect) if p.name == name else p for p in bench_rows.PEERS["ffn"])
-    monkeypatch.setitem(bench_rows.PEERS, "ffn", changed)
+    changed = tuple(Peer(p.name, build, p.expect) if p.name == name else p for p in PEERS["ffn"])
+    monkeypatch.setitem(PEERS, "ffn", changed)
 
 
 @pytest.mark.parametrize("spoil", [float("nan"), 0.05])
@@ -225,7 +223,7 @@ def test_the_file_grows_with_every_group_and_ctrl_c_keeps_it(monkeypatch: pytest
 
 def test_events_advance_to_the_end() -> None:
     events: list[BenchEvent] = []
-    file = bench_ffn([SHAPE, (32, 64, 128)], DType.BF16, (0.1,), device="cpu", on_event=events.append)
+    file = bench_ffn([SHAPE, Shape(32, 64, 128)], DType.BF16, (0.1,), device="cpu", on_event=events.append)
     fractions = [event.fraction for event in events]
     assert fractions == sorted(fractions)
     assert fractions[-1] == pytest.approx(1.0)
@@ -235,9 +233,9 @@ def test_events_advance_to_the_end() -> None:
 def test_real_timing_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam between benchmark and measurement: the host's clock, two peers."""
     monkeypatch.setattr(forward.timing, "interleave", REAL_INTERLEAVE)
-    monkeypatch.setitem(bench_rows.ENERGY_SECONDS, "ffn", 0.0)
-    monkeypatch.setitem(bench_rows.PEERS, "ffn", tuple(p for p in peers.FFN if p.name in ("srelu24", "eager")))
-    monkeypatch.setitem(bench_rows.PEERS, "gemm", ())
+    monkeypatch.setitem(ENERGY_SECONDS, "ffn", 0.0)
+    monkeypatch.setitem(PEERS, "ffn", tuple(p for p in peers.FFN if p.name in ("srelu24", "eager")))
+    monkeypatch.setitem(PEERS, "gemm", ())
     row = bench_ffn([SHAPE], DType.BF16, (0.1,), device="cpu", seconds_per_shape=0.1).rows[-1]
     eager = row.candidates["eager"]
     assert eager.samples >= 5
@@ -274,15 +272,13 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path: Path, content: str) -> N
     ("shapes", "densities", "seconds"),
     [
         ([], (0.1,), 1.0),
-        ([(0, 64, 128)], (0.1,), 1.0),
+        ([Shape(0, 64, 128)], (0.1,), 1.0),
         ([SHAPE], (1.1,), 1.0),
         ([SHAPE], (), 1.0),
         ([SHAPE], (0.1,), 0.0),
     ],
 )
-def test_senseless_arguments_are_refused(
-    shapes: list[forward.Shape], densities: tuple[float, ...], seconds: float
-) -> None:
+def test_senseless_arguments_are_refused(shapes: list[Shape], densities: tuple[float, ...], seconds: float) -> None:
     with pytest.raises(Unsupported):
         bench_ffn(shapes, DType.BF16, densities, seconds_per_shape=seconds, device="cpu")
 
@@ -305,7 +301,7 @@ def test_relative_error() -> None:
 
 
 def test_the_masked_reference_drops_what_pruning_drops() -> None:
-    case = Case.make((16, 64, 64), DType.BF16, 0.9, "cpu")
+    case = Case.make(Shape(16, 64, 64), DType.BF16, 0.9, "cpu")
     groups = case.s_dense.view(16, 16, 4)
     assert int((groups != 0).sum(-1).max()) == 2
     assert relative_error(case.y_masked, case.y_dense) > 0.05

@@ -10,7 +10,7 @@ import torch
 
 from srelu24.bench import model as bench_model
 from srelu24.bench.results import BenchFile
-from srelu24.documents import pages
+from srelu24.documents import registry
 from srelu24.nn.profiling import profile
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.spec import DType
@@ -46,7 +46,7 @@ def test_nothing_is_recompiled_for_five_token_counts(path: Path) -> None:
 
 
 def test_the_report_has_the_table(path: Path) -> None:
-    table = pages.tables(path.parent)["model"]
+    table = registry.of_results(path.parent)["model"]
     assert len([line for line in table.splitlines() if line.startswith("| tiny, 2 layers")]) == 2 * len(TOKENS)
 
 

@@ -11,12 +11,13 @@ from srelu24.bench.peers import relative_error
 from srelu24.bench.peers_fp8 import Fp8Case
 from srelu24.fp8 import quantize
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType
 
 
 @pytest.fixture(scope="module")
 def case() -> Fp8Case:
-    made = Fp8Case.make((70, 64, 256), DType.BF16, 0.3, "cpu")
+    made = Fp8Case.make(Shape(70, 64, 256), DType.BF16, 0.3, "cpu")
     assert isinstance(made, Fp8Case)
     return made
 
@@ -51,4 +52,4 @@ def test_without_a_gpu_the_benchmark_says_so() -> None:
 
     if not torch.cuda.is_available():
         with pytest.raises(Unsupported, match="PyTorch sees none"):
-            forward.bench_fp8([(64, 64, 256)])
+            forward.bench_fp8([Shape(64, 64, 256)])

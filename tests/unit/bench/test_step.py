@@ -13,13 +13,14 @@ from torch.nn.functional import linear
 from srelu24.bench import step
 from srelu24.bench.results import BenchFile
 from srelu24.bench.step import StepCase
-from srelu24.documents import pages
+from srelu24.documents import registry
 from srelu24.training import kernels
 from srelu24_gen.errors import Unsupported
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import DType, KernelConfig, Producer
 from srelu24_gen.target import TARGETS
 
-SHAPE = (64, 64, 256)
+SHAPE = Shape(64, 64, 256)
 CONFIGS = [KernelConfig(), KernelConfig(tile_m=192, producer=Producer.THREAD)]
 
 
@@ -85,7 +86,7 @@ def test_a_file_with_its_tables(played: None, tmp_path: Path, monkeypatch: pytes
     ours = file.rows[0].candidates["srelu24"]
     # S in both packed forms, 16 bits an element, with E padded to blocks of 64 x 256: 2 x 64 x 256 / 2 values.
     assert ours.saved_bytes == 64 * 256 * 2 + 64 * 256 // 8 + 256 * 256 // 8
-    tables = pages.tables(tmp_path)
+    tables = registry.of_results(tmp_path)
     assert "| bf16 | 64x64x256 | 30% |" in tables["step"]
     assert "| dw1 | bf16 | 64x64x256 | 30% |" in tables["step_parts"]
     assert "| bf16 | 64x64x256 | 50% |" in tables["split"]

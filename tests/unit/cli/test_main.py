@@ -272,7 +272,8 @@ def test_db_export_and_import_carry_records(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "command", [["render", "gemm"], ["list"], ["list", "--models"], ["db", "list"], ["--help"], ["doctor"]]
+    "command",
+    [["render", "gemm"], ["list"], ["list", "--models"], ["list", "--matrix"], ["db", "list"], ["--help"], ["doctor"]],
 )
 def test_works_without_torch(command: list[str]) -> None:
     """A machine that only generates kernels needs no torch; doctor says that it is missing, and ends with 1."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from srelu24.bench.results import BenchFile, Candidate, Row, load_results
-from srelu24.documents import pages, plots
+from srelu24.documents import pages, plots, registry
 from srelu24_gen.errors import RecordError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,7 +50,7 @@ def cells(table: str) -> list[list[str]]:
 def test_ffn_table(tmp_path: Path) -> None:
     rows = [ffn_row("16384x4096x16384", torch_compile=1.2543, eager=1.3), ffn_row("4096x8192x8192", torch_compile=1.1)]
     write(tmp_path, "h200/ffn.json", rows, power_limit_watts=700.0)
-    text = pages.tables(tmp_path)["ffn"]
+    text = registry.of_results(tmp_path)["ffn"]
     head, first, second = cells(text)
     assert dict(zip(head, first, strict=True))["MxDxF"] == "4096x8192x8192"  # fewest tokens first
     assert dict(zip(head, first, strict=True))["over eager"] == "-"
@@ -76,7 +78,7 @@ def test_the_newest_row_of_a_case_wins_whatever_its_file_is_called(tmp_path: Pat
 def test_two_gpus_get_a_table_each(tmp_path: Path) -> None:
     write(tmp_path, "h100/ffn.json", [ffn_row("8x8x8")], gpu="NVIDIA H100")
     write(tmp_path, "h200/ffn.json", [ffn_row("8x8x8")])
-    text = pages.tables(tmp_path)["ffn"]
+    text = registry.of_results(tmp_path)["ffn"]
     assert text.index("NVIDIA H100,") < text.index("NVIDIA H200,")
     assert text.count("| dtype |") == 2
 
@@ -85,7 +87,7 @@ def test_a_candidate_without_a_time_says_why(tmp_path: Path) -> None:
     row = ffn_row("8x8x8", eager=1.5)
     row.candidates["cusparselt"] = candidate(None, error="no cuSPARSELt here")
     write(tmp_path, "ffn.json", [row])
-    assert "10%: cusparselt has no time: no cuSPARSELt here" in pages.tables(tmp_path)["ffn"]
+    assert "10%: cusparselt has no time: no cuSPARSELt here" in registry.of_results(tmp_path)["ffn"]
 
 
 def test_gemm_memory_and_overhead_tables(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_gemm_memory_and_overhead_tables(tmp_path: Path) -> None:
         speedup={},
     )
     write(tmp_path, "gemm.json", [gemm, memory])
-    tables = pages.tables(tmp_path)
+    tables = registry.of_results(tmp_path)
     assert cells(tables["gemm"])[1] == [
         "GEMM2, sparse",
         "bf16",
@@ -131,43 +133,43 @@ def test_cutlass_table(tmp_path: Path) -> None:
     case = {"dtype": "bf16", "shape": "16384x4096x16384", "density": 0.1}
     row = Row(op="spgemm_sm80_128x256_s5", candidates=timed, speedup={"cutlass": 0.9879}, **case)
     write(tmp_path, "h200/cutlass_sm80.json", [row, ffn_row("4096x8192x8192", eager=1.3)])
-    head, *body = cells(pages.tables(tmp_path)["cutlass"])
+    head, *body = cells(registry.of_results(tmp_path)["cutlass"])
     assert body == [["128x256_s5", "bf16", "16384x4096x16384", "10%", "3.680", "597", "0.988x"]]
     assert head[-1] == "over CUTLASS"
 
 
 def test_no_results_give_empty_tables(tmp_path: Path) -> None:
-    assert set(pages.tables(tmp_path).values()) == {""}
-    assert set(pages.tables(tmp_path / "nowhere").values()) == {""}
+    assert set(registry.of_results(tmp_path).values()) == {""}
+    assert set(registry.of_results(tmp_path / "nowhere").values()) == {""}
 
 
-def test_update_page_fills_the_marked_sections_and_nothing_else(tmp_path: Path) -> None:
+def test_fill_replaces_the_marked_sections_and_nothing_else(tmp_path: Path) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     write(results, "ffn.json", [ffn_row("8x8x8", eager=1.5)])
     readme.write_text(
         "before\n<!-- results:ffn -->\nold\n<!-- /results -->\nafter\n<!-- results:gemm -->\n<!-- /results -->\n"
     )
-    assert pages.update_page(readme, results)
+    assert pages.fill(readme, registry.of_results(results))
     text = readme.read_text()
     assert text.startswith("before\n<!-- results:ffn -->\nNVIDIA H200")
     assert text.endswith("<!-- /results -->\nafter\n<!-- results:gemm -->\nNot measured yet.\n<!-- /results -->\n")
     assert "old" not in text
     assert "| 1.50x |" in text
-    assert not pages.update_page(readme, results)  # nothing left to change
+    assert not pages.fill(readme, registry.of_results(results))  # nothing left to change
 
 
 def test_an_unknown_marker_is_refused_and_the_file_kept(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results:ffm -->\n<!-- /results -->\n")
     with pytest.raises(RecordError, match=r"README\.md asks for results:ffm"):
-        pages.update_page(readme, tmp_path)
+        pages.fill(readme, registry.of_results(tmp_path))
     assert readme.read_text() == "<!-- results:ffm -->\n<!-- /results -->\n"
 
 
 def test_a_damaged_result_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(RecordError, match=r"broken\.json"):
-        pages.tables(tmp_path)
+        registry.of_results(tmp_path)
 
 
 def test_plot_shows_every_ratio_and_is_reproducible(tmp_path: Path) -> None:
@@ -192,8 +194,16 @@ def test_plot_without_results_says_what_to_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("page", "table"), [("README.md", "ffn"), ("docs/benchmarks.md", "gemm")])
-def test_the_pages_are_what_the_result_files_give(page: str, table: str) -> None:
+def test_the_pages_are_what_the_result_files_give(tmp_path: Path, page: str, table: str) -> None:
     """Stale tables: run `srelu24 bench report --results docs/results`."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert f"<!-- results:{table} -->" in text
-    assert pages.filled(text, pages.tables(ROOT / "docs" / "results"), page) == text
+    copy = Path(shutil.copy(ROOT / page, tmp_path))
+    assert f"<!-- results:{table} -->" in copy.read_text(encoding="utf-8")
+    assert not pages.fill(copy, registry.of_results(ROOT / "docs" / "results"))
+
+
+def test_every_name_is_of_one_table_and_every_marker_of_the_documents_has_one() -> None:
+    sources = (registry.RESULTS, registry.RECORDS, registry.ACCURACY, registry.ABLATION, registry.SUPPORT)
+    known = [name for makers in sources for name in makers]
+    assert len(known) == len(set(known))
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert set(re.findall(r"<!-- results:([\w-]+) -->", page.read_text(encoding="utf-8"))) <= set(known), page

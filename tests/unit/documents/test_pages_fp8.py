@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from srelu24.bench.results import BenchFile, Candidate, Row
-from srelu24.documents import pages, plots
+from srelu24.documents import plots, registry
 from srelu24.shipping import catalogue
 from srelu24_gen import space
 from srelu24_gen.errors import RecordError
@@ -59,7 +59,7 @@ def test_parts_are_the_gemms_and_what_is_left() -> None:
 
 def test_figure_beside_the_papers(tmp_path: Path) -> None:
     folder = saved(tmp_path / "results", *ROWS, row("ffn_forward", "static", 0.5, srelu24=3.0, torch_compile=4.0))
-    assert "results/fp8.svg" in pages.tables(folder)["fp8_figure"]
+    assert "results/fp8.svg" in registry.of_results(folder)["fp8_figure"]
     pytest.importorskip("matplotlib")
     first, second = tmp_path / "a.svg", tmp_path / "b.svg"
     plots.plot_recipes(folder, first)
@@ -70,7 +70,7 @@ def test_figure_beside_the_papers(tmp_path: Path) -> None:
         assert words in text
     assert "50%" not in text
     none = saved(tmp_path / "none", row("spgemm", None, srelu24=1.0))
-    assert not pages.tables(none)["fp8_figure"]
+    assert not registry.of_results(none)["fp8_figure"]
     with pytest.raises(RecordError, match="bench fp8"):
         plots.plot_recipes(none, first)
 

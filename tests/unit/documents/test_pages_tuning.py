@@ -10,7 +10,7 @@ import pytest
 from srelu24.bench.results import BenchFile, Candidate, Row
 from srelu24.db.database import Database
 from srelu24.db.records import DenseTime, Evidence, TuningRecord
-from srelu24.documents import coverage, pages, plots
+from srelu24.documents import pages, plots, registry
 from srelu24_gen import paths, space
 from srelu24_gen.errors import RecordError
 from srelu24_gen.models import MODELS, Pass, Shape
@@ -44,7 +44,7 @@ def saved(folder: Path, *rows: Row) -> Path:
 
 
 def test_tuning_and_fallback_tables_name_mean_and_worst(tmp_path: Path) -> None:
-    tables = pages.tables(
+    tables = registry.of_results(
         saved(
             tmp_path,
             row("tuning", "512x64x256", {"srelu24": 1.0, "default": 1.21}),
@@ -66,7 +66,9 @@ def test_search_table_has_times_in_seconds(tmp_path: Path) -> None:
         return found
 
     shape = "512x64x256"
-    table = pages.tables(saved(tmp_path, search("search", shape, 64.2, 24.4), search("search_step", shape, 80, 30)))
+    table = registry.of_results(
+        saved(tmp_path, search("search", shape, 64.2, 24.4), search("search_step", shape, 80, 30))
+    )
     assert "| FFN | bf16 | 512x64x256 | 64 s | 9 | 1.050x | 24 s | 9 | 1.040x |" in table["search"]
     assert "| training step | bf16 | 512x64x256 | 80 s | 9 | 1.050x | 30 s | 9 | 1.040x |" in table["search"]
 
@@ -78,7 +80,7 @@ def sweep(m: int, sparse: float, chosen: str) -> Row:
 
 def test_sweep_table_and_plot(tmp_path: Path) -> None:
     folder = saved(tmp_path, sweep(16, 2.4, "mixed"), sweep(4096, 1.5, "sparse"))
-    table = pages.tables(folder)["sweep"]
+    table = registry.of_results(folder)["sweep"]
     assert "| bf16 | 16x64x256 | 10% | 1.900 | 0.88x | 1.11x | 1.11x | mixed |" in table
     assert "| bf16 | 4096x64x256 | 10% | 1.500 | 1.40x | 1.11x | 1.40x | sparse |" in table
     assert "(results/sweep.svg)" in table, "bench report draws it there"
@@ -125,7 +127,7 @@ def test_coverage_names_every_model_and_the_evidence_every_pair() -> None:
     full = records(Shape(2048, 4096, 16384), {"cublas": DenseTime(2.6, 1.3, 1.29), "gemm": DenseTime(2.5, 1.25, 1.24)})
     bare = records(Shape(512, 768, 3072), {})
     half = records(Shape(8192, 768, 3072), {})[:1]
-    tables = coverage.tables([*full, *bare, *half])
+    tables = registry.of_records([*full, *bare, *half])
     lines = {
         line.split(" | ")[0].strip("| "): line for line in tables["coverage"].splitlines() if line.startswith("| ")
     }
@@ -138,13 +140,13 @@ def test_coverage_names_every_model_and_the_evidence_every_pair() -> None:
     assert "| 2.000 | 1.100x | 2.500 (gemm) | 1.240 | 20 | 1500 | 01234567 | 2026-01-01 |" in tables["evidence"]
     assert set(tables) == {"coverage", "evidence", "step_coverage", "step_evidence"}
     assert not tables["step_coverage"]
-    assert not any(coverage.tables([]).values())
+    assert not any(registry.of_records([]).values())
 
 
 def test_training_steps_are_tables_of_their_own() -> None:
     full = records(Shape(2048, 4096, 16384), {}, Pass.BACKWARD)
     half = records(Shape(8192, 768, 3072), {}, Pass.BACKWARD)[:4]
-    tables = coverage.tables([*full, *half])
+    tables = registry.of_records([*full, *half])
     assert not tables["coverage"] + tables["evidence"]
     lines = tables["step_coverage"].splitlines()
     assert "| paper-7b | 4096x16384 | - | 1.100x | - | - |" in lines
@@ -161,8 +163,9 @@ def test_the_page_about_tuning_is_what_records_and_results_give(tmp_path: Path) 
     page = ROOT / "docs" / "tuning.md"
     copy = tmp_path / "tuning.md"
     copy.write_text(page.read_text())
-    shipped = Database.open(paths.shipped_records_dir(), tmp_path / "none.sqlite")
-    assert not coverage.update(copy, shipped, ROOT / "docs" / "results")
+    shipped = Database.open(paths.shipped_records_dir(), tmp_path / "none.sqlite").shipped_records()
+    tables = registry.of_records(shipped) | registry.of_results(ROOT / "docs" / "results")
+    assert not pages.fill(copy, tables)
     assert "<!-- results:coverage -->" in page.read_text()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srelu24.documents import support
+from srelu24.documents import pages, registry, support
 
 PAGE = Path(__file__).parents[3] / "docs" / "support.md"
 
@@ -21,4 +21,4 @@ def test_every_gpu_has_an_answer_for_every_product() -> None:
 def test_the_page_is_up_to_date(tmp_path: Path) -> None:
     copy = tmp_path / "support.md"
     copy.write_text(PAGE.read_text())
-    assert not support.update(copy), "run: srelu24 list --matrix --page docs/support.md"
+    assert not pages.fill(copy, registry.of_gpus()), "run: srelu24 list --matrix --page docs/support.md"

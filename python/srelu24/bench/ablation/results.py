@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from msgspec import Struct
 
-from srelu24.bench.ablation.variants import Variant
 from srelu24.bench.results import ResultFile
+
+
+class Variant(StrEnum):
+    """One way to train."""
+
+    DENSE = "dense"
+    RECIPE = "recipe"
+    REFERENCE = "recipe, reference"
+    """The same on the reference in plain PyTorch, to hold the kernels against."""
+    NO_WARMUP = "no warm-up"
+    NAIVE_BACKWARD = "naive backward"
+    """No dense features: all of them are pruned along tokens."""
+    NO_PERMUTATION = "no token permutation"
+    """Neighbours in the text are grouped along tokens."""
+    NO_MASK_REUSE = "no mask reuse"
+    """Each operand of the backward pass is pruned on its own, from what the forward pass had before pruning."""
 
 
 class Setup(Struct, kw_only=True, frozen=True):

@@ -15,8 +15,8 @@ from torch import Tensor
 from srelu24.bench.ablation import corpus as corpora
 from srelu24.bench.ablation.corpus import Corpus
 from srelu24.bench.ablation.model import Transformer
-from srelu24.bench.ablation.results import AblationFile, Grouping, Run, Setup
-from srelu24.bench.ablation.variants import Variant, attach
+from srelu24.bench.ablation.results import AblationFile, Grouping, Run, Setup, Variant
+from srelu24.bench.ablation.variants import attach
 from srelu24.bench.results import check_writable
 from srelu24.measuring.machine import environment
 from srelu24.training import reference

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from srelu24.bench.ablation.model import FFNStep, Transformer
+from srelu24.bench.ablation.results import Variant
 from srelu24.nn.conversion import convert
 from srelu24.training import reference
 from srelu24.training.order import NEIGHBOURS
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24.training.reference import Pruning
-
-
-class Variant(StrEnum):
-    """One way to train."""
-
-    DENSE = "dense"
-    RECIPE = "recipe"
-    REFERENCE = "recipe, reference"
-    """The same on the reference in plain PyTorch, to hold the kernels against."""
-    NO_WARMUP = "no warm-up"
-    NAIVE_BACKWARD = "naive backward"
-    """No dense features: all of them are pruned along tokens."""
-    NO_PERMUTATION = "no token permutation"
-    """Neighbours in the text are grouped along tokens."""
-    NO_MASK_REUSE = "no mask reuse"
-    """Each operand of the backward pass is pruned on its own, from what the forward pass had before pruning."""
-
 
 _CHANGES: dict[Variant, dict[str, Any]] = {
     Variant.NO_WARMUP: {"warmup_steps": 0},
