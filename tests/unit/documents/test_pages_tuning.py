@@ -170,7 +170,7 @@ def test_the_page_about_tuning_is_what_records_and_results_give(tmp_path: Path) 
 
 
 def test_the_held_out_models_are_told_as_they_were_measured() -> None:
-    text = (ROOT / "docs" / "tuning.md").read_text()
+    text = (ROOT / "docs" / "performance-log.md").read_text()
     told = re.findall(r"^\| `(held_out_\w+\.json)` \| [^|]* \| ([^|]*) \|", text, re.MULTILINE)
     folder = ROOT / "docs" / "measurements"
     assert {name for name, _ in told} == {path.name for path in folder.glob("held_out_*.json")}
