@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from srelu24_gen.errors import CompileError, Srelu24Error, ToolchainError
+from srelu24_gen.machine_code import why_not_kernel
 from srelu24_gen.nvrtc import Answer
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.plain_code import without_comments
@@ -36,12 +38,16 @@ __all__ = [
     "build_many",
     "build_rendered",
     "compile_source",
+    "entry_of",
     "key_of",
+    "why_foreign",
     "why_missing",
 ]
 
 ENTRY = "srelu24_kernel"
-"""Symbol of the kernel in every binary."""
+"""Name of the kernel in every source; :func:`entry_of` is its symbol in the binary."""
+COMPILE_SECONDS = 900.0
+"""After so long a compilation is ended; the slowest kernel takes about a minute on a busy machine."""
 ABI = 3
 """Raise it when the launcher passes parameters in another way: older binaries are then built anew."""
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"](srelu24/[^>"]+)[>"]', re.MULTILINE)
@@ -93,19 +99,20 @@ def build_rendered(
         ToolchainError, CacheError: as their names say.
     """
     store = store or BuildStore()
-    toolchain = toolchain or _toolchain(store)
-    key = _key(rendered, toolchain)
-    if hit := _cached(rendered, key, store):
+    toolchains = [toolchain] if toolchain else _toolchains(store)
+    if hit := _kept(rendered, toolchains, store):
         return hit
-    name = rendered.spec.name
+    toolchain, name = toolchains[0], rendered.spec.name
+    key = _key(rendered, toolchain)
+    entry = entry_of(key)
     with store.lock(key):
         if hit := _cached(rendered, key, store):  # built by another process while this one waited
             return hit
         try:
-            compiled = compile_source(rendered.source, name, arch=rendered.spec.arch, toolchain=toolchain)
+            compiled = compile_source(rendered.source, name, arch=rendered.spec.arch, entry=entry, toolchain=toolchain)
             meta = _describe(rendered, key, compiled, toolchain)
         except CompileError as error:
-            command = shlex.join(["nvrtc", *_options(rendered.spec.arch, toolchain), "kernel.cu"])
+            command = shlex.join(["nvrtc", *_options(rendered.spec.arch, entry, toolchain), "kernel.cu"])
             folder = store.keep_failure(key, name, source=rendered.source, log=error.log, command=command)
             where = f"; source, log and command are in {folder}" if folder else ""
             raise CompileError(f"{error}{where}", error.log, folder) from None
@@ -137,7 +144,7 @@ def build_many(
         ToolchainError, CacheError: nothing can be built at all.
     """
     store = store or BuildStore()
-    toolchain = toolchain or _toolchain(store)
+    toolchains = [toolchain] if toolchain else _toolchains(store)
     specs = list(specs)
     outcomes: dict[KernelSpec, Outcome] = {}
     wanted: dict[KernelSpec, list[KernelSpec]] = {}
@@ -157,13 +164,13 @@ def build_many(
         except Srelu24Error as error:
             done(binary, error)
             continue
-        if hit := _cached(rendered, _key(rendered, toolchain), store):
+        if hit := _kept(rendered, toolchains, store):
             done(binary, hit)
         else:
             missing.append(rendered)
     pool = ThreadPoolExecutor(jobs or _cpus())
     try:
-        futures = {pool.submit(_attempt, rendered, store, toolchain): rendered.spec for rendered in missing}
+        futures = {pool.submit(_attempt, rendered, store, toolchains[0]): rendered.spec for rendered in missing}
         for future in as_completed(futures):
             done(futures[future], future.result())
     finally:
@@ -171,8 +178,13 @@ def build_many(
     return [outcomes[spec] for spec in specs]
 
 
-def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: Toolchain | None = None) -> Compiled:
+def compile_source(
+    source: str, name: str, *, arch: str = "sm_90a", entry: str = ENTRY, toolchain: Toolchain | None = None
+) -> Compiled:
     """CUDA C++ to a cubin, without the store, in a process of its own (:mod:`srelu24_gen.nvrtc` says why).
+
+    Args:
+        entry: symbol that the kernel named :data:`ENTRY` gets in the cubin.
 
     Raises:
         CompileError: NVRTC rejected it; ``log`` has all it printed.
@@ -186,10 +198,11 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
     try:
         child = subprocess.run(
             [sys.executable, "-P", "-m", "srelu24_gen.nvrtc"],
-            input=json.dumps({"source": source, "options": _options(arch, toolchain)}).encode(),
+            input=json.dumps({"source": source, "options": _options(arch, entry, toolchain)}).encode(),
             capture_output=True,
             env={**os.environ, "PYTHONPATH": paths},
             start_new_session=True,  # the terminal's Ctrl-C is for the parent
+            timeout=COMPILE_SECONDS,
             check=True,
         )
         head, _, cubin = child.stdout.partition(b"\n")
@@ -198,6 +211,11 @@ def compile_source(source: str, name: str, *, arch: str = "sm_90a", toolchain: T
         ended = f"the process compiling {name} ended with status {error.returncode}"
         log = error.stderr.decode(errors="replace")
         raise CompileError(f"{ended}; if memory ran out, build with fewer jobs", log) from error
+    except subprocess.TimeoutExpired as error:
+        raise CompileError(
+            f"the process compiling {name} was ended after {COMPILE_SECONDS:g} s; build with fewer jobs, or leave this"
+            " configuration out"
+        ) from error
     except (OSError, ValueError) as error:
         raise CompileError(f"the process compiling {name} could not be run: {error}") from error
     if not cubin:
@@ -218,32 +236,40 @@ def why_missing(spec: KernelSpec) -> str | None:
     """
     store = BuildStore()
     try:
-        toolchain = _toolchain(store)
+        toolchains = _toolchains(store)
     except ToolchainError as error:
         return str(error)
-    if toolchain.include_dirs:
+    if toolchains[0].include_dirs:
         return None
-    rendered = render(spec)
-    return None if _cached(rendered, _key(rendered, toolchain), store) else _not_packed(spec.name)
+    return None if _kept(render(spec), toolchains, store) else _not_packed(spec.name)
 
 
 def _not_packed(name: str) -> str:
     return f"{name} is in no bundle that was loaded, and nothing here can compile it; pack it too"
 
 
-def _toolchain(store: BuildStore) -> Toolchain:
-    """The compiler; without one, that of the bundle that was loaded, whose kernels are in the store under its keys."""
+def _toolchains(store: BuildStore) -> list[Toolchain]:
+    """The compiler; without one, those of the bundles that were loaded, whose kernels are in the store under their
+    keys."""
     try:
-        return Toolchain.find()
+        return [Toolchain.find()]
     except ToolchainError:
-        if (packed := store.packed_with()) is None:
+        packed = [Toolchain(*versions, include_dirs=()) for versions in store.packed_with()]
+        if not packed:
             raise
-        return Toolchain(*packed, include_dirs=())
+        return packed
 
 
-def _options(arch: str, toolchain: Toolchain) -> list[str]:
+def _options(arch: str, entry: str, toolchain: Toolchain) -> list[str]:
     folders = (templates_dir() / "include", *toolchain.include_dirs)
-    return [f"--gpu-architecture={arch}", *FLAGS, *(f"--include-path={folder}" for folder in folders)]
+    named = [f"--define-macro={ENTRY}={entry}"] if entry != ENTRY else []
+    return [f"--gpu-architecture={arch}", *FLAGS, *named, *(f"--include-path={folder}" for folder in folders)]
+
+
+def entry_of(key: str) -> str:
+    """Symbol of the kernel in the binary of that key: one kernel's binary cannot pass for another's. The compiler is
+    told it by a macro, which is no part of the key."""
+    return f"{ENTRY}_{key[:16]}"
 
 
 def key_of(spec: KernelSpec, *, toolchain: Toolchain | None = None) -> str:
@@ -297,16 +323,50 @@ def _read_header(path: Path, _mtime_ns: int, _size: int) -> tuple[bytes, tuple[s
     return digest, tuple(_INCLUDE.findall(code))
 
 
+def why_foreign(rendered: RenderedKernel, key: str, meta: KernelMeta, cubin: bytes) -> str | None:
+    """Why a binary and its description are not of this very kernel, as it is rendered and called here; None if they
+    are. What a description says of itself is believed nowhere: all that is known here is compared."""
+    expected = {**_identity(rendered, key), "cubin_bytes": len(cubin), "cubin_sha256": _sha256(cubin)}
+    for name, value in expected.items():
+        if getattr(meta, name) != value:
+            return f"its {name} is {str(getattr(meta, name))[:100]!r}, and {str(value)[:100]!r} is needed"
+    reason = why_not_kernel(cubin, rendered.spec.arch, entry_of(key))
+    return f"its cubin is not this kernel's: {reason}" if reason else None
+
+
+def _identity(rendered: RenderedKernel, key: str) -> dict[str, Any]:
+    """The fields of a KernelMeta that follow from what is rendered."""
+    spec = rendered.spec
+    return {
+        "name": spec.name,
+        "key": key,
+        "entry": entry_of(key),
+        "arch": spec.arch,
+        "template": rendered.template,
+        "family": {k: v if isinstance(v, bool | None) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
+        "config": spec.config.compiled().to_dict(),
+        "abi": ABI,
+    }
+
+
+def _kept(rendered: RenderedKernel, toolchains: Iterable[Toolchain], store: BuildStore) -> BuiltKernel | None:
+    """The kernel that the first of these has made."""
+    found = (_cached(rendered, _key(rendered, toolchain), store) for toolchain in toolchains)
+    return next(filter(None, found), None)
+
+
 def _cached(rendered: RenderedKernel, key: str, store: BuildStore) -> BuiltKernel | None:
     name = rendered.spec.name
     found = store.load(key, name)
-    return BuiltKernel(rendered.spec, *found, store.entry(key, name), from_cache=True) if found else None
+    if found is None or why_foreign(rendered, key, found[1], found[0]):
+        return None
+    return BuiltKernel(rendered.spec, *found, store.entry(key, name), from_cache=True)
 
 
 def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain: Toolchain) -> KernelMeta:
     """Read ptxas's report (``--ptxas-options=-v``); its lines for NVRTC 13.0 are in tests/compile."""
     spec, log = rendered.spec, compiled.log
-    _, found, report = log.partition(f"Compiling entry function '{ENTRY}'")
+    _, found, report = log.partition(f"Compiling entry function '{entry_of(key)}'")
     if not found:
         raise CompileError(f'{rendered.template} defines no kernel extern "C" __global__ {ENTRY}', log)
     report = report.partition("Compiling entry function")[0]
@@ -317,13 +377,7 @@ def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain:
             f"NVRTC {toolchain.nvrtc_version} reports the registers of {spec.name} in an unknown form", log
         )
     return KernelMeta(
-        name=spec.name,
-        key=key,
-        entry=ENTRY,
-        arch=spec.arch,
-        template=rendered.template,
-        family={k: v if isinstance(v, bool | None) else str(v) for k, v in dataclasses.asdict(spec.family).items()},
-        config=spec.config.compiled().to_dict(),
+        **_identity(rendered, key),
         registers=int(used[1]),
         stack_bytes=int(stack[1]),
         spill_bytes=int(stack[2]) + int(stack[3]),
@@ -332,11 +386,14 @@ def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain:
         compile_seconds=round(compiled.seconds, 3),
         nvrtc_version=toolchain.nvrtc_version,
         cutlass_version=toolchain.cutlass_version,
-        source_digest=hashlib.sha256(rendered.source.encode()).hexdigest(),
-        abi=ABI,
+        source_digest=_sha256(rendered.source.encode()),
         cubin_bytes=len(compiled.cubin),
-        cubin_sha256=hashlib.sha256(compiled.cubin).hexdigest(),
+        cubin_sha256=_sha256(compiled.cubin),
     )
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _attempt(rendered: RenderedKernel, store: BuildStore, toolchain: Toolchain) -> Outcome:

@@ -7,6 +7,7 @@ Nothing here creates a folder.
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import platformdirs
@@ -14,6 +15,9 @@ import platformdirs
 from srelu24_gen.errors import ToolchainError
 
 _PACKAGE = Path(__file__).resolve().parent
+NOWHERE = Path(os.devnull) / "srelu24"
+"""Stands for a folder of the user's where there is no place for one: nothing can be read or written there."""
+_warned: set[str] = set()
 
 
 def checkout() -> Path | None:
@@ -41,19 +45,38 @@ def shipped_records_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where built kernels go: SRELU24_CACHE_DIR, else the checkout's ``build/``, else the user's cache folder."""
-    if chosen := os.environ.get("SRELU24_CACHE_DIR"):
-        return Path(chosen).expanduser().absolute()
-    if root := checkout():
-        return root / "build"
-    return platformdirs.user_cache_path("srelu24", appauthor=False)
+    """Where built kernels go: SRELU24_CACHE_DIR, else the checkout's ``build/cache``, else the user's cache folder.
+
+    :data:`NOWHERE`, with one warning, where the home folder that it should be in is not known.
+    """
+    root = checkout()
+    usual = root / "build" / "cache" if root else platformdirs.user_cache_path("srelu24", appauthor=False)
+    return _users_folder("SRELU24_CACHE_DIR", usual)
 
 
 def data_dir() -> Path:
-    """Where the user's tuning history goes: SRELU24_DATA_DIR, else the user's data folder."""
-    if chosen := os.environ.get("SRELU24_DATA_DIR"):
-        return Path(chosen).expanduser().absolute()
-    return platformdirs.user_data_path("srelu24", appauthor=False)
+    """Where the user's tuning history goes: SRELU24_DATA_DIR, else the user's data folder; :data:`NOWHERE` as of
+    :func:`cache_dir`."""
+    return _users_folder("SRELU24_DATA_DIR", platformdirs.user_data_path("srelu24", appauthor=False))
+
+
+def _users_folder(variable: str, usual: Path) -> Path:
+    chosen = os.environ.get(variable)
+    try:
+        folder = Path(chosen or usual).expanduser()
+    except RuntimeError:  # "~" of a user without a home folder, or "~name" of nobody
+        folder = None
+    if folder is not None and (chosen or folder.is_absolute()):
+        return folder.absolute()
+    if variable not in _warned:
+        _warned.add(variable)
+        warnings.warn(
+            f"nothing of yours is read or kept, because the home folder in {str(chosen or usual)!r} is not known;"
+            f" set {variable} to a folder that you can write",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return NOWHERE
 
 
 def _shipped(name: str) -> Path:

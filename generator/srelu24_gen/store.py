@@ -1,7 +1,7 @@
 """The folder of built kernels: ``<name>-<key[:16]>/{kernel.cu, kernel.cubin, meta.json, compile.log}``.
 
 An entry is written aside, flushed to disk and published by one rename, so a reader sees all of it or
-nothing. What does not match its own digest is a miss. A folder that cannot be written costs a warning,
+nothing. What does not match its own digests is a miss. A folder that cannot be written costs a warning,
 never the build; a folder that others can write is refused before anything is loaded from it.
 """
 
@@ -15,21 +15,32 @@ import re
 import secrets
 import shlex
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from filelock import FileLock, Timeout
 
+from srelu24_gen import untrusted
 from srelu24_gen.errors import CacheError
-from srelu24_gen.paths import cache_dir
+from srelu24_gen.paths import NOWHERE, cache_dir
 
 LOCK_SECONDS = 60.0
 """A build takes a few seconds; who waits longer than this for another's build goes on without the lock."""
-_OURS = re.compile(r".+-[0-9a-f]{16}(\.failed)?|\.tmp-\d+-[0-9a-f]{8}")
-_TOOLCHAIN = "bundle.json"
+LEFTOVER_SECONDS = 3600.0
+"""What a killed build leaves is removed when it is this old: no build writes for so long."""
+_PAUSES = (0.0, 0.01, 0.05, 0.2, 0.5)
+"""Seconds before each attempt to rename an entry into its place."""
+_NAME = re.compile(r"[A-Za-z0-9_]{1,200}")
+_KEY = re.compile(r"[0-9a-f]{64}")
+_ENTRY = re.compile(r"[A-Za-z0-9_]+-[0-9a-f]{16}(\.failed)?")
+_LEFTOVER = re.compile(r"\.tmp-\d+-[0-9a-f]{8}")
+_TOOLCHAINS = "toolchains.json"
 _warned: set[Path] = set()
+_swept: set[Path] = set()
 
 
 class KernelMeta(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,14 +86,69 @@ class KernelMeta(msgspec.Struct, frozen=True, kw_only=True):
         return f"ptxas serialised its MMAs: {serialised[0]}" if serialised else ""
 
 
+class _SealedMeta(KernelMeta, frozen=True, kw_only=True):
+    """The text of ``meta.json``: a KernelMeta, and the proof that it is intact."""
+
+    meta_sha256: str
+    """SHA-256 of the other fields as compact JSON, in their order."""
+
+
+def encode_meta(meta: KernelMeta) -> bytes:
+    """The text of ``meta.json``."""
+    fields = msgspec.structs.asdict(meta)
+    sealed = _SealedMeta(**fields, meta_sha256=hashlib.sha256(msgspec.json.encode(meta)).hexdigest())
+    return msgspec.json.format(msgspec.json.encode(sealed)) + b"\n"
+
+
+def decode_meta(text: bytes) -> KernelMeta:
+    """Inverse of :func:`encode_meta`.
+
+    Raises:
+        Undecodable: it is not what :func:`encode_meta` writes, to the byte.
+    """
+    sealed = untrusted.decode(text, _SealedMeta)
+    meta = KernelMeta(**{name: getattr(sealed, name) for name in KernelMeta.__struct_fields__})
+    if encode_meta(meta) != text:
+        raise untrusted.Undecodable("it does not match its digest")
+    return meta
+
+
+@dataclass(frozen=True, slots=True)
+class KeptKernel:
+    """The files of one entry."""
+
+    meta: KernelMeta
+    source: str
+    cubin: bytes
+    log: str
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """By file name."""
+        return {
+            "kernel.cu": self.source.encode(),
+            "kernel.cubin": self.cubin,
+            "compile.log": self.log.encode(),
+            "meta.json": encode_meta(self.meta),
+        }
+
+
 class BuildStore:
     """One folder of built kernels, by default :func:`srelu24_gen.paths.cache_dir`. Safe for many processes."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = (folder or cache_dir()).absolute()
+        if self.folder == NOWHERE:
+            _warned.add(NOWHERE)  # cache_dir() has said why
 
     def entry(self, key: str, name: str) -> Path:
-        """Where that kernel is, if it is."""
+        """Where that kernel is, if it is.
+
+        Raises:
+            CacheError: name or key is not of the form that those of kernels have, which are safe in a path.
+        """
+        if not _NAME.fullmatch(name) or not _KEY.fullmatch(key):
+            raise CacheError(f"{name[:100]!r} with key {key[:100]!r} is no kernel, so the cache has no place for it")
         return self.folder / f"{name}-{key[:16]}"
 
     def load(self, key: str, name: str) -> tuple[bytes, KernelMeta] | None:
@@ -96,19 +162,14 @@ class BuildStore:
         return found if found and found[1].key == key else None
 
     def publish(self, meta: KernelMeta, *, source: str, cubin: bytes, log: str) -> Path | None:
-        """Keep a kernel, replacing a damaged entry but never an intact one.
+        """Keep a kernel, replacing a damaged or another entry but never the very same one.
 
         Returns:
             Its folder, or None (after one warning) where the disk refuses.
         """
-        files = {
-            "kernel.cu": source.encode(),
-            "kernel.cubin": cubin,
-            "compile.log": log.encode(),
-            "meta.json": msgspec.json.format(msgspec.json.encode(meta)) + b"\n",
-        }
+        kernel = KeptKernel(meta, source, cubin, log)
         target = self.entry(meta.key, meta.name)
-        return target if self._place(files, target, keep=lambda: self.load(meta.key, meta.name) is not None) else None
+        return target if self._place(kernel.files, target, keep=lambda: self._holds(kernel)) else None
 
     def keep_failure(self, key: str, name: str, *, source: str, log: str, command: str) -> Path | None:
         """Keep what a failed compilation read and printed in ``<entry>.failed``; returns as :meth:`publish`."""
@@ -116,28 +177,58 @@ class BuildStore:
         target = self.entry(key, name).with_name(f"{self.entry(key, name).name}.failed")
         return target if self._place(files, target, keep=lambda: False) else None
 
-    def keep_toolchain(self, nvrtc_version: str, cutlass_version: str) -> None:
-        """Remember with which versions the kernels of a bundle were made: their keys depend on them."""
-        path = self.folder / _TOOLCHAIN
-        try:
-            self._make_folder()
-            temporary = self._temporary()
-            _write_synced(temporary, msgspec.json.encode([nvrtc_version, cutlass_version]))
-            os.replace(temporary, path)
-        except OSError as error:
-            self.report_unwritable(error)
+    @contextlib.contextmanager
+    def installing(self, kernels: Sequence[KeptKernel], toolchain: tuple[str, str]) -> Iterator[None]:
+        """Keep the kernels of a bundle, and remember which NVRTC and CUTLASS made them: their keys depend on it.
 
-    def packed_with(self) -> tuple[str, str] | None:
-        """NVRTC and CUTLASS version of the last bundle that was loaded, or None.
+        All or none: they are there in the body of the ``with`` statement, and what that raises takes them out again.
+
+        Raises:
+            CacheError: the folder cannot be written or trusted; it is as it was.
+        """
+        with contextlib.ExitStack() as cleanup, contextlib.ExitStack() as undo:
+            try:
+                self._make_folder()
+                self._require_private()
+                staged = []
+                for kernel in kernels:
+                    if not self._holds(kernel):
+                        staged.append((kernel, temporary := self._temporary()))
+                        cleanup.callback(_delete, temporary)
+                        _write_folder(temporary, kernel.files)
+                for kernel, temporary in staged:
+                    target, aside = self.entry(kernel.meta.key, kernel.meta.name), self._temporary()
+                    cleanup.callback(_delete, aside)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.rename(target, aside)
+                        undo.callback(os.rename, aside, target)
+                    self._rename_in(temporary, target, keep=lambda kernel=kernel: self._holds(kernel))  # type: ignore[misc]
+                    if not temporary.exists():
+                        undo.callback(self._remove, target)
+                with self.lock("toolchains"):
+                    known = self.packed_with()
+                    self._write_toolchains([toolchain, *(each for each in known if each != toolchain)])
+                    undo.callback(self._write_toolchains, known)
+                _sync_folder(self.folder)
+            except OSError as error:
+                raise CacheError(
+                    f"kernels cannot be kept in {self.folder} ({error}), so nothing was installed; free space or"
+                    " permissions there, or set SRELU24_CACHE_DIR to another folder"
+                ) from error
+            yield
+            undo.pop_all()
+
+    def packed_with(self) -> list[tuple[str, str]]:
+        """NVRTC and CUTLASS versions of the bundles that were loaded, the last one first.
 
         Raises:
             CacheError: others may write to the folder.
         """
         self._require_private()
         try:
-            return msgspec.json.decode((self.folder / _TOOLCHAIN).read_bytes(), type=tuple[str, str])
-        except (OSError, msgspec.DecodeError):
-            return None
+            return untrusted.decode(untrusted.read(self.folder / _TOOLCHAINS), list[tuple[str, str]])
+        except (OSError, untrusted.Undecodable):
+            return []
 
     @contextlib.contextmanager
     def lock(self, key: str) -> Iterator[None]:
@@ -155,7 +246,8 @@ class BuildStore:
         try:
             yield
         finally:
-            lock.release()
+            with contextlib.suppress(OSError):  # what was done under the lock is done
+                lock.release()
 
     def entries(self) -> list[KernelMeta]:
         """Every intact kernel, by name.
@@ -164,19 +256,28 @@ class BuildStore:
             CacheError: others may write to the folder.
         """
         self._require_private()
-        found = [_read(path) for path in self._our_folders()]
+        found = [_read(path) for path in self._folders(_ENTRY)]
         return sorted((meta for _, meta in filter(None, found)), key=lambda meta: (meta.name, meta.key))
 
     def clear(self) -> int:
         """Remove every kernel, failure and leftover, and nothing else; answers how many kernels there were."""
         kernels = 0
-        for path in self._our_folders():
+        for path in (*self._folders(_ENTRY), *self._folders(_LEFTOVER)):
             kernels += (path / "kernel.cubin").is_file()
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
         shutil.rmtree(self.folder / ".locks", ignore_errors=True)
         with contextlib.suppress(OSError):
-            (self.folder / _TOOLCHAIN).unlink()
+            (self.folder / _TOOLCHAINS).unlink()
         return kernels
+
+    def sweep(self) -> int:
+        """Remove what no build will use again, and answer how many folders that were: what killed builds left, sources
+        and logs of failed ones, and damaged entries."""
+        self._require_private()
+        doomed = [path for path in self._folders(_ENTRY) if _read(path) is None]
+        for path in doomed:
+            _delete(path)
+        return len(doomed) + self._sweep_leftovers()
 
     def report_unwritable(self, cause: object) -> None:
         """Warn, once per folder and process, that kernels are not kept."""
@@ -189,14 +290,32 @@ class BuildStore:
                 stacklevel=2,
             )
 
-    def _our_folders(self) -> list[Path]:
-        """Entries, failures and unfinished entries, by the form of their names."""
+    def _holds(self, kernel: KeptKernel) -> bool:
+        """Whether this very binary is there: how long it took to build may differ, and what else is told of it."""
+        found = self.load(kernel.meta.key, kernel.meta.name)
+        same = ("entry", "arch", "template", "family", "config", "abi", "cubin_sha256")
+        return found is not None and all(getattr(found[1], name) == getattr(kernel.meta, name) for name in same)
+
+    def _folders(self, form: re.Pattern[str]) -> list[Path]:
+        """Folders of ours, by the form of their names; none where the cache cannot be read."""
         with contextlib.suppress(OSError):
-            return [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name) and path.is_dir()]
+            return [path for path in self.folder.iterdir() if form.fullmatch(path.name) and path.is_dir()]
         return []
+
+    def _sweep_leftovers(self) -> int:
+        count = 0
+        for path in self._folders(_LEFTOVER):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    _delete(path)
+                    count += 1
+        return count
 
     def _make_folder(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.folder not in _swept:  # once per process: a build that is killed is rare
+            _swept.add(self.folder)
+            self._sweep_leftovers()
 
     def _require_private(self) -> None:
         try:
@@ -221,37 +340,45 @@ class BuildStore:
         temporary = self._temporary()
         try:
             self._make_folder()
-            temporary.mkdir(mode=0o755)
-            for name, content in files.items():
-                _write_synced(temporary / name, content)
-            _sync_folder(temporary)
-            while True:
-                try:
-                    os.rename(temporary, target)
-                except OSError as error:
-                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                        raise
-                    if keep():
-                        return True  # another process was first
-                    self._remove(target)
-                else:
-                    _sync_folder(self.folder)
-                    return True
+            _write_folder(temporary, files)
+            self._rename_in(temporary, target, keep)
+            _sync_folder(self.folder)
         except OSError as error:
             self.report_unwritable(error)
             return False
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already after the rename
+            _delete(temporary)  # gone already after the rename
+        return True
+
+    def _rename_in(self, temporary: Path, target: Path, keep: Callable[[], bool]) -> None:
+        """Rename to ``target``, in place of what is there unless ``keep()``. A network disk may say that something is
+        there and not show it yet: after a few attempts that is an OSError."""
+        for pause in _PAUSES:
+            time.sleep(pause)
+            try:
+                return os.rename(temporary, target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            if keep():
+                return None  # another process was first
+            self._remove(target)
+        raise OSError(errno.EEXIST, f"what is in the place of {target.name} can be neither read nor removed")
 
     def _remove(self, path: Path) -> None:
         """Out of sight by one rename, so that nobody reads half of it, then deleted."""
         aside = self._temporary()
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             os.rename(path, aside)
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
+        _delete(aside)
+
+    def _write_toolchains(self, known: list[tuple[str, str]]) -> None:
+        temporary = self._temporary()
+        try:
+            _write_synced(temporary, msgspec.json.encode(known))
+            os.replace(temporary, self.folder / _TOOLCHAINS)
+        finally:
+            _delete(temporary)
 
     def _temporary(self) -> Path:
         return self.folder / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
@@ -259,12 +386,29 @@ class BuildStore:
 
 def _read(folder: Path) -> tuple[bytes, KernelMeta] | None:
     try:
-        meta = msgspec.json.decode((folder / "meta.json").read_bytes(), type=KernelMeta)
-        cubin = (folder / "kernel.cubin").read_bytes()
-    except (OSError, msgspec.MsgspecError):
+        meta = decode_meta(untrusted.read(folder / "meta.json"))
+        cubin = untrusted.read(folder / "kernel.cubin")
+    except (OSError, untrusted.Undecodable):
         return None
+    named = folder.name == f"{meta.name}-{meta.key[:16]}"
     intact = len(cubin) == meta.cubin_bytes and hashlib.sha256(cubin).hexdigest() == meta.cubin_sha256
-    return (cubin, meta) if intact else None
+    return (cubin, meta) if named and intact else None
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir(mode=0o755)
+    for name, content in files.items():
+        _write_synced(folder / name, content)
+    _sync_folder(folder)
+
+
+def _delete(path: Path) -> None:
+    """A folder or a file, as far as the disk lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _write_synced(path: Path, content: bytes) -> None:

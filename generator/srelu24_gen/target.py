@@ -193,6 +193,11 @@ def _as_asked(target: GpuTarget) -> GpuTarget:
     return target.portable if asked == "portable" else target
 
 
+CCCL = (3, 0)
+"""Version of libcu++ that kernels are compiled with: CUTLASS 4.2 does not compile with 3.2 and later, and 3.1 gives
+other machine code. Nothing but kernels uses it, so it shuts out no version of PyTorch."""
+
+
 @dataclass(frozen=True, slots=True)
 class Toolchain:
     """What compiles a kernel. All of it comes from PyPI wheels."""
@@ -224,13 +229,21 @@ def _find_parts() -> tuple[str, str, tuple[Path, ...]]:
     # the wheels lie in more than one place on the import path.
     cuda = _header_dir("nvidia", "cu13/include", "cuda_fp16.h", "nvidia-cuda-runtime==13.*")
     crt = _header_dir("nvidia", "cu13/include", "crt/host_defines.h", "nvidia-cuda-crt==13.*")
-    cccl = _header_dir("nvidia", "cu13/include", "cccl/cuda/std/cstdint", "nvidia-cuda-cccl==13.*")
+    cccl = _header_dir("nvidia", "cu13/include", "cccl/cuda/std/cstdint", "nvidia-cuda-cccl==13.0.*")
     major, minor = _nvrtc_version()
-    cuda_major = int(_defines(cuda / "cuda.h")["CUDA_VERSION"]) // 1000
-    if major != cuda_major:
+    cuda_version = _number(cuda / "cuda.h", "CUDA_VERSION")
+    headers = cuda_version // 1000, cuda_version % 1000 // 10
+    if headers != (major, minor):
+        wheel, wanted = ("runtime", (major, minor)) if major == 13 else ("nvrtc", headers)
         raise ToolchainError(
-            f"NVRTC is {major}.{minor} but the CUDA headers are {cuda_major}; install the same major version of both"
-            f" with: pip install 'nvidia-cuda-nvrtc=={cuda_major}.*'"
+            f"NVRTC is {major}.{minor} but the CUDA headers are {headers[0]}.{headers[1]}, and both have to be of one"
+            f" version; run: pip install 'nvidia-cuda-{wheel}=={wanted[0]}.{wanted[1]}.*'"
+        )
+    cccl_version = _number(cccl / "cccl" / "cuda" / "std" / "__cccl" / "version.h", "CCCL_VERSION")
+    if (found := (cccl_version // 10**6, cccl_version // 1000 % 1000)) != CCCL:
+        raise ToolchainError(
+            f"libcu++ is of CCCL {found[0]}.{found[1]}, and CUTLASS 4.2 needs {CCCL[0]}.{CCCL[1]};"
+            " run: pip install 'nvidia-cuda-cccl==13.0.*'"
         )
     version = _defines(cutlass / "cutlass" / "version.h")
     cutlass_version = ".".join(version[f"CUTLASS_{part}"] for part in ("MAJOR", "MINOR", "PATCH"))
@@ -254,7 +267,18 @@ def _header_dir(package: str, subfolder: str, header: str, wheel: str) -> Path:
 
 def _defines(header: Path) -> dict[str, str]:
     """Integer macros of a header."""
-    return dict(re.findall(r"^#define\s+(\w+)\s+(\d+)\s*$", header.read_text(), re.MULTILINE))
+    text = header.read_text(encoding="utf-8", errors="replace")
+    return dict(re.findall(r"^#\s*define\s+(\w+)\s+(\d+)\s*$", text, re.MULTILINE))
+
+
+def _number(header: Path, macro: str) -> int:
+    try:
+        return int(_defines(header)[macro])
+    except (OSError, KeyError) as error:
+        raise ToolchainError(
+            f"{header} does not tell {macro}; run: pip install --force-reinstall 'nvidia-cuda-runtime==13.*'"
+            " 'nvidia-cuda-cccl==13.0.*'"
+        ) from error
 
 
 def _nvrtc_version() -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import made_up_cubin
 from srelu24.db.database import Database
 from srelu24.runtime import dispatch
 from srelu24_gen import compile as compiler
@@ -15,7 +16,7 @@ from srelu24_gen import paths
 from srelu24_gen.errors import ToolchainError
 from srelu24_gen.target import Toolchain
 
-_REPORT = f"""ptxas info    : Compiling entry function '{compiler.ENTRY}' for 'sm_90a'
+_REPORT = """ptxas info    : Compiling entry function '{entry}' for '{arch}'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 168 registers, used 1 barriers, 64 bytes smem
 """
@@ -25,9 +26,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Put it in the compiler's place; the names of what it is asked for."""
     asked: list[str] = []
 
-    def compile_source(source: str, name: str, **_: Any) -> compiler.Compiled:
+    def compile_source(source: str, name: str, *, arch: str, entry: str, **_: Any) -> compiler.Compiled:
         asked.append(name)
-        return compiler.Compiled(hashlib.sha256(source.encode()).digest() * 50, _REPORT, 0.1)
+        code = hashlib.sha256(source.encode()).digest() * 50
+        return compiler.Compiled(made_up_cubin.cubin(entry, code, arch), _REPORT.format(entry=entry, arch=arch), 0.1)
 
     monkeypatch.setattr(compiler, "compile_source", compile_source)
     return asked

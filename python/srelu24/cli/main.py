@@ -7,6 +7,8 @@ Exit codes: 0 done, 1 an error (one line says which), 2 wrong usage, 130 Ctrl-C.
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from srelu24.cli import bench, bench_training, db, options, ship, tune, views
+from srelu24 import whole_file
+from srelu24.cli import bench, bench_training, cache, db, options, ship, streams, tune, views
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Model, Shape
@@ -22,22 +25,48 @@ from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec
 
 
 class _Commands(TyperGroup):
-    """An error raised on purpose is one red line, Ctrl-C one line; a traceback only with --debug."""
+    """Whatever ends a command is one line: an error raised on purpose, one of the system, Ctrl-C, or a mistake of ours;
+    a traceback only with --debug."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with streams.of_any_kind():
+            return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["debug"] = "--debug" in args
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except Srelu24Error as error:
-            if ctx.params.get("debug"):
-                raise
-            views.note(f"error: {error}", style="bold red")
-            raise typer.Exit(1) from None
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: views.note(f"warning: {message}", style="yellow")
+                return super().invoke(ctx)
+        except (typer.Abort, BrokenPipeError):
+            raise
         except KeyboardInterrupt:
             views.note("interrupted; what was finished is kept", style="yellow")
             raise typer.Exit(130) from None
+        except Exception as error:
+            if ctx.meta["debug"] or hasattr(error, "exit_code"):  # typer's own: wrong usage, and the end of a command
+                raise
+            views.note(f"error: {_sentence(error)}", style="bold red")
+            raise typer.Exit(1) from None
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, Srelu24Error):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}"
+    return (
+        f"srelu24 itself failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; srelu24 --debug
+        shows" " where, please report it"
+    )
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app.add_typer(cache.app, name="cache")
 app.add_typer(db.app, name="db")
 app.add_typer(bench.app, name="bench")
 bench.app.command("training")(bench_training.bench_training)
@@ -56,7 +85,7 @@ def _config(text: str) -> dict[str, Any]:
         if not equals:
             raise typer.BadParameter(f"{part!r} is not name=value, such as tile_m=192,stages=4")
         words = {"true": True, "false": False}
-        fields[name] = int(value) if value.lstrip("-").isdigit() else words.get(value, value)
+        fields[name] = int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else words.get(value, value)
     return fields
 
 
@@ -165,7 +194,7 @@ def render(
         print(source, end="")
         return
     try:
-        output.write_text(source)
+        whole_file.write(output, source.encode())
     except OSError as error:
         raise Srelu24Error(f"{output} cannot be written ({error.strerror}); choose another path") from error
 

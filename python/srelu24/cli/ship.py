@@ -58,16 +58,23 @@ def pack(
     if json:
         views.show_json(packed)
     views.note(f"{packed.kernels} kernels and {packed.records} records for {target.name} packed into {output}")
+    views.note(f"SHA-256 {packed.sha256}; `srelu24 load --sha256 ...` takes no other file")
 
 
 def load(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="A bundle that `srelu24 pack` wrote.")],
+    sha256: Annotated[
+        str | None, typer.Option("--sha256", metavar="HEX", help="Take no other file than the one with this digest.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
-    """Check a bundle and install it: kernels into the cache, records into your tuning database."""
+    """Check a bundle and install it: kernels into the cache, records into your tuning database.
+
+    A bundle is code that your GPU runs: load only those of people that you would run a program of.
+    """
     from srelu24.shipping import bundle
 
-    loaded = bundle.load(path)
+    loaded = bundle.load(path, sha256=sha256)
     if json:
         views.show_json(loaded)
     views.note(f"{loaded.kernels} kernels and {loaded.records} new records for {loaded.gpu} taken from {path}")

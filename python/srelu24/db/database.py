@@ -12,14 +12,15 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
 
-from srelu24.db.records import Trial, TuningRecord, decode_rows, read_file, read_records, write_file
+from srelu24.db.records import Trial, TuningRecord, decode_row, decode_rows, read_file, read_records, write_file
 from srelu24.db.store import UserStore, warn_once
-from srelu24_gen import paths, space
+from srelu24_gen import paths, space, untrusted
 from srelu24_gen.errors import RecordError, Unsupported
 from srelu24_gen.spec import Family, KernelConfig, Problem
 from srelu24_gen.target import GpuTarget
@@ -181,11 +182,11 @@ class Database:
         statements = []
         for table, kind in (("records", TuningRecord), ("trials", Trial)):
             for text in self._store.read(f"SELECT json FROM {table}"):
-                with contextlib.suppress(msgspec.DecodeError):
-                    row = msgspec.json.decode(text, type=kind)
+                with contextlib.suppress(untrusted.Undecodable):
+                    row = decode_row(text, kind)
                     if msgspec.json.encode(row) in doomed:
                         where = "arch=? AND gpu=? AND family=? AND m=? AND n=? AND k=? AND json=?"
-                        statements.append((f"DELETE FROM {table} WHERE {where}", (*row.key, text)))
+                        statements.append((f"DELETE FROM {table} WHERE {where}", (*row.key, str(text, "utf-8"))))
         if statements:
             self._store.write(statements)
         return len(statements)
@@ -234,8 +235,14 @@ class Database:
 
     def take(self, records: Iterable[TuningRecord]) -> int:
         """Store records of others, all or none, except where the user has a newer one; returns how many were taken."""
-        when = {r.key: r.evidence.when for r in self.user_records()}
-        new = [r for r in records if r.evidence.when > when.get(r.key, "")]
+        # Text of this form sorts as time. What says that it is of the future says nothing, and is older than all else.
+        latest = f"{date.today() + timedelta(days=2)}"
+
+        def when(record: TuningRecord) -> str:
+            return record.evidence.when if record.evidence.when < latest else ""
+
+        known = {r.key: when(r) for r in self.user_records()}
+        new = [r for r in records if r.key not in known or when(r) > known[r.key]]
         if new:
             self._store.write([_insert_record(r) for r in new])
         return len(new)
@@ -260,11 +267,11 @@ def _walk(family: Family) -> tuple[bool, bool, bool]:
 
 def _insert(table: Literal["records", "trials"], row: TuningRecord | Trial) -> tuple[str, tuple[Any, ...]]:
     """The statement that stores a row, checked by reading it back: what is stored can be read."""
-    encoded = msgspec.json.encode(row).decode()
     try:
-        if msgspec.json.decode(encoded, type=type(row)) != row:
-            raise msgspec.ValidationError("it does not read back as it was written")
-    except msgspec.DecodeError as error:
+        encoded = msgspec.json.encode(row).decode()
+        if decode_row(encoded, type(row)) != row:
+            raise untrusted.Undecodable("it does not read back as it was written")
+    except (untrusted.Undecodable, UnicodeError) as error:  # text of other encodings has halves of characters in it
         raise RecordError(f"the {type(row).__name__} for {row} is not valid ({error}); nothing was stored") from error
     verb = "INSERT OR REPLACE" if table == "records" else "INSERT"
     return f"{verb} INTO {table} (arch, gpu, family, m, n, k, json) VALUES (?, ?, ?, ?, ?, ?, ?)", (*row.key, encoded)

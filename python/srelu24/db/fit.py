@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from srelu24 import whole_file
 from srelu24.db.records import Trial, TuningRecord
-from srelu24_gen import cost, space
+from srelu24_gen import cost, space, untrusted
 from srelu24_gen.cost import Constants
 from srelu24_gen.errors import RecordError, Srelu24Error, Unsupported
 from srelu24_gen.models import Shape
@@ -99,7 +99,7 @@ def read(path: Path) -> tuple[GpuTarget, Trials]:
         RecordError: it is none.
     """
     try:
-        content = json.loads(path.read_text())
+        content = untrusted.decode(untrusted.read(path), dict[str, Any])
         target, found = target_by_key(content["gpu"]), defaultdict(list)
         for entry in content["problems"]:
             problem = Problem(FAMILIES[entry["family"]], entry["m"], entry["n"], entry["k"])
@@ -108,7 +108,7 @@ def read(path: Path) -> tuple[GpuTarget, Trials]:
                     raise ValueError(f"{problem} has sizes or times that are not positive")
                 found[problem].append(Timed(_config(problem, fields, target), 1000 * ms, speed))
         return target, dict(found)
-    except (OSError, ValueError, TypeError, LookupError, Srelu24Error) as error:
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, Srelu24Error) as error:
         raise RecordError(f"{path} holds no trials ({error}); give a file of `srelu24 db fit --save`") from error
 
 

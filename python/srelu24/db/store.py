@@ -1,6 +1,7 @@
 """The user's tuning store: one SQLite file that many processes may write at once and any of them may die in.
 
-A damaged or foreign file is set aside and named in a warning, never overwritten; a newer one is left alone.
+A damaged or foreign file is set aside and named in a warning, never overwritten; a newer one is left alone. One in a
+folder that cannot be written, such as that of an image, is read as it is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import itertools
 import os
 import sqlite3
+import stat
 import time
 import warnings
 from collections.abc import Iterator
@@ -36,6 +38,9 @@ _MIGRATIONS = (
 """Entry i takes the tables from ``user_version`` i to i + 1. Append; never edit."""
 
 
+_NO_WRITING = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM)
+"""What SQLite says where it cannot make the files beside the store that it needs to read it."""
+_COLUMNS = {"records": "arch, gpu, family, m, n, k, json", "trials": "id, arch, gpu, family, m, n, k, json"}
 _ATTEMPTS = 5
 """How often a write begins anew when the file is damaged or vanishes under it."""
 
@@ -56,20 +61,24 @@ class UserStore:
     busy_seconds: float = 30.0
     _checked: bool = field(default=False, init=False)
 
-    def read(self, query: str, arguments: tuple[Any, ...] = ()) -> list[str]:
-        """First column of a query; nothing where the store is missing, unreadable, damaged or newer."""
-        if not self.path.exists():
-            return []
+    def read(self, query: str, arguments: tuple[Any, ...] = ()) -> list[bytes | Any]:
+        """First column of a query, text as bytes; nothing where the store is missing, unreadable, damaged or newer."""
         try:
-            with self._open() as (connection, version):
-                if version > len(_MIGRATIONS):
-                    warn_once(f"{self._newer(version)} and is ignored; update srelu24 to use it")
+            try:
+                if not self._there():
                     return []
-                return [row[0] for row in connection.execute(query, arguments)]
-        except _Damaged as reason:
-            self._set_aside(str(reason))
-        except (OSError, sqlite3.Error) as error:
-            warn_once(f"the tuning store {self.path} cannot be read ({error}) and is ignored; check its permissions")
+                with self._open() as (connection, version):
+                    if version > len(_MIGRATIONS):
+                        warn_once(f"{self._newer(version)} and is ignored; update srelu24 to use it")
+                        return []
+                    return [row[0] for row in connection.execute(query, arguments)]
+            except _Damaged as reason:
+                self._set_aside(str(reason))
+        except (OSError, sqlite3.Error, NotImplementedError) as error:
+            warn_once(
+                f"the tuning store {self.path} cannot be read ({error}) and is ignored; check its permissions, or set"
+                " SRELU24_DATA_DIR to another folder"
+            )
         return []
 
     def stamp(self) -> tuple[tuple[int, int], ...]:
@@ -95,14 +104,14 @@ class UserStore:
                         raise
                     time.sleep(0.02)  # another process has just set the file aside: it will be made anew
             self._transact(statements)
-        except (OSError, sqlite3.Error, _Damaged) as error:
+        except (OSError, sqlite3.Error, _Damaged, NotImplementedError) as error:
             raise RecordError(
                 f"the tuning store {self.path} cannot be written ({error}); "
                 "free space or permissions there, or set SRELU24_DATA_DIR to another folder"
             ) from error
 
     def _transact(self, statements: list[tuple[str, tuple[Any, ...]]]) -> None:
-        if not self.path.exists():
+        if not self._there():
             self._create()
         with self._open() as (connection, version):
             if version > len(_MIGRATIONS):
@@ -116,7 +125,7 @@ class UserStore:
     def _create(self) -> None:
         """Make the store under another name and rename it into place: no process ever sees half of one."""
         with self._lock():
-            if self.path.exists():
+            if self._there():
                 return
             self._move(_unused(f"{self.path}.orphan"))  # a log without its file would be replayed into ours
             fresh = Path(f"{self.path}.new")
@@ -129,32 +138,63 @@ class UserStore:
                 connection.execute("COMMIT")
             os.rename(fresh, self.path)
 
+    def _there(self) -> bool:
+        """Whether there is a store. Raises OSError where that cannot be known."""
+        try:
+            status = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("it is not a regular file")
+        return True
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[tuple[sqlite3.Connection, int]]:
         """A connection and the store's schema version; raises _Damaged for what is not a healthy store of ours."""
         try:
-            uri = f"{self.path.absolute().as_uri()}?mode=rw"  # rw: never create; reading a WAL file writes its index
-            with contextlib.closing(
-                sqlite3.connect(uri, uri=True, timeout=self.busy_seconds, isolation_level=None)
-            ) as connection:
+            with contextlib.closing(self._connect()) as connection:
+                connection.text_factory = bytes  # what is no UTF-8 is for the reader of the row to refuse
                 if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
                     raise _Damaged("it is empty or another program's database")
-                if not self._checked:
-                    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-                    if verdict != "ok":
-                        raise _Damaged(str(verdict))
+                version = connection.execute("PRAGMA user_version").fetchone()[0]
+                if not self._checked and version <= len(_MIGRATIONS):
+                    _check(connection, version)
                     self._checked = True
-                yield connection, connection.execute("PRAGMA user_version").fetchone()[0]
+                yield connection, version
         except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise _Damaged(str(error)) from error
             raise
+
+    def _connect(self) -> sqlite3.Connection:
+        """For reading and writing; for reading alone where the folder cannot be written: a log is read from its memory
+        beside the file, and what no log can be read of is complete in itself."""
+        failure: sqlite3.Error | None = None
+        for mode in ("mode=rw", "mode=ro", "mode=ro&immutable=1"):  # rw, not rwc: never create
+            uri = f"{self.path.absolute().as_uri()}?{mode}"
+            connection = sqlite3.connect(uri, uri=True, timeout=self.busy_seconds, isolation_level=None)
+            try:
+                connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+                return connection
+            except sqlite3.OperationalError as error:
+                connection.close()
+                failure = failure or error
+                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+                if code not in _NO_WRITING or os.access(self.path.parent, os.W_OK):
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+        assert failure is not None
+        raise failure
 
     def _set_aside(self, reason: str) -> None:
         """Rename the damaged file, with its log, so that nothing is lost and the next write starts afresh."""
         with self._lock():
             self._checked = False
             try:  # another process may have done this while we waited for the lock
+                if not self._there():
+                    return
                 with self._open():
                     return
             except _Damaged:
@@ -179,6 +219,22 @@ class UserStore:
 
     def _lock(self) -> FileLock:
         return FileLock(f"{self.path}.lock", timeout=self.busy_seconds)
+
+
+def _check(connection: sqlite3.Connection, version: int) -> None:
+    """Raises _Damaged where the file's structure is, and where a flipped bit has renamed or undone what we made."""
+    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != b"ok":
+        raise _Damaged(str(verdict, "utf-8", "replace"))
+    if version < 1:
+        raise _Damaged(f"its schema version is {version}")
+    for table, columns in _COLUMNS.items():
+        try:
+            connection.execute(f"SELECT {columns} FROM {table} LIMIT 0")
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_ERROR:
+                raise _Damaged(str(error)) from error
+            raise
 
 
 def _migrate(connection: sqlite3.Connection) -> None:

@@ -4,7 +4,9 @@
     kernels/<name>-<key>/<file>          entries of the build store
     records/<arch>/<gpu>/<family>.json   as in tuning_db
 
-A bundle is read whole and checked before anything of it is installed. It needs no torch.
+A bundle is read whole and checked before anything of it is installed. What it says of its kernels is compared with what
+this version renders; that a cubin holds the instructions that its source compiles to is nothing that can be checked
+without a compiler. Whoever made a bundle decides what the GPU runs (docs/reliability.md). It needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import io
 import re
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,25 +27,25 @@ from srelu24 import whole_file
 from srelu24.db.database import Database
 from srelu24.db.records import TuningRecord, decode_file, encode_file
 from srelu24.shipping import catalogue
-from srelu24_gen import __version__
+from srelu24_gen import __version__, untrusted
 from srelu24_gen import compile as compiler
 from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
 from srelu24_gen.models import Pass, Shape
+from srelu24_gen.render import render
 from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Problem
-from srelu24_gen.store import BuildStore, KernelMeta
+from srelu24_gen.store import BuildStore, KeptKernel, KernelMeta, encode_meta
 from srelu24_gen.target import GpuTarget, Toolchain
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 _KERNEL_FILES = ("kernel.cu", "kernel.cubin", "compile.log", "meta.json")
 _NAME = re.compile(
-    r"kernels/[A-Za-z0-9_.]+-[0-9a-f]{16}/(kernel\.cu|kernel\.cubin|compile\.log|meta\.json)"
+    r"kernels/[A-Za-z0-9_]+-[0-9a-f]{16}/(kernel\.cu|kernel\.cubin|compile\.log|meta\.json)"
     r"|records/[a-z0-9_]+/[a-z0-9-]+/[a-z0-9_]+\.json"
 )
-_BROKEN = (OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-"""What reading a zip file that is damaged, encrypted or of an unknown kind may raise."""
+_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){1,3}")
 _MOST_BYTES = 1 << 30
-"""Of a bundle unpacked; a kernel takes about 200 KB."""
+"""Of a bundle, packed and unpacked; a kernel takes about 200 KB."""
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -73,6 +74,8 @@ class Contents:
     kernels: int
     records: int
     """Packed, or taken: a record of the user's that is newer stays."""
+    sha256: str
+    """Of the file: who gets it by another way than the bundle can ask :func:`load` to insist on it."""
 
 
 def pack(
@@ -137,30 +140,41 @@ def pack(
         cutlass=toolchain.cutlass_version,
         files={name: _File(_sha256(content), len(content)) for name, content in sorted(files.items())},
     )
-    _write(path, {MANIFEST: msgspec.json.format(msgspec.json.encode(manifest)), **files})
-    return Contents(str(path), target.key, len(specs), len(records))
+    digest = _write(path, {MANIFEST: msgspec.json.format(msgspec.json.encode(manifest)), **files})
+    return Contents(str(path), target.key, len(specs), len(records), digest)
 
 
-def load(path: Path, *, db: Database | None = None, store: BuildStore | None = None) -> Contents:
-    """Check a bundle and install it: its kernels into the build store, its records into the user's database.
+def load(
+    path: Path, *, sha256: str | None = None, db: Database | None = None, store: BuildStore | None = None
+) -> Contents:
+    """Check a bundle and install it: its kernels into the build store, its records into the user's database. All of it
+    is installed, or nothing is.
+
+    Args:
+        sha256: refuse any other file than the one with this digest, which :func:`pack` has told.
 
     Raises:
-        BundleError: it is damaged, holds what a bundle does not, or was made by another version, whose kernels this
-            one would never run. Nothing of it was installed.
+        BundleError: it is damaged, is not the file that is wanted, holds what a bundle does not, or was made by another
+            version, whose kernels this one would never run.
         RecordError: the database cannot be written.
         CacheError: the build store cannot be written or trusted.
     """
     db, store = db or Database.open(), store or BuildStore()
-    manifest, files = _read(path)
+    try:
+        content = untrusted.read(path, _MOST_BYTES)
+    except OSError as error:
+        raise BundleError(
+            f"{path} cannot be read ({error.strerror or error}); give a file of `srelu24 pack`"
+        ) from error
+    digest = _sha256(content)
+    if sha256 is not None and sha256.strip().lower() != digest:
+        raise BundleError(f"{path} has SHA-256 {digest}, and {sha256} is wanted; get the bundle again from its maker")
+    manifest, files = _read(path, content)
     kernels = _kernels(path, manifest, files)
     records = [r for name, text in files.items() if name.startswith("records/") for r in _records(path, name, text)]
-    for meta, parts in kernels:
-        if not store.publish(
-            meta, source=parts["kernel.cu"].decode(), cubin=parts["kernel.cubin"], log=parts["compile.log"].decode()
-        ):
-            raise BundleError(f"{path}: {meta.name} cannot be kept in {store.folder}; set SRELU24_CACHE_DIR to another")
-    store.keep_toolchain(manifest.nvrtc, manifest.cutlass)
-    return Contents(str(path), manifest.gpu, len(kernels), db.take(records))
+    with store.installing(kernels, (manifest.nvrtc, manifest.cutlass)):
+        taken = db.take(records)
+    return Contents(str(path), manifest.gpu, len(kernels), taken, digest)
 
 
 def _readable(record: TuningRecord) -> bool:
@@ -182,13 +196,19 @@ def _there(db: Database, records: Iterable[TuningRecord]) -> Iterator[Database]:
 
 
 def _kernel_files(built: compiler.BuiltKernel) -> dict[str, bytes]:
-    if built.folder is None:
-        raise BundleError(f"{built.spec.name} was built but not kept; set SRELU24_CACHE_DIR to a folder you can write")
-    return {f"kernels/{built.folder.name}/{name}": (built.folder / name).read_bytes() for name in _KERNEL_FILES}
+    """As :func:`load` wants them: of what is rendered today, where the cache may have a source with other comments."""
+    source = render(built.spec).source
+    meta = msgspec.structs.replace(built.meta, source_digest=_sha256(source.encode()))
+    log = b""
+    if built.folder is not None:
+        with contextlib.suppress(OSError):
+            log = untrusted.read(built.folder / "compile.log")
+    kernel = KeptKernel(meta, source, built.cubin, log.decode(errors="replace"))
+    return {f"kernels/{meta.name}-{meta.key[:16]}/{name}": content for name, content in kernel.files.items()}
 
 
-def _write(path: Path, files: dict[str, bytes]) -> None:
-    """At once, and the same bytes for the same contents."""
+def _write(path: Path, files: dict[str, bytes]) -> str:
+    """At once, and the same bytes for the same contents; their SHA-256."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
@@ -196,16 +216,20 @@ def _write(path: Path, files: dict[str, bytes]) -> None:
     try:
         whole_file.write(path, buffer.getvalue())
     except OSError as error:
-        raise BundleError(f"{path} cannot be written ({error.strerror}); choose another path") from error
+        raise BundleError(f"{path} cannot be written ({error.strerror or error}); choose another path") from error
+    return _sha256(buffer.getvalue())
 
 
-def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
+def _read(path: Path, content: bytes) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest and every file that it names, each as it says; nothing touches the disk."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if sum(info.file_size for info in archive.infolist()) > _MOST_BYTES:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            infos = archive.infolist()
+            names = [info.filename for info in infos]
+            if sum(info.file_size for info in infos) > _MOST_BYTES:
                 raise BundleError(f"{path} would unpack to more than {_MOST_BYTES >> 20} MB; nothing was installed")
+            if any(info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for info in infos):
+                raise BundleError(f"{path} is compressed as no bundle is; nothing was installed")
             manifest = _manifest(path, archive.read(MANIFEST) if MANIFEST in names else b"")
             if sorted(names) != sorted([MANIFEST, *manifest.files]):
                 odd = sorted({*names, *manifest.files} - {MANIFEST} - ({*names} & {*manifest.files}))
@@ -214,7 +238,9 @@ def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
                 if not _NAME.fullmatch(name):
                     raise BundleError(f"{path} holds {name!r}, which no bundle does; nothing was installed")
             files = {name: archive.read(name) for name in manifest.files}
-    except _BROKEN as error:
+    except BundleError:
+        raise
+    except Exception as error:  # zipfile has no list of what it raises for a damaged file; nothing else runs here
         raise BundleError(f"{path} is no intact bundle ({error}); copy it again") from error
     for name, expected in manifest.files.items():
         if (len(files[name]), _sha256(files[name])) != (expected.bytes, expected.sha256):
@@ -224,15 +250,18 @@ def _read(path: Path) -> tuple[Manifest, dict[str, bytes]]:
 
 def _manifest(path: Path, text: bytes) -> Manifest:
     try:
-        manifest = msgspec.json.decode(text, type=Manifest)
-    except msgspec.DecodeError as error:
+        manifest = untrusted.decode(text, Manifest)
+    except untrusted.Undecodable as error:
         raise BundleError(f"{path} is no bundle: {MANIFEST} cannot be read ({error})") from error
     if manifest.format != FORMAT:
         raise BundleError(f"{path} has format {manifest.format}, this version reads {FORMAT}; pack it again")
+    for version in (manifest.nvrtc, manifest.cutlass):
+        if not _VERSION.fullmatch(version):
+            raise BundleError(f"{path} is no bundle: its manifest has {version[:100]!r} in the place of a version")
     return manifest
 
 
-def _kernels(path: Path, manifest: Manifest, files: dict[str, bytes]) -> list[tuple[KernelMeta, dict[str, bytes]]]:
+def _kernels(path: Path, manifest: Manifest, files: dict[str, bytes]) -> list[KeptKernel]:
     """Every kernel, if this version would make the very same ones."""
     packed = Toolchain(manifest.nvrtc, manifest.cutlass, ())
     try:
@@ -249,29 +278,43 @@ def _kernels(path: Path, manifest: Manifest, files: dict[str, bytes]) -> list[tu
         if name.startswith("kernels/"):
             _, entry, file = name.split("/")
             entries.setdefault(entry, {})[file] = content
-    found = []
-    for entry, parts in entries.items():
-        try:
-            meta = msgspec.json.decode(parts["meta.json"], type=KernelMeta)
-            spec = KernelSpec(msgspec.convert(meta.family, Family), KernelConfig.from_dict(meta.config), meta.arch)
-            key = compiler.key_of(spec, toolchain=packed)
-            cubin = parts["kernel.cubin"]
-            parts["kernel.cu"].decode(), parts["compile.log"].decode()
-        except (KeyError, ValueError, Srelu24Error) as error:
-            raise BundleError(f"{path}: {entry} is no kernel of this version ({error}); pack it again") from error
-        if key != meta.key or entry != f"{spec.name}-{key[:16]}":
-            raise BundleError(
-                f"{path} was made by srelu24 {manifest.srelu24} with other kernel sources than this {__version__}; "
-                "pack it again with this version"
-            )
-        if (len(cubin), _sha256(cubin)) != (meta.cubin_bytes, meta.cubin_sha256):
-            raise BundleError(f"{path} is damaged: the cubin of {entry} is not the one that was built")
-        found.append((meta, parts))
-    return found
+    return [_kernel(path, manifest, packed, entry, parts) for entry, parts in entries.items()]
+
+
+def _kernel(path: Path, manifest: Manifest, packed: Toolchain, entry: str, parts: dict[str, bytes]) -> KeptKernel:
+    """What is installed is what this version renders, with the cubin and the compiler's report of the bundle."""
+    try:
+        meta = untrusted.decode(parts["meta.json"], KernelMeta)
+        spec = KernelSpec(msgspec.convert(meta.family, Family), KernelConfig.from_dict(meta.config), meta.arch)
+        rendered = render(spec)
+        key = compiler.key_of(spec, toolchain=packed)
+        kernel = KeptKernel(meta, parts["kernel.cu"].decode(), parts["kernel.cubin"], parts["compile.log"].decode())
+    except (KeyError, ValueError, msgspec.MsgspecError, Srelu24Error) as error:
+        raise BundleError(f"{path}: {entry} is no kernel of this version ({error}); pack it again") from error
+    if key != meta.key or entry != f"{spec.name}-{key[:16]}":
+        raise BundleError(
+            f"{path} was made by srelu24 {manifest.srelu24[:20]!r} with other kernel sources than this {__version__}; "
+            "pack it again with this version"
+        )
+    if (len(kernel.cubin), _sha256(kernel.cubin)) != (meta.cubin_bytes, meta.cubin_sha256):
+        raise BundleError(f"{path} is damaged: the cubin of {entry} is not the one that was built")
+    if kernel.source != rendered.source or meta.source_digest != _sha256(rendered.source.encode()):
+        raise BundleError(f"{path}: the source of {entry} is not what this version compiles; pack it again")
+    if (meta.nvrtc_version, meta.cutlass_version) != (packed.nvrtc_version, packed.cutlass_version):
+        raise BundleError(f"{path}: {entry} was made with another compiler than its manifest says; pack it again")
+    if reason := compiler.why_foreign(rendered, key, meta, kernel.cubin):
+        raise BundleError(f"{path}: {entry} is not the kernel that it is called: {reason}; pack it again")
+    if encode_meta(meta) != parts["meta.json"]:
+        raise BundleError(f"{path} is damaged: the description of {entry} does not match its digest; copy it again")
+    return kernel
 
 
 def _records(path: Path, name: str, text: bytes) -> list[TuningRecord]:
-    return decode_file(text, f"{path}: {name}", strict=True)
+    records = decode_file(text, f"{path}: {name}", strict=True)
+    for record in records:
+        if name != f"records/{record.arch}/{record.gpu}/{record.family.name}.json":
+            raise BundleError(f"{path}: {name} holds a record of {record}, which has another place; pack it again")
+    return records
 
 
 def _sha256(content: bytes) -> str:

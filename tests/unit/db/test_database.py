@@ -22,6 +22,7 @@ from srelu24.db.database import Database
 from srelu24.db.records import Evidence, TuningRecord
 from srelu24_gen import space
 from srelu24_gen.errors import RecordError
+from srelu24_gen.space import MAX_EXTENT
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, Op, Producer
 
 
@@ -37,7 +38,7 @@ def db(tmp_path: Path) -> Database:
 
 # --- round trips ---
 
-sizes = st.integers(0, 2**31)
+sizes = st.integers(0, MAX_EXTENT)
 times = st.floats(1e-3, 1e4)
 families = st.sampled_from(
     [

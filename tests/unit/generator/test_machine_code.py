@@ -15,12 +15,14 @@ def elf(sections: dict[str, bytes], reserved: int = 0) -> bytes:
     """A small 64-bit ELF file with these sections and one that only reserves memory."""
     names = b"\0" + b"".join(name.encode() + b"\0" for name in (*sections, ".nv.shared.k", ".names"))
     content, headers = b"", []
-    rows = [*((name, 1, data) for name, data in sections.items()), (".names", 3, names)]
+    kinds = {".symtab": 2, ".strtab": 3}
+    link = list(sections).index(".strtab") if ".strtab" in sections else 0
+    rows = [*((name, kinds.get(name, 1), data) for name, data in sections.items()), (".names", 3, names)]
     for name, kind, data in rows:
-        headers.append((names.index(name.encode() + b"\0"), kind, 6, 0, 64 + len(content), len(data)))
+        headers.append((names.index(name.encode() + b"\0"), kind, 6, 0, 64 + len(content), len(data), link))
         content += data
-    headers.append((names.index(b".nv.shared.k\0"), NOBITS, 3, 0, 64, reserved))
-    table = b"".join(struct.pack("<2I4Q24x", *header) for header in headers)
+    headers.append((names.index(b".nv.shared.k\0"), NOBITS, 3, 0, 64, reserved, 0))
+    table = b"".join(struct.pack("<2I4QI20x", *header) for header in headers)
     head = struct.pack("<16s24xQ10x3H", b"\x7fELF\x02", 64 + len(content), 64, len(headers), len(headers) - 2)
     return head.ljust(64, b"\0") + content + table
 

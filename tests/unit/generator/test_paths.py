@@ -29,7 +29,7 @@ def test_a_checkout_uses_its_own_folders(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("SRELU24_CACHE_DIR", raising=False)
     root = Path(__file__).resolve().parents[3]
     assert paths.checkout() == root
-    assert paths.cache_dir() == root / "build"
+    assert paths.cache_dir() == root / "build" / "cache"
     assert paths.shipped_records_dir() == root / "tuning_db"
     assert (paths.templates_dir() / "sm90").is_dir()
 

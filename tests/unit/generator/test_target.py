@@ -155,6 +155,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
         "nvidia/cu13/include/cuda.h": "#define CUDA_VERSION 13000\n",
         "nvidia/cu13/include/crt/host_defines.h": "",
         "nvidia/cu13/include/cccl/cuda/std/cstdint": "",
+        "nvidia/cu13/include/cccl/cuda/std/__cccl/version.h": "#define CCCL_VERSION 3000001\n",
     }
     for name, text in headers.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +201,52 @@ def test_a_missing_header_names_the_wheel_and_is_looked_for_again(environment: P
     assert Toolchain.find().include_dirs
 
 
-def test_nvrtc_of_another_cuda_is_refused(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "_nvrtc_version", lambda: (12, 8))
-    with pytest.raises(ToolchainError, match=r"NVRTC is 12\.8 but the CUDA headers are 13.*nvidia-cuda-nvrtc==13"):
+@pytest.mark.parametrize(
+    ("nvrtc", "cuda", "words"),
+    [
+        (
+            (12, 8),
+            13000,
+            r"NVRTC is 12\.8 but the CUDA headers are 13\.0.*run: pip install 'nvidia-cuda-nvrtc==13\.0\.\*'",
+        ),
+        (
+            (13, 2),
+            13000,
+            r"NVRTC is 13\.2 but the CUDA headers are 13\.0.*run: pip install 'nvidia-cuda-runtime==13\.2",
+        ),
+        (
+            (13, 0),
+            13050,
+            r"NVRTC is 13\.0 but the CUDA headers are 13\.5.*run: pip install 'nvidia-cuda-runtime==13\.0",
+        ),
+    ],
+)
+def test_nvrtc_of_another_cuda_is_refused(
+    nvrtc: tuple[int, int], cuda: int, words: str, environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_nvrtc_version", lambda: nvrtc)
+    (environment / "nvidia/cu13/include/cuda.h").write_text(f"#define CUDA_VERSION {cuda}\n")
+    with pytest.raises(ToolchainError, match=words):
+        Toolchain.find()
+
+
+def test_a_newer_cuda_13_is_taken_where_nvrtc_and_headers_agree(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "_nvrtc_version", lambda: (13, 5))
+    (environment / "nvidia/cu13/include/cuda.h").write_text("#define CUDA_VERSION 13050\n")
+    assert Toolchain.find().nvrtc_version == "13.5.99"
+
+
+def test_a_libcu_that_cutlass_does_not_compile_with_is_refused(environment: Path) -> None:
+    version = environment / "nvidia/cu13/include/cccl/cuda/std/__cccl/version.h"
+    version.write_text("#define CCCL_VERSION 3002000\n")
+    with pytest.raises(
+        ToolchainError, match=r"CCCL 3\.2, and CUTLASS 4\.2 needs 3\.0; run: pip install 'nvidia-cuda-cccl"
+    ):
+        Toolchain.find()
+    version.unlink()
+    with pytest.raises(ToolchainError, match="does not tell CCCL_VERSION"):
         Toolchain.find()
 
 
