@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ def _other_operands(layer: nn.Module | None, x: Tensor) -> Operands | None:
     if layer is None or _has_hooks(layer) or "forward" in layer.__dict__:
         return None
     if is_conv1d(layer):
-        weight, bias = layer.weight.t().contiguous(), layer.bias
-        return Operands(weight.to(x.dtype), bias.to(x.dtype))  # type: ignore[operator, union-attr]
+        weight, bias = _parameters_of(layer)
+        return Operands(weight.t().to(x.dtype).contiguous(), bias.to(x.dtype))
     if not isinstance(layer, nn.Linear):
         return None
     if type(layer).forward is nn.Linear.forward:
@@ -60,7 +60,7 @@ def _other_operands(layer: nn.Module | None, x: Tensor) -> Operands | None:
 def is_plain(layer: nn.Module | None) -> bool:
     """Whether calling ``layer`` is no more than a product with its weight; parametrized weights are weights, and are
     not computed here."""
-    return is_linear(layer) and not _has_hooks(layer) and "forward" not in layer.__dict__  # type: ignore[arg-type, union-attr]
+    return is_linear(layer) and not _has_hooks(layer) and "forward" not in layer.__dict__  # type: ignore[arg-type]
 
 
 def is_linear(layer: nn.Module | None) -> bool:
@@ -78,7 +78,8 @@ def is_plain_weight(weight: Tensor | None) -> bool:
     """A tensor, or one whose kind the operations know; a quantised one is its layer's own business."""
     if type(weight) is nn.Parameter:
         return True
-    if weight is None or not is_traceable_wrapper_subclass(weight):
+    subclass: bool = is_traceable_wrapper_subclass(weight)
+    if weight is None or not subclass:
         return weight is not None
     if not is_dtensor(weight):
         return False
@@ -113,7 +114,7 @@ def is_conv1d(layer: nn.Module) -> bool:
 def widths(layer: nn.Module | None) -> tuple[int, int] | None:
     """Widths in and out of what acts as a linear layer, adapters around one included; None for other modules."""
     if layer is not None and is_conv1d(layer):
-        k, n = layer.weight.shape  # type: ignore[union-attr]
+        k, n = _parameters_of(layer)[0].shape
         return int(k), int(n)
     both = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
     return both if isinstance(both[0], int) and isinstance(both[1], int) else None  # type: ignore[return-value]
@@ -123,7 +124,13 @@ def as_linear(layer: nn.Module) -> nn.Module:
     """The layer; for a ``Conv1D`` an ``nn.Linear`` of the same numbers, to be asked and not to be kept."""
     if not is_conv1d(layer):
         return layer
-    return linear_of(layer.weight.t().contiguous(), layer.bias)  # type: ignore[arg-type, operator, union-attr]
+    weight, bias = _parameters_of(layer)
+    return linear_of(weight.t().contiguous(), bias)
+
+
+def _parameters_of(conv1d: Any) -> tuple[Tensor, Tensor]:
+    """Weight [K, N] and bias [N]."""
+    return conv1d.weight, conv1d.bias
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from srelu24.nn.layers import linear_of
 from srelu24.nn.twin import close
+
+
+class FfnOperands(NamedTuple):
+    """w1 [F, D], w2 [D, F], b1 [F], b2 [D]."""
+
+    w1: Tensor
+    w2: Tensor
+    b1: Tensor | None
+    b2: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -44,16 +54,16 @@ class RawMatrices:
         """Names of all operands."""
         return (*self.names, *self.biases)
 
-    def operands(
-        self, module: nn.Module, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]:
-        """w1 [F, D], w2 [D, F], b1 [F], b2 [D], of a type; those that are held transposed as contiguous copies."""
-        first, second = (
+    def operands(self, module: nn.Module, dtype: torch.dtype | None = None) -> FfnOperands:
+        """Those of a module, in a type; a matrix that is held transposed as a contiguous copy."""
+        w1, w2 = (
             weight.t().contiguous() if turned else weight
             for weight, turned in zip((getattr(module, name) for name in self.names), self.transposed, strict=True)
         )
-        found = (first, second, *(None if name is None else getattr(module, name) for name in self.biases))
-        return tuple(t if t is None or dtype is None else t.to(dtype) for t in found)  # type: ignore[return-value]
+        b1, b2 = (None if name is None else getattr(module, name) for name in self.biases)
+        if dtype is None:
+            return FfnOperands(w1, w2, b1, b2)
+        return FfnOperands(w1.to(dtype), w2.to(dtype), *(None if b is None else b.to(dtype) for b in (b1, b2)))
 
     def layers(self, module: nn.Module) -> tuple[nn.Linear, nn.Linear]:
         """Both as ``nn.Linear`` of these very numbers, to be asked and not to be kept."""

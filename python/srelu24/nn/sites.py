@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from srelu24.nn import twin as twins
-from srelu24.nn.layers import as_linear, is_conv1d, is_linear, is_plain_weight, widths
+from srelu24.nn.layers import as_linear, is_conv1d, is_plain_weight, widths
 from srelu24.nn.modules import Conv1D24, Linear24, SquaredReLUFFN, are_free
 from srelu24.nn.raw import RawMatrices
 from srelu24.nn.twin import Run

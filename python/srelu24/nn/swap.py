@@ -8,7 +8,6 @@ two layers is watched: once it has changed, the old forward runs again.
 from __future__ import annotations
 
 import copyreg
-import functools
 import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -44,12 +43,17 @@ def _remade(ours: type[nn.Module], original: type[nn.Module]) -> nn.Module:
     return made
 
 
-@functools.cache
+_made: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def swapped_class(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
-    """The class of an ``original`` that runs as one of ``ours``."""
+    """The class of an ``original`` that runs as one of ``ours``: one for all of them."""
+    if (kept := _made.get((ours, original))) is not None:
+        return kept
     space = {"original": original, "ours": ours, "__module__": original.__module__, "__doc__": ours.__doc__}
     name = f"{ours.__name__.removeprefix('_')}Of{original.__name__}"
-    return types.new_class(name, (ours, original), {}, lambda namespace: namespace.update(space))
+    made = types.new_class(name, (ours, original), {}, lambda namespace: namespace.update(space))
+    return _made.setdefault((ours, original), made)
 
 
 def put_back(module: nn.Module, swapped: type[nn.Module], original: type[nn.Module]) -> None:

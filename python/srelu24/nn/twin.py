@@ -120,7 +120,7 @@ def _class_of(module: nn.Module) -> type[nn.Module]:
 def _resize(layer: nn.Module, small: dict[int, int]) -> None:
     for name in ("in_features", "out_features", "nx", "nf"):
         if (size := layer.__dict__.get(name)) in small:
-            layer.__dict__[name] = small[size]  # type: ignore[index]
+            layer.__dict__[name] = small[size]
 
 
 def _tensor(tensor: Tensor | None, twin: Twin, small: dict[int, int]) -> Tensor | None:
@@ -131,7 +131,7 @@ def _tensor(tensor: Tensor | None, twin: Twin, small: dict[int, int]) -> Tensor 
     shape = [small.get(size, size) for size in tensor.shape]
     elements = torch.Size(shape).numel()
     made: Tensor
-    if tensor.is_floating_point() and elements <= _MOST_COPIED or tensor.dim() < 2:
+    if (tensor.is_floating_point() and elements <= _MOST_COPIED) or tensor.dim() < 2:
         made = twin.randn(*shape) if tensor.is_floating_point() else _integers(tensor, shape)
     elif tensor.is_floating_point():
         made = twin.randn(shape[-1]).expand(shape)
@@ -194,11 +194,11 @@ class Run:
         return close(self.y, product(torch.relu(h) ** 2, down))
 
 
-def product(x: Tensor, layer: nn.Module) -> Tensor:
-    """``x W^T + b`` in float64."""
-    weight, bias = layer.weight.double(), layer.bias  # type: ignore[operator, union-attr]
-    y = x.double() @ (weight if is_conv1d(layer) else weight.T)
-    return y if bias is None else y + bias.double()  # type: ignore[operator, union-attr]
+def product(x: Tensor, layer: Any) -> Tensor:
+    """``x W^T + b`` in float64, with W and b of a layer."""
+    weight, bias = layer.weight.double(), layer.bias
+    y: Tensor = x.double() @ (weight if is_conv1d(layer) else weight.T)
+    return y if bias is None else y + bias.double()
 
 
 def close(y: object, expected: Tensor) -> bool:
