@@ -159,7 +159,7 @@ class Drawing(MLP):
 
 
 def test_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """convert and profile leave every generator as it was, those of CUDA devices unasked: ranks keep their own draws."""
+    """convert and profile leave every generator as it was and touch no CUDA one: ranks keep their own draws."""
     for name in ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("a CUDA generator was touched"))
     seeded: list[int] = []

@@ -131,7 +131,7 @@ def _is_squared_relu(module: nn.Module) -> bool:
     try:
         with twins.neutral():
             h = torch.linspace(-3, 3, 13)
-            return torch.equal(module(h.clone()), torch.relu(h).square())
+            return torch.equal(twins.twin_of(module, {}).module(h.clone()), torch.relu(h).square())
     except Exception:  # Foreign code on an input it may not expect.
         return False
 
@@ -282,7 +282,8 @@ def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[Run]) ->
 
 def _why_other_state(module: nn.Module, ours: set[str]) -> str:
     """Empty where the module's code depends on nothing that may change but its layers and attributes of its own."""
-    owned = {id(t) for name in ours & module._modules.keys() for t in module.get_submodule(name).parameters()}
+    layers = [module.get_submodule(name) for name in ours & module._modules.keys()]
+    owned = {id(t) for layer in layers for t in itertools.chain(layer.parameters(), layer.buffers())}
     owned |= {id(module._parameters[name]) for name in ours & module._parameters.keys()}
     if any(id(t) not in owned for t in itertools.chain(module.parameters(), module.buffers())):
         return "it holds parameters or buffers besides the two layers"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import _disable_current_modes
 
 from srelu24.nn.layers import is_conv1d, learn_casting, reads_its_weights_alone, widths
@@ -108,6 +109,11 @@ def _module(module: nn.Module, twin: Twin, small: dict[int, int]) -> Any:
     made.__dict__.update({name: _value(value, twin, small) for name, value in state.items()}, _modules=children)
     if small and widths(module) is not None:
         _resize(made, small)
+    if type(made) is nn.Linear and is_parametrized(module):  # its weights are computed, and are not computed here
+        for name, shape in (("weight", (made.out_features, made.in_features)), ("bias", (made.out_features,))):
+            if is_parametrized(module, name):
+                made._parameters[name] = nn.Parameter(twin.randn(*shape), requires_grad=False)
+        made._modules.clear()
     return made
 
 

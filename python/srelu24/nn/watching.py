@@ -176,7 +176,7 @@ class _Step:
 
     def first(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The dense product that the first layer's hooks see; what comes of it is kept beside."""
-        if input is self.x and is_plain_weight(weight) and not is_dtensor(weight):
+        if self.w1_b1 is None and input is self.x and is_plain_weight(weight) and not is_dtensor(weight):
             if self.owner.recipe is not None or not (weight.shape[0] % 8 or weight.shape[1] % 8):
                 self.w1_b1 = weight, bias
             if self.in_halves:
@@ -185,10 +185,13 @@ class _Step:
 
     def _packed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Sparse24 | None:
         rows = x.reshape(-1, x.shape[-1])
-        if (reason := kernel_reason(rows, weight, bias)) is not None:
+        (m, d), f = rows.shape, weight.shape[0]
+        reason = kernel_reason(rows, weight, bias)
+        if reason is None and f % 8:
+            reason = f"a width of {f} is not a positive multiple of 8"
+        if reason is not None:
             warn_dense(reason)
             return None
-        (m, d), f = rows.shape, weight.shape[0]
         if self.owner.mode == "auto" and x.is_cuda and m:
             b2 = getattr(self.owner.two_layers[1], "bias", None) is not None
             if ffn_way("auto", x.dtype, bias is not None, b2, m, d, f, x.device) != SPARSE:
