@@ -6,6 +6,7 @@
     y = srelu24.matmul(s, w2)             # S w2^T
     print(srelu24.explain(x, w1, w2))     # which kernels, from which record, and why
     print(srelu24.convert(model))         # every squared-ReLU FFN of a model, in place
+    print(srelu24.status(model))          # what each of them runs, and why
 
 Names load on first use, so that the command line starts without torch.
 """
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from srelu24.nn.parallel import SquaredReLUFFNParallel as SquaredReLUFFNParallel
     from srelu24.nn.profiling import profile as profile
     from srelu24.nn.serving import warmup as warmup
+    from srelu24.nn.status import Status as Status
+    from srelu24.nn.status import status as status
     from srelu24.numerics.sparse24 import Sparse24 as Sparse24
     from srelu24.ops.explanation import Explanation as Explanation
     from srelu24.ops.explanation import explain as explain
@@ -58,6 +61,7 @@ _HOME = {
     "SquaredReLUFFN": "nn.modules",
     "SquaredReLUFFNParallel": "nn.parallel",
     "Static": "fp8.recipes",
+    "Status": "nn.status",
     "calibrate": "fp8.recipes",
     "convert": "nn.conversion",
     "explain": "ops.explanation",
@@ -71,6 +75,7 @@ _HOME = {
     "profile": "nn.profiling",
     "quantize_weight": "fp8.quantize",
     "sparsify24": "ops.functions",
+    "status": "nn.status",
     "warmup": "nn.serving",
 }
 

@@ -291,7 +291,7 @@ def test_layers_in_any_order(d: int, f: int) -> None:
     done = srelu24.convert(model).converted
     assert [(each.d_model, each.d_ff, each.layer) for each in done] == [(d, f, "ffn")]
     assert model[0].up.out_features == f
-    assert list(dict(model[0].named_children())) == ["up", "down"]
+    assert list(dict(model[0].named_children())) == ["down", "up"]  # as its author declared them
 
 
 def test_twice_and_on_meta() -> None:

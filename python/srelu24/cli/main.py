@@ -59,10 +59,8 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
-    return (
-        f"srelu24 itself failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; srelu24 --debug
-        shows" " where, please report it"
-    )
+    what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"srelu24 itself failed with {what}; srelu24 --debug shows where, please report it"
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)

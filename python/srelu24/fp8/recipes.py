@@ -105,7 +105,7 @@ class Static(ScaleRecipe):
             raise Unsupported("this Static recipe has no scale yet; run srelu24.calibrate on some data first")
         if device not in kept:
             with torch.inference_mode(False):
-                amax = torch.tensor(value)
+                amax = torch.tensor(value, dtype=torch.float32, device="cpu")
                 made = torch.stack((scale(amax), inverse_scale(amax))).to(device)
             if type(made) is not Tensor:  # a tracer's fake tensor, which must not be kept
                 return made

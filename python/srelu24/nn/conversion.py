@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from srelu24.fp8.recipes import ScaleRecipe, Static, for_layer
-from srelu24.nn import sites
-from srelu24.nn.modules import Linear24, SquaredReLUFFN
+from srelu24.nn import sites, swap
+from srelu24.nn.modules import SquaredReLUFFN
 from srelu24.nn.sites import Site
 from srelu24.runtime.operands import check_mode
 from srelu24.training.recipe import Recipe
@@ -52,14 +52,19 @@ class Conversion:
 
     converted: list[Converted] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    nothing: str = ""
+    """Where nothing was converted nor left, what the model has instead."""
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
-        """Puts the original modules back, with the layers as they are now: training since then is kept."""
+        """Gives every module its own code back. The objects are the same, so that training, hooks, attributes and
+        wrappers since then are kept."""
         while self._undo:
             self._undo.pop()()
 
     def __str__(self) -> str:
+        if self.nothing:
+            return self.nothing
         lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
         for done in self.converted:
             what = "FFN" if done.layer == "ffn" else "second layer"
@@ -75,12 +80,15 @@ def convert(
     recipe: Recipe | ScaleRecipe | str | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
     mode: str = "auto",
+    strict: bool = False,
 ) -> Conversion:
     """Makes every squared-ReLU FFN of a model prune its hidden activations to 2:4, in place.
 
-    A module that is an FFN as a whole becomes a :class:`SquaredReLUFFN` with the same two layers as its children. Where
-    its code does more (RWKV's channel mix has a gate and a shift), only the second layer becomes a :class:`Linear24`.
-    Layers, parameters and state-dict keys stay the same objects and names. Everything else is left and named.
+    A module that is an FFN as a whole becomes a :class:`SquaredReLUFFN`. Where its code does more (RWKV's channel mix
+    has a gate and a shift), only the second layer becomes a :class:`Linear24`. It is the class of a module that
+    changes: the object, its layers, parameters, attributes, hooks and state-dict keys stay. Where its own code reads a
+    setting that changes later, such as the p of a dropout, that code runs again, dense, with a warning. Everything else
+    is left and named.
 
     Args:
         model: on any device, "meta" included; what is wrapped by torch.compile, DDP or FSDP is converted before.
@@ -89,6 +97,8 @@ def convert(
             :class:`SquaredReLUFFN` that has none gets it too. What is not an FFN as a whole is then left.
         filter: called with the qualified name and the module of every FFN found; False leaves it.
         mode: of the converted layers, as for :func:`srelu24.ffn`: "auto" runs dense where pruning does not pay.
+        strict: of the converted layers: a call that would fall back to dense PyTorch is an error that names the layer,
+            as SRELU24_STRICT=1 makes it for the process. That "auto" is dense where that is faster is no fallback.
 
     Returns:
         What changed, what was left and why, and :meth:`Conversion.revert`.
@@ -108,16 +118,18 @@ def convert(
         elif not chosen(site.path, site.module):
             report.left.append(Left(site.path, kind, "left by the filter"))
         elif site.kind == "ffn" and site.path:
-            _replace(model, site, recipe, mode, report)
+            _take(site, recipe, mode, strict, report)
         elif recipe is not None:
             report.left.append(Left(site.path, kind, f"a recipe runs whole FFNs; {site.why or _NOT_IN_PLACE}"))
         else:
-            _prune_second(site, mode, report)
+            _prune_second(site, mode, strict, report)
     if recipe is not None:
         replaced = {done.path for done in report.converted}
         for path, module in model.named_modules():
             if isinstance(module, SquaredReLUFFN) and path not in replaced and chosen(path, module):
                 _give_recipe(path, module, recipe, report)
+    if not report.converted and not report.left:
+        report.nothing = sites.why_nothing(model)
     return report
 
 
@@ -140,33 +152,23 @@ def _describe_recipe(recipe: Recipe | ScaleRecipe | str | None) -> str:
     return "trains by the recipe" if isinstance(recipe, Recipe) else f"8-bit, {for_layer(recipe).name}"
 
 
-def _replace(
-    model: nn.Module, site: Site, recipe: Recipe | ScaleRecipe | str | None, mode: str, report: Conversion
-) -> None:
-    """Puts a SquaredReLUFFN wherever the model holds the module; some models share one between layers."""
-    original = site.module
-    ffn = SquaredReLUFFN.of(site.up, site.down, site.names, mode, site.input_name).train(original.training)
+def _take(site: Site, recipe: Recipe | ScaleRecipe | str | None, mode: str, strict: bool, report: Conversion) -> None:
+    """Makes the module a SquaredReLUFFN by its class."""
+    kind, sizes = type(site.module), _sizes(site)
+    try:
+        ffn = swap.take(site, mode, strict)
+    except Unsupported as error:
+        report.left.append(Left(site.path, kind.__name__, str(error)))
+        return
+    swapped = type(ffn)
     try:
         ffn.set_recipe(recipe, site.path)
     except Unsupported as error:
-        report.left.append(Left(site.path, type(original).__name__, str(error)))
+        swap.give_back(ffn, swapped, kind)
+        report.left.append(Left(site.path, kind.__name__, str(error)))
         return
-    slots = [
-        (parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is original
-    ]
-    for parent, name in slots:
-        parent._modules[name] = ffn
-
-    def undo() -> None:
-        ffn.set_recipe(None)
-        for name, layer in zip(site.names, (ffn.up, ffn.down), strict=True):
-            original._modules[name] = layer
-        original.train(ffn.training)
-        for parent, name in slots:
-            parent._modules[name] = original
-
-    report._undo.append(undo)
-    report.converted.append(Converted(site.path, "ffn", *_sizes(site), note=_describe_recipe(recipe)))
+    report._undo.append(lambda: swap.give_back(ffn, swapped, kind))
+    report.converted.append(Converted(site.path, "ffn", *sizes, note=_describe_recipe(recipe)))
 
 
 def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | str, report: Conversion) -> None:
@@ -184,22 +186,18 @@ def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | 
     report.converted.append(Converted(path, "ffn", *sizes, note=_describe_recipe(recipe)))
 
 
-def _prune_second(site: Site, mode: str, report: Conversion) -> None:
+def _prune_second(site: Site, mode: str, strict: bool, report: Conversion) -> None:
     """Makes the second layer a Linear24 by its class alone: parameters, hooks and ties stay what they are."""
-    down = site.down
-    if type(down) is not nn.Linear:
-        why = f"{site.names[1]} is a {type(down).__name__}, and only a plain nn.Linear can be changed; {site.why}"
+    down = site.module.get_submodule(site.names[1])
+    path = f"{site.path}.{site.names[1]}" if site.path else site.names[1]
+    kind = type(down)
+    try:
+        swapped = type(swap.prune_second(down, mode, strict, path))
+    except Unsupported as error:
+        why = f"{site.names[1]} is a {kind.__name__} that cannot be changed: {error}; {site.why or _NOT_IN_PLACE}"
         report.left.append(Left(site.path, type(site.module).__name__, why))
         return
-    down.__class__ = Linear24
-    down.mode = mode  # type: ignore[assignment]
-
-    def undo() -> None:
-        del down.mode
-        down.__class__ = nn.Linear
-
-    report._undo.append(undo)
-    path = f"{site.path}.{site.names[1]}" if site.path else site.names[1]
+    report._undo.append(lambda: swap.restore_second(down, swapped, kind))
     note = site.why or _NOT_IN_PLACE
     report.converted.append(Converted(path, "linear24", *_sizes(site), note=note))
 

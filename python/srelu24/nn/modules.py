@@ -7,12 +7,14 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from srelu24.fp8.recipes import ScaleRecipe, for_layer
-from srelu24.numerics.activations import squared_relu
+from srelu24.nn import watching
+from srelu24.nn.layers import Operands, any_global_hook, as_linear, is_linear, operands, widths
+from srelu24.nn.layers import is_plain as is_plain
 from srelu24.ops.functions import ffn, linear24
-from srelu24.runtime.operands import check_mode, is_dtensor
+from srelu24.runtime.fallback import STRICT, strictly, warn_dense
+from srelu24.runtime.operands import check_mode
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
 
@@ -30,9 +32,10 @@ class SquaredReLUFFN(nn.Module):
     """``relu(x W1^T + b1)^2 W2^T + b2`` through :func:`srelu24.ffn`, its hidden activations pruned to 2:4.
 
     The two layers are children, ``nn.Linear`` under ``names``, so the state dict is that of the module it stands for,
-    and :meth:`load_state_dict` (strict too) takes any of :data:`NAMES`. A layer that is more than a plain
-    ``nn.Linear`` (an adapter around it, hooks, a quantised weight) is called as it is, and the module is then dense.
-    Training is dense PyTorch, unless a training recipe says otherwise.
+    and :meth:`load_state_dict` (strict too) takes any of :data:`NAMES`. Layers with hooks, a replaced forward or an
+    adapter around them are called. What only observes sees their inputs and outputs and changes nothing; with a layer
+    that computes anything else the module is dense, with one warning that names it, and with mode "sparse" or
+    :attr:`strict` an error. Training is dense PyTorch, unless a training recipe says otherwise.
 
     Args:
         d_model: width D of input and output.
@@ -49,8 +52,17 @@ class SquaredReLUFFN(nn.Module):
             there is no such mode; or as :meth:`set_recipe`.
     """
 
-    recipe: LayerState | ScaleRecipe | None
+    mode: str
+    names: tuple[str, str]
+    recipe: LayerState | ScaleRecipe | None = None
     """What :meth:`set_recipe` set: in training the layer's own state, in 8 bits the recipe."""
+    input_name: str = "x"
+    qualified_name: str = ""
+    """Of the module in the model that :func:`srelu24.convert` was given; warnings and errors have it."""
+    strict: bool = False
+    """A call that would fall back to dense PyTorch raises instead; a choice of dense for its speed is no fallback."""
+    read_before: tuple[tuple[nn.Module, str, object], ...] = ()
+    """What the forward that a converted module had reads beside its layers: in which module, name and value then."""
 
     def __init__(
         self,
@@ -88,7 +100,7 @@ class SquaredReLUFFN(nn.Module):
         Raises:
             Unsupported: the second layer does not take the first one's output, or the names or the mode do not serve.
         """
-        if getattr(up, "out_features", None) != getattr(down, "in_features", None):
+        if (widths(up) or (None, None))[1] != (widths(down) or (None, None))[0]:
             raise Unsupported(f"{up} and {down} do not follow each other; F out of one must be F into the other.")
         module = cls.__new__(cls)
         module._set_up(up, down, names, mode, input_name)
@@ -96,27 +108,37 @@ class SquaredReLUFFN(nn.Module):
 
     def _set_up(self, up: nn.Module, down: nn.Module, names: tuple[str, str], mode: str, input_name: str = "x") -> None:
         super().__init__()
-        self.mode = check_mode(mode, "run")
-        self.input_name = input_name
-        self.recipe = None
         two = isinstance(names, tuple | list) and len(names) == 2 and names[0] != names[1]
         if not two or any(not isinstance(name, str) or not name or "." in name for name in names):
             raise Unsupported(f"names are {names}; two different names without dots are needed.")
         if not are_free(names):
             raise Unsupported(f"names are {names}, and a SquaredReLUFFN has something else of that name; give others.")
-        self.names = (names[0], names[1])
         self._modules[names[0]] = up  # add_module refuses "up", which is a property here and gives this very child
         self._modules[names[1]] = down
+        self.take_up(names, mode, input_name)
+
+    def take_up(self, names: tuple[str, str], mode: str, input_name: str) -> None:
+        """Set what a SquaredReLUFFN has beside its two layers."""
+        self.mode = check_mode(mode, "run")
+        self.input_name = input_name
+        self.recipe = None
+        self.names = (names[0], names[1])
+
+    @property
+    def two_layers(self) -> tuple[nn.Module, nn.Module]:
+        """The two children."""
+        children = self._modules
+        return children[self.names[0]], children[self.names[1]]  # type: ignore[return-value]
 
     @property
     def up(self) -> nn.Module:
-        """The first layer, D -> F."""
-        return self._modules[self.names[0]]  # type: ignore[return-value]
+        """The first layer, D -> F; one that holds its weight in another form, as an ``nn.Linear`` to be asked."""
+        return as_linear(self.two_layers[0])
 
     @property
     def down(self) -> nn.Module:
-        """The second layer, F -> D."""
-        return self._modules[self.names[1]]  # type: ignore[return-value]
+        """The second layer, F -> D, as :attr:`up`."""
+        return as_linear(self.two_layers[1])
 
     def set_recipe(self, recipe: Recipe | ScaleRecipe | str | None, name: str = "") -> None:
         """Compute by a recipe from here on, or by none: then dense in training and by ``mode`` in inference.
@@ -137,8 +159,8 @@ class SquaredReLUFFN(nn.Module):
         self.recipe = made
 
     def _make_recipe(self, recipe: Recipe | ScaleRecipe | str, name: str) -> LayerState | ScaleRecipe:
-        up, down = self.up, self.down
-        if not isinstance(up, nn.Linear) or not (is_plain(up) and is_plain(down)):
+        up, down = self.two_layers
+        if not (isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and is_linear(up) and is_linear(down)):
             raise Unsupported(
                 f"{name or 'the FFN'} has a layer that is more than a plain nn.Linear; no recipe runs it."
             )
@@ -149,27 +171,78 @@ class SquaredReLUFFN(nn.Module):
         made = for_layer(recipe)
         if up.in_features % 16 or up.out_features % 16:
             raise Unsupported(f"D = {up.in_features}, F = {up.out_features}; 8 bits need multiples of 16.")
-        self._check_not_sharded()
+        self.check_not_sharded()
         made.prepare(up.weight.device)
         return made
 
-    def _check_not_sharded(self) -> None:
-        # FSDP gathers weights into the same tensors under the same versions, so nothing tells that they have changed.
-        if getattr(self, "_is_fsdp_managed_module", False):
+    def check_not_sharded(self) -> None:
+        """Raise Unsupported where FSDP manages the weights of an 8-bit module."""
+        # It gathers weights into the same tensors under the same versions, so nothing tells that they have changed.
+        if "_is_fsdp_managed_module" in self.__dict__:
             raise Unsupported("FSDP manages the weights of an FFN with an 8-bit recipe; shard the model without one.")
 
     def forward(self, x: Tensor | None = None, /, **named: Tensor) -> Tensor:
         """[..., D] -> [..., D]. The input may be given by ``input_name``."""
         if x is None or named:
             x = self.input_of(() if x is None else (x,), named)
-        children = self._modules
-        up, down = children[self.names[0]], children[self.names[1]]
-        if is_plain(up) and is_plain(down):
-            weights = (up.weight, down.weight, up.bias, down.bias)  # type: ignore[union-attr]
-            if isinstance(self.recipe, ScaleRecipe):
-                self._check_not_sharded()
-            return ffn(x, *weights, mode=self.mode, recipe=self.recipe)  # type: ignore[arg-type]
-        return down(squared_relu(up(x)))  # type: ignore[misc, no-any-return]
+        if self.read_before and (reason := self.what_changed()):
+            return self.run_as_before(x, reason)
+        children, (first, second) = self._modules, self.names
+        ups, downs = operands(children[first], x), operands(children[second], x)
+        if STRICT or self.strict:
+            with strictly(self.label):
+                return self._run(x, ups, downs)
+        return self._run(x, ups, downs)
+
+    def _run(self, x: Tensor, ups: Operands | None, downs: Operands | None) -> Tensor:
+        if ups is None or downs is None or any_global_hook():
+            return watching.call(self, x)
+        if isinstance(self.recipe, ScaleRecipe):
+            self.check_not_sharded()
+        return ffn(x, ups[0], downs[0], ups[1], downs[1], mode=self.mode, recipe=self.recipe)
+
+    @property
+    def label(self) -> str:
+        """What warnings and errors call the module."""
+        return self.qualified_name or type(self).__name__
+
+    def what_changed(self) -> str:
+        """What a converted module's own code reads that is no longer as it was, one phrase; empty where nothing is."""
+        for module, name, before in self.read_before:
+            now = module._modules[name] if name in module._modules else getattr(module, name, None)
+            if now is before or (type(now) is type(before) and isinstance(now, _VALUES) and now == before):
+                continue
+            if not (isinstance(module, nn.modules.dropout._DropoutNd) and not module.training):
+                where = f"its {name}" if module is self else f"{name} of a {type(module).__name__} in it"
+                return f"{where} has changed since the conversion, and its own code reads that"
+        return ""
+
+    def run_as_before(self, x: Tensor, reason: str) -> Tensor:
+        """A converted module's own code, dense.
+
+        Raises:
+            Unsupported: as :meth:`fall_back`.
+        """
+        if torch.is_grad_enabled() and self.recipe is None and not self.strict:
+            warn_dense(f"{self.label}: {reason}")
+        else:
+            self.fall_back(reason)
+        original: type[nn.Module] = self.original  # type: ignore[assignment]
+        return original.forward(self, x)  # type: ignore[no-any-return]
+
+    def fall_back(self, reason: str) -> None:
+        """Warn that the module runs dense; ``reason`` is one phrase about a layer.
+
+        Raises:
+            Unsupported: its mode is "sparse", or it is strict.
+        """
+        if self.mode == "sparse" or self.strict:
+            how = "its mode is sparse" if self.mode == "sparse" else "strict is set"
+            raise Unsupported(
+                f"{self.label} cannot run pruned, and {how}: {reason}. Take that away, or set its mode to auto "
+                "without strict, and it runs dense."
+            )
+        warn_dense(f"{self.label}: {reason}")
 
     def input_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The input among the arguments of a call.
@@ -213,34 +286,14 @@ class SquaredReLUFFN(nn.Module):
         return f"{kind}, {by} {self.recipe.name}"
 
 
+_VALUES = (bool, int, float, str, tuple)
+
+
 def are_free(names: tuple[str, str]) -> bool:
     """Whether a SquaredReLUFFN can have children of these names: it has attributes of its own."""
-    own = ("mode", "names", "input_name", "recipe", "training")
-    return names == ("up", "down") or not any(name in own or hasattr(SquaredReLUFFN, name) for name in names)
-
-
-def is_plain(layer: nn.Module | None) -> bool:
-    """Whether calling ``layer`` does no more than multiply by its weight and add its bias. A parametrized weight counts
-    as a weight."""
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
-    return "forward" not in layer.__dict__ and _is_plain_weight(layer.weight)
-
-
-def _is_plain_weight(weight: Tensor) -> bool:
-    """Whether the operations can take the weight as it is. A quantised one has to be used by its own layer."""
-    if type(weight) is nn.Parameter:  # the usual case at once: this runs before every call
-        return True
-    subclass: bool = is_traceable_wrapper_subclass(weight)
-    if not subclass:
-        return True
-    if not is_dtensor(weight):
-        return False
-    if not torch.compiler.is_compiling():
-        import srelu24.ops.sharding  # noqa: F401 (the rules; whoever has such a weight has loaded what this imports)
-    return True
+    return names == ("up", "down") or not any(
+        name == "training" or name in SquaredReLUFFN.__annotations__ or hasattr(SquaredReLUFFN, name) for name in names
+    )
 
 
 class Linear24(nn.Linear):
@@ -248,7 +301,31 @@ class Linear24(nn.Linear):
 
     mode: str = "auto"
     """As for :func:`linear24`."""
+    strict: bool = False
+    """As :attr:`SquaredReLUFFN.strict`."""
+    qualified_name: str = ""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""
-        return linear24(input, self.weight, self.bias, mode=self.mode)
+        return self.multiply(input, self.weight, self.bias)
+
+    def multiply(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """:func:`linear24` in this layer's mode."""
+        if STRICT or self.strict:
+            with strictly(self.qualified_name or type(self).__name__):
+                return linear24(a, weight, bias, mode=self.mode)
+        return linear24(a, weight, bias, mode=self.mode)
+
+
+class Conv1D24(nn.Module):
+    """A ``Conv1D`` of transformers through :func:`linear24`: its weight is held as [F, D]."""
+
+    weight: Tensor
+    bias: Tensor
+    mode: str = "auto"
+    strict: bool = False
+    qualified_name: str = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., F] -> [..., D]."""
+        return Linear24.multiply(self, x, self.weight.t().to(x.dtype).contiguous(), self.bias.to(x.dtype))  # type: ignore[arg-type]

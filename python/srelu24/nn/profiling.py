@@ -14,6 +14,7 @@ from srelu24.db.choice import SPARSE, FfnChoice
 from srelu24.figures import figure
 from srelu24.nn import sites
 from srelu24.nn.modules import Linear24, SquaredReLUFFN
+from srelu24.nn.table import aligned
 from srelu24.numerics.activations import squared_relu
 from srelu24.numerics.dtypes import DTYPES
 from srelu24.runtime import dispatch
@@ -94,8 +95,7 @@ class Profile(msgspec.Struct, kw_only=True):
             )
             for layer in self.layers
         ]
-        widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows))
+        return aligned(head, rows)
 
 
 class _Seen:

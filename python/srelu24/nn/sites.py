@@ -1,31 +1,33 @@
 """Finding the squared-ReLU FFNs of a model: by structure, then proven by running a small twin of every candidate.
 
-A candidate is a module with two linear children, F wide between them. Names and classes prove nothing, so its twin
-(a copy in float32 on the CPU with random weights and a small F) is run, and what goes in and out of its layers tells
-what the code between them computes.
+A candidate is a module with two linear children, F wide between them, or with two matrices of such sizes. Names and
+classes prove nothing, so its twin (:mod:`srelu24.nn.twin`) is run, and what goes in and out of its layers tells what
+the code between them computes.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from srelu24.nn.modules import Linear24, SquaredReLUFFN, are_free, is_plain
+from srelu24.nn import twin as twins
+from srelu24.nn.layers import as_linear, is_conv1d, is_plain_weight, widths
+from srelu24.nn.modules import Conv1D24, Linear24, SquaredReLUFFN, are_free
+from srelu24.nn.raw import RawMatrices
+from srelu24.nn.twin import Run
 from srelu24_gen.errors import Unsupported
 
-_TWIN_F = 48
 _MOST_ELEMENTS = 2**28
 """The most numbers that a twin may hold: a module with more is not one FFN, but a whole model or a wide attention."""
 
-_SCALES = (1.0, 0.05, 20.0)
-"""Of the twin's inputs: an activation that agrees with squared ReLU only near 1 differs from it at another scale."""
+_MOST_AT_FULL_WIDTH = 2**24
+"""In the layers of a twin that only runs with the original's F."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": torch.relu,
@@ -46,7 +48,7 @@ class Site:
 
     Attributes:
         path: qualified name in the model, "" for the model itself.
-        names: of the two linear children.
+        names: of the two linear children; of two parameters, where the module has ``raw`` ones.
         kind: "ffn", the whole module is a squared-ReLU FFN; "core", only what lies between the two layers is a squared
             ReLU; "other", neither.
         why: for "core" and "other", what stands against a squared-ReLU FFN.
@@ -57,16 +59,17 @@ class Site:
     names: tuple[str, str]
     kind: Literal["ffn", "core", "other"]
     why: str = ""
+    raw: RawMatrices | None = None
 
     @property
     def up(self) -> nn.Module:
-        """First layer, D -> F."""
-        return self.module.get_submodule(self.names[0])
+        """First layer, D -> F; one that holds its weight in another form, as an ``nn.Linear`` to be asked."""
+        return self.raw.layers(self.module)[0] if self.raw else as_linear(self.module.get_submodule(self.names[0]))
 
     @property
     def down(self) -> nn.Module:
-        """Second layer, F -> D."""
-        return self.module.get_submodule(self.names[1])
+        """Second layer, F -> D, as :attr:`up`."""
+        return self.raw.layers(self.module)[1] if self.raw else as_linear(self.module.get_submodule(self.names[1]))
 
     @property
     def input_name(self) -> str:
@@ -91,12 +94,27 @@ def find(model: nn.Module) -> list[Site]:
                 if site.kind == "other":
                     found = _examine(path, module, others)
                     site = site if found.kind == "other" else found
-            if site.kind != "other" or any(u.in_features != u.out_features for u in (site.up, site.down)):
-                sites.append(site)  # but not the projections of attention, which are square pairs and nothing to report
+            both = [widths(module.get_submodule(name)) or (0, 0) for name in site.names]
+            if site.kind != "other" or any(k != n for k, n in both):
+                sites.append(site)  # the projections of attention are square pairs, and no news
+        elif raw := _examine_raw(path, module):
+            sites.append(raw)
         elif any(_is_squared_relu(child) for child in module.children()):
             why = "its squared ReLU is not between two linear layers among its children"
             sites.append(Site(path, module, ("", ""), "other", why))
     return sites
+
+
+def why_nothing(model: nn.Module) -> str:
+    """One sentence about a model that has no candidate."""
+    modules = list(model.modules())
+    if ours := sum(isinstance(module, SquaredReLUFFN | Linear24 | Conv1D24) for module in modules):
+        return f"nothing to convert: {ours} layers of the {type(model).__name__} were converted before"
+    linear = sum(widths(module) is not None for module in modules)
+    return (
+        f"nothing to convert: none of the {len(modules)} modules of the {type(model).__name__} holds two layers or "
+        f"matrices D -> F -> D with code of its own between them; {linear} are linear layers"
+    )
 
 
 def check_module(model: object) -> None:
@@ -110,22 +128,18 @@ def _is_squared_relu(module: nn.Module) -> bool:
     holds = itertools.chain(module.children(), module.parameters(), module.buffers())
     if type(module).__module__.startswith("torch.nn.") or next(holds, None) is not None:
         return False
-    h = torch.linspace(-3, 3, 13, device="cpu")
     try:
-        return torch.equal(module(h.clone()), torch.relu(h).square())
+        with twins.neutral():
+            h = torch.linspace(-3, 3, 13)
+            return torch.equal(twins.twin_of(module, {}).module(h.clone()), torch.relu(h).square())
     except Exception:  # Foreign code on an input it may not expect.
         return False
 
 
-def _find_linears(module: nn.Module) -> dict[str, nn.Module]:
-    """Children that act as linear layers, adapters around one included."""
-    return {
-        name: child
-        for name, child in module.named_children()
-        if isinstance(getattr(child, "in_features", None), int)
-        and isinstance(getattr(child, "out_features", None), int)
-        and not isinstance(child, Linear24)
-    }
+def _linears(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Widths of the children that act as linear layers, adapters around one included."""
+    others = {name: child for name, child in module.named_children() if not isinstance(child, Linear24 | Conv1D24)}
+    return {name: both for name, child in others.items() if (both := widths(child)) is not None}
 
 
 def _find_pairs(module: nn.Module) -> list[list[tuple[str, str]]]:
@@ -135,127 +149,111 @@ def _find_pairs(module: nn.Module) -> list[list[tuple[str, str]]]:
     """
     wide: list[tuple[str, str]] = []
     narrow: list[tuple[str, str]] = []
-    for (up_name, up), (down_name, down) in itertools.permutations(_find_linears(module).items(), 2):
-        if up.out_features == down.in_features and up.in_features == down.out_features:
-            widens = int(up.out_features) >= int(up.in_features)  # type: ignore[arg-type]
-            (wide if widens else narrow).append((up_name, down_name))
+    for (up, (d, f)), (down, (k, n)) in itertools.permutations(_linears(module).items(), 2):
+        if (f, d) == (k, n):
+            (wide if f >= d else narrow).append((up, down))
     return [pairs for pairs in (wide, narrow) if pairs]
 
 
-@torch.no_grad()
 def _examine(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Site:
     """The verdict on one candidate; the pair that proves to be a squared ReLU counts, else the first."""
     first = pairs[0]
-    for name in dict.fromkeys(itertools.chain(*pairs)):
-        child = module.get_submodule(name)
-        if not is_plain(child):
-            kind = type(child).__name__
-            extra = "with hooks, an adapter or a quantised weight" if isinstance(child, nn.Linear) else "no nn.Linear"
-            return Site(path, module, first, "other", f"{name} is a {kind}, {extra}")
+    names = list(dict.fromkeys(itertools.chain(*pairs)))
+    for name in names:
+        if reason := _why_no_layer(module.get_submodule(name)):
+            return Site(path, module, first, "other", f"{name} is a {reason}")
     if "forward" in module.__dict__:
         return Site(path, module, first, "other", "its forward was replaced on the instance")
-    if _count_elements(module, pairs) > _MOST_ELEMENTS:
+    small = _small(module, pairs)
+    if _elements(module, small) > _MOST_ELEMENTS:
         return Site(path, module, first, "other", "it holds far more than an FFN")
+    linears = _linears(module)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            runs = list(_run_twin(module, pairs))
+        with twins.neutral():
+            try:
+                runs = list(twins.runs(twins.twin_of(module, small), names, linears[first[0]][0]))
+            except Exception:  # something else than the layers may be F wide, such as a norm
+                if not small or sum(k * n for k, n in linears.values()) > _MOST_AT_FULL_WIDTH:
+                    raise
+                runs = list(twins.runs(twins.twin_of(module, {}), names, linears[first[0]][0]))
+            for name in names:
+                layer = module.get_submodule(name)
+                if not all(run.is_product(name) for run in runs):
+                    why = f"{name} is a {type(layer).__name__}, which computes something else than x W^T + b"
+                    return Site(path, module, first, "other", why)
+                twins.is_casting(runs[0].twin.get_submodule(name))
     except Exception as error:  # Foreign code on an input it may not expect: whatever it raises, it is left alone.
         reason = f"it does not run on one tensor [2, 5, D] ({type(error).__name__}: {_first_line(error)})"
-        return Site(path, module, first, "other", _describe_gate(module, pairs) or reason)
-    for pair in pairs:
-        if all(run.is_core(pair) for run in runs):
-            why = _why_not_whole(module, pair, runs)
-            return Site(path, module, pair, "core" if why else "ffn", why)
-    return Site(path, module, first, "other", _describe_gate(module, pairs) or _name_what_is_between(first, runs))
+        return Site(path, module, first, "other", _gated(pairs) or reason)
+    with twins.neutral():
+        for pair in pairs:
+            if all(run.is_core(pair) for run in runs):
+                why = _why_not_whole(module, pair, runs)
+                return Site(path, module, pair, "core" if why else "ffn", why)
+        return Site(path, module, first, "other", _gated(pairs) or _what_is_there(first, runs))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One run of a twin: its input, the inputs and outputs of its linear layers, and its output."""
-
-    twin: nn.Module
-    x: Tensor
-    seen: dict[str, list[tuple[Tensor, Tensor]]]
-    y: object
-
-    def is_core(self, pair: tuple[str, str]) -> bool:
-        """Each layer ran once, and the second one's input is the square of relu of the first one's output."""
-        ups, downs = self.seen[pair[0]], self.seen[pair[1]]
-        if len(ups) != 1 or len(downs) != 1:
-            return False
-        h, a = ups[0][1], downs[0][0]
-        return h.shape == a.shape and torch.allclose(a, torch.relu(h) * torch.relu(h), rtol=1e-5, atol=0)
-
-    def is_whole(self, pair: tuple[str, str]) -> bool:
-        """The module's output is the FFN of its input, computed here from the weights alone, in float64."""
-        up, down = (self.twin.get_submodule(name) for name in pair)
-        h = _apply_linear(self.x.double(), up)
-        y = _apply_linear(torch.relu(h) ** 2, down)
-        if not isinstance(self.y, Tensor) or self.y.shape != y.shape:
-            return False
-        return torch.allclose(self.y.double(), y, rtol=1e-4, atol=float(y.abs().max()) * 1e-5)
+def _why_no_layer(layer: nn.Module) -> str:
+    """Empty for a layer whose call may be a product with its weight; hooks and what only the instance has replaced are
+    judged when it runs."""
+    kind = type(layer).__name__
+    if is_conv1d(layer):
+        return ""
+    if not isinstance(layer, nn.Linear):
+        return f"{kind}, no nn.Linear"
+    if "weight" in layer._parameters and not is_plain_weight(layer._parameters["weight"]):
+        return f"{kind} with a quantised weight, a {type(layer._parameters['weight']).__name__}"
+    return ""
 
 
-def _apply_linear(x: Tensor, layer: nn.Module) -> Tensor:
-    y = x @ layer.weight.double().T  # type: ignore[operator]
-    return y if layer.bias is None else y + layer.bias.double()  # type: ignore[operator]
+def _small(module: nn.Module, pairs: list[tuple[str, str]]) -> dict[int, int]:
+    """F of the pairs becomes small in the twin, unless something has it for its D."""
+    linears = _linears(module)
+    wide = {linears[up][1] for up, _ in pairs}
+    return dict.fromkeys(wide, twins.F) if wide.isdisjoint(linears[up][0] for up, _ in pairs) else {}
 
 
-def _run_twin(module: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[_Run]:
-    """The twin on small and large inputs, in evaluation and in training mode (dropout)."""
-    twin = _make_twin(module, pairs)
-    layers = {name: twin.get_submodule(name) for name in dict.fromkeys(itertools.chain(*pairs))}
-    d = int(layers[pairs[0][0]].in_features)  # type: ignore[arg-type]
-    for training, scale in itertools.product((False, True), _SCALES):
-        twin.train(training)
-        seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-
-        def record(name: str, into: dict[str, list[tuple[Tensor, Tensor]]]) -> Callable[..., None]:
-            return lambda _, args, output: into[name].append((args[0].clone(), output.clone()))
-
-        hooks = [layer.register_forward_hook(record(name, seen)) for name, layer in layers.items()]
-        x = torch.randn(2, 5, d) * scale
-        y = twin(x.clone())
-        for hook in hooks:
-            hook.remove()
-        yield _Run(twin, x, seen, y)
-
-
-def _count_elements(module: nn.Module, pairs: list[tuple[str, str]]) -> int:
+def _elements(module: nn.Module, small: dict[int, int]) -> int:
     """Numbers in the parameters and buffers of a module's twin."""
-    children = {id(t) for child in _find_linears(module).values() for t in child.parameters()}
+    linears = [module.get_submodule(name) for name in _linears(module)]
+    inside = {id(t): t for layer in linears for t in layer.parameters()}
     tensors = itertools.chain(module.parameters(), module.buffers())
-    besides = sum(t.numel() for t in tensors if id(t) not in children)
-    return besides + sum(i * o for i, o in _twin_sizes(module, pairs).values())
+    besides = sum(t.numel() for t in tensors if id(t) not in inside)
+    return besides + sum(torch.Size([small.get(n, n) for n in t.shape]).numel() for t in inside.values())
 
 
-def _twin_sizes(module: nn.Module, pairs: list[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """Widths in and out of the twin's linear children: F is small, unless something has it for its D."""
-    sizes = {
-        name: (int(child.in_features), int(child.out_features))  # type: ignore[arg-type]
-        for name, child in _find_linears(module).items()
-    }
-    widths = {sizes[up][1] for up, _ in pairs}
-    small = dict.fromkeys(widths, _TWIN_F) if widths.isdisjoint(sizes[up][0] for up, _ in pairs) else {}
-    return {name: (small.get(i, i), small.get(o, o)) for name, (i, o) in sizes.items()}
+def _examine_raw(path: str, module: nn.Module) -> Site | None:
+    """The verdict on a module that holds two matrices itself; None where it does not compute an FFN with them."""
+    matrices = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 2}
+    if len(matrices) < 2 or "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
+        return None
+    for (first, w1), (second, w2) in itertools.permutations(matrices.items(), 2):
+        for d, f in dict.fromkeys((tuple(w1.shape), tuple(w1.shape)[::-1])):
+            if (
+                sorted(w2.shape) != sorted((d, f))
+                or _elements(module, small := {f: twins.F} if f != d else {}) > _MOST_ELEMENTS
+            ):
+                continue
+            try:
+                with twins.neutral():
+                    runs = list(twins.runs(twins.twin_of(module, small), [], d))
+                    for raw in RawMatrices.candidates(module, first, second, d, f):
+                        if all(raw.is_ffn(run.twin, run.x, run.y) for run in runs[: len(twins.SCALES)]):
+                            return _raw_site(path, module, raw, runs)
+            except Exception:  # Foreign code that does not run on such an input is no FFN.
+                continue
+    return None
 
 
-def _make_twin(module: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
-    """A copy in float32 on the CPU with random values everywhere, F made small; large weights are never copied."""
-    sizes = _twin_sizes(module, pairs)
-    memo: dict[int, object] = {}
-    for name, child in _find_linears(module).items():
-        fresh = nn.Linear(*sizes[name], bias=child.bias is not None, device="cpu", dtype=torch.float32)
-        memo[id(child)] = fresh
-    children = {id(t) for child in _find_linears(module).values() for t in child.parameters()}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.is_floating_point() and id(tensor) not in children:
-            values = torch.randn(tensor.shape, device="cpu", dtype=torch.float32)
-            memo[id(tensor)] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
-    if hasattr(module, "config"):
-        memo[id(module.config)] = module.config
-    return copy.deepcopy(module, memo)
+def _raw_site(path: str, module: nn.Module, raw: RawMatrices, runs: list[Run]) -> Site:
+    why = _why_other_state(module, {name for name in raw.tensors if name})
+    if not all(raw.is_ffn(run.twin, run.x, run.y) for run in runs):
+        why = "it differs in training mode, as with dropout"
+    if not path:
+        why = why or "the model itself cannot be replaced in place"
+    if why:
+        return Site(path, module, raw.names, "other", f"its two matrices are parameters of its own, and {why}", raw)
+    return Site(path, module, raw.names, "ffn", raw=raw)
 
 
 def _inputs_of(module: nn.Module) -> list[inspect.Parameter]:
@@ -263,19 +261,18 @@ def _inputs_of(module: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(module.forward).parameters.values())
 
 
-def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[_Run]) -> str:
+def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[Run]) -> str:
     """Empty where the module can be replaced as a whole."""
     inputs = _inputs_of(module)
     if len(inputs) != 1 or inputs[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         return "its forward takes more than one input"
-    evaluation, training = runs[: len(_SCALES)], runs[len(_SCALES) :]
+    evaluation, training = runs[: len(twins.SCALES)], runs[len(twins.SCALES) :]
     if not all(run.is_whole(pair) for run in evaluation):
         return "it does more than the FFN, such as a gate, a shift or a scale"
     if not all(run.is_whole(pair) for run in training):
         return "it differs in training mode, as with dropout"
-    owned = {id(t) for name in pair for t in module.get_submodule(name).parameters()}
-    if any(id(t) not in owned for t in itertools.chain(module.parameters(), module.buffers())):
-        return "it holds parameters or buffers besides the two layers"
+    if why := _why_other_state(module, set(pair)):
+        return why
     if not are_free(pair):
         return "its layers have names that a module uses itself"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -283,15 +280,30 @@ def _why_not_whole(module: nn.Module, pair: tuple[str, str], runs: list[_Run]) -
     return ""
 
 
-def _describe_gate(module: nn.Module, pairs: list[tuple[str, str]]) -> str:
-    """A sentence where two layers widen to the F that the second one takes, as in a gated FFN; else empty."""
+def _why_other_state(module: nn.Module, ours: set[str]) -> str:
+    """Empty where the module's code depends on nothing that may change but its layers and attributes of its own."""
+    layers = [module.get_submodule(name) for name in ours & module._modules.keys()]
+    owned = {id(t) for layer in layers for t in itertools.chain(layer.parameters(), layer.buffers())}
+    owned |= {id(module._parameters[name]) for name in ours & module._parameters.keys()}
+    if any(id(t) not in owned for t in itertools.chain(module.parameters(), module.buffers())):
+        return "it holds parameters or buffers besides the two layers"
+    mine = {*module.__dict__, *module._modules, *module._parameters, *dir(type(module))}
+    taken = sorted(_RESERVED & mine - {"up", "down"} - ours)
+    return f"it has a {taken[0]!r} of its own, which means something else to a SquaredReLUFFN" if taken else ""
+
+
+_RESERVED = SquaredReLUFFN.__annotations__.keys() | (set(dir(SquaredReLUFFN)) - set(dir(nn.Module)))
+
+
+def _gated(pairs: list[tuple[str, str]]) -> str:
+    """Says so where two layers widen to the F that the second one takes; empty where not."""
     down = pairs[0][1]
     ups = [up for up, other in pairs if other == down]
     return f"gated: {' and '.join(ups)} both feed {down}" if len(ups) > 1 else ""
 
 
-def _name_what_is_between(pair: tuple[str, str], runs: list[_Run]) -> str:
-    """A sentence about what lies between the two layers, with the activation's name where it is known."""
+def _what_is_there(pair: tuple[str, str], runs: list[Run]) -> str:
+    """What lies between the two layers, named where it is known."""
     layers = [(run.seen[pair[0]], run.seen[pair[1]]) for run in runs]
     if any(len(ups) != 1 or len(downs) != 1 for ups, downs in layers):
         return f"{pair[0]} and {pair[1]} do not run once each"

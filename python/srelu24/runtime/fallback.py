@@ -1,13 +1,23 @@
-"""The warning that a call runs in plain PyTorch because the kernels cannot take it: one for each reason."""
+"""What becomes of a call that the kernels cannot take: it runs in plain PyTorch, with one warning for each reason, or
+it is an error in strict mode."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
 import torch
+
+from srelu24_gen.errors import Unsupported
+
+STRICT = os.environ.get("SRELU24_STRICT", "0") not in ("", "0")
+"""Every fallback of this process is an error: read once, so that a call does not pay for it."""
 
 
 class FallbackWarning(UserWarning):
@@ -39,16 +49,39 @@ def reason_of(error: Exception) -> str:
     return reason if isinstance(reason, Reason) else str(error)
 
 
+class _Strict(threading.local):
+    layer: str | None = None
+
+
+_strict = _Strict()
+
+
+@contextmanager
+def strictly(layer: str) -> Iterator[None]:
+    """A fallback inside is an error that names ``layer``, in this thread."""
+    before, _strict.layer = _strict.layer, layer
+    try:
+        yield
+    finally:
+        _strict.layer = before
+
+
 def warn_dense(reason: str) -> None:
     """Warn that the call runs dense, once per process and kind of reason. Not while a graph is traced: a warning would
-    break it."""
+    break it.
+
+    Raises:
+        Unsupported: inside :func:`strictly`, or with SRELU24_STRICT set.
+    """
     if not torch.compiler.is_compiling():
+        _refuse_if_strict(f"would run dense: {reason}")
         _warn_once("dense", reason, f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.")
 
 
 def warn_reference(reason: str) -> None:
     """Warn that the training step runs on its reference. As :func:`warn_dense`."""
     if not torch.compiler.is_compiling():
+        _refuse_if_strict(f"would train with its reference in plain PyTorch: {reason}")
         message = f"srelu24 trains with its reference in plain PyTorch, slower than dense: {reason}."
         _warn_once("reference", reason, message)
 
@@ -83,3 +116,9 @@ def _is_callers(frame: FrameType) -> bool:
     """Whether code outside of srelu24 and PyTorch runs in it. What PyTorch's compilers generate has no module name."""
     package = str(frame.f_globals.get("__name__") or "torch").partition(".")[0]
     return package not in ("srelu24", "srelu24_gen", "torch")
+
+
+def _refuse_if_strict(what: str) -> None:
+    if STRICT or _strict.layer is not None:
+        who = _strict.layer or "a call"
+        raise Unsupported(f"{who} {what}; strict is set, so this is an error. srelu24.status(model) says more.")
