@@ -22,7 +22,7 @@ from srelu24.measuring.workload import make_ffn, poison
 from srelu24.ops import functions
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import Activation, DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ def bench_ffn(
     densities: Sequence[float] = (0.1, 0.5),
     *,
     seconds_per_shape: float = 20.0,
+    activation: Activation = Activation.RELU2,
     json_path: Path | None = None,
     on_event: OnEvent | None = None,
     device: torch.device | str = "cuda",
@@ -55,6 +56,7 @@ def bench_ffn(
     Args:
         densities: shares of non-zero activations before pruning; each is a case of its own.
         seconds_per_shape: of timing rounds, per shape and density; preparing, warm-up and checking come on top.
+        activation: between the layers.
         json_path: result file, written anew after every group of rows, so that nothing measured is lost.
         on_event: called with :class:`BenchEvent`.
 
@@ -63,7 +65,8 @@ def bench_ffn(
         KeyboardInterrupt: Ctrl-C; what was measured is in the file, the interrupted rows from fewer rounds.
     """
     _check_arguments(shapes, densities, seconds_per_shape)
-    bench = _Bench(dtype, torch.device(device), json_path, on_event)
+    case = partial(Case.make, activation=activation)
+    bench = _Bench(dtype, torch.device(device), json_path, on_event, case)
     bench.file.python_overhead_us = bench.python_overhead()
     return bench.run(shapes, densities, seconds_per_shape, {"gemm": 0.5, "memory": 0.05, "ffn": 0.45})
 
@@ -75,6 +78,7 @@ def bench_gemm(
     *,
     seconds_per_shape: float = 10.0,
     zeros: bool = False,
+    activation: Activation = Activation.RELU2,
     json_path: Path | None = None,
     on_event: OnEvent | None = None,
     device: torch.device | str = "cuda",
@@ -83,9 +87,11 @@ def bench_gemm(
 
     Args:
         zeros: the GEMMs on nothing but zeros as well.
+        activation: between the layers.
     """
     _check_arguments(shapes, densities, seconds_per_shape)
-    bench = _Bench(dtype, torch.device(device), json_path, on_event)
+    case = partial(Case.make, activation=activation)
+    bench = _Bench(dtype, torch.device(device), json_path, on_event, case)
     return bench.run(shapes, densities, seconds_per_shape, {"gemm": 0.9, "memory": 0.1}, zeros=zeros)
 
 
@@ -118,7 +124,7 @@ def bench_fp8(
     """The 8-bit recipes, and their kernels alone, against ``torch._scaled_mm`` with row-wise scales, compiled, and
     cuSPARSELt. X is bf16. Arguments and errors as in :func:`bench_ffn`."""
     _check_arguments(shapes, densities, seconds_per_shape)
-    bench = _Bench(DType.BF16, torch.device(device), json_path, on_event, Fp8Case)
+    bench = _Bench(DType.BF16, torch.device(device), json_path, on_event, Fp8Case.make)
     return bench.run(shapes, densities, seconds_per_shape, {"fp8_gemm": 0.65, "fp8_memory": 0.05, "fp8_ffn": 0.3})
 
 
@@ -131,7 +137,7 @@ class _Bench:
         device: torch.device,
         json_path: Path | None,
         on_event: OnEvent | None,
-        case: type[Case] = Case,
+        case: Callable[..., Case] = Case.make,
     ) -> None:
         require_gpu(device)
         self._case = case
@@ -154,7 +160,7 @@ class _Bench:
             self._fraction = number / cases
             data = "zeros" if zero else f"density {density:g}"
             self._event("case", f"{shape} {self._dtype}, {data}: data and references")
-            case = self._case.make(shape, self._dtype, density, self._device, zeros=zero)
+            case = self._case(shape, self._dtype, density, self._device, zeros=zero)
             groups: dict[str, Group] = {}
             for part, share in parts.items():
                 if zero and part.endswith("memory"):

@@ -16,13 +16,14 @@ from torch import Tensor
 from srelu24.db.choice import SPARSE
 from srelu24.measuring.verify import exact_float32
 from srelu24.measuring.workload import make_ffn, prune
+from srelu24.numerics.activations import rule_of
 from srelu24.numerics.dtypes import STORAGE_TYPES
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.ops import functions
 from srelu24.runtime import dense, dispatch
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import Activation, DType, Family, Op, Problem
+from srelu24_gen.spec import Activation, DType, Family, Op, Problem, pruning_op
 
 Output = Tensor | Sparse24
 Run = Callable[[], Output]
@@ -54,6 +55,7 @@ class Case:
     """X W1^T, [M, F], summed in float32 and rounded to the storage type."""
     y_dense: Tensor
     """The dense FFN, [M, D], float32 throughout."""
+    activation: Activation = Activation.RELU2
 
     @classmethod
     def make(
@@ -65,6 +67,7 @@ class Case:
         seed: int = 0,
         *,
         zeros: bool = False,
+        activation: Activation = Activation.RELU2,
     ) -> Case:
         """Data as :func:`srelu24.measuring.workload.make_ffn` gives it, and references in float32 without TF32.
 
@@ -86,8 +89,8 @@ class Case:
                 rows = slice(start, start + _CHUNK_ROWS)
                 exact = data.x[rows].float() @ w1.T
                 h[rows] = exact
-                y[rows] = exact.relu_().square_() @ w2.T
-        return cls(shape, dtype, density, data.x, data.w1, data.w2, h, y)
+                y[rows] = rule_of(activation).plain(exact) @ w2.T
+        return cls(shape, dtype, density, data.x, data.w1, data.w2, h, y, activation)
 
     @property
     def gemm_flops(self) -> int:
@@ -101,13 +104,13 @@ class Case:
 
     @cached_property
     def act(self) -> Tensor:
-        """relu2(h), [M, F]: the zero-rich activations of the dense FFN, not pruned."""
-        return torch.relu(self.h).square()
+        """act(h), [M, F]: the zero-rich activations of the dense FFN, not pruned."""
+        return rule_of(self.activation).plain(self.h)
 
     @cached_property
     def s(self) -> Sparse24:
         """h activated and pruned by the reference."""
-        return prune(self.h)
+        return prune(self.h, self.activation)
 
     @cached_property
     def s_dense(self) -> Tensor:
@@ -173,16 +176,16 @@ def _require(case: Case, op: Op, n: int, k: int, activation: Activation = Activa
     dispatch.choose(problem, dispatch.gpu_of(case.x.device))
 
 
-def plain_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """relu2(X W1^T) W2^T as one writes it in PyTorch."""
-    return torch.relu(x @ w1.T).square() @ w2.T
+def plain_ffn(x: Tensor, w1: Tensor, w2: Tensor, /, activation: str = Activation.RELU2) -> Tensor:
+    """act(X W1^T) W2^T as one writes it in PyTorch."""
+    return rule_of(activation).plain(x @ w1.T) @ w2.T
 
 
 def _srelu24(case: Case) -> Run:
     """The two kernels through the public op."""
-    _require(case, Op.GEMM_RELU2_24, case.shape.f, case.shape.d, Activation.RELU2)
+    _require(case, pruning_op(case.activation), case.shape.f, case.shape.d, case.activation)
     _require(case, Op.SPGEMM, case.shape.d, case.shape.f)
-    return lambda: functions.ffn(case.x, case.w1, case.w2, mode="sparse")
+    return lambda: functions.ffn(case.x, case.w1, case.w2, mode="sparse", activation=case.activation)
 
 
 def chosen_way(case: Case) -> str:
@@ -212,44 +215,45 @@ def _torch_compile(case: Case) -> Run:
     # Dynamo gives up and runs eagerly after a few shapes of one function.
     torch.compiler.reset()
     compiled = torch.compile(plain_ffn, dynamic=False)
-    return lambda: compiled(case.x, case.w1, case.w2)
+    return lambda: compiled(case.x, case.w1, case.w2, case.activation.value)
 
 
 def _eager(case: Case) -> Run:
     """The plain FFN, four kernels."""
-    return lambda: plain_ffn(case.x, case.w1, case.w2)
+    return lambda: plain_ffn(case.x, case.w1, case.w2, case.activation)
 
 
 def _dense_fused(case: Case) -> Run:
-    """The best dense FFN of our own: squared ReLU in the first GEMM's epilogue, then a dense GEMM."""
-    _require(case, Op.GEMM, case.shape.f, case.shape.d, Activation.RELU2)
+    """The best dense FFN of our own: the activation in the first GEMM's epilogue, then a dense GEMM."""
+    _require(case, Op.GEMM, case.shape.f, case.shape.d, case.activation)
     _require(case, Op.GEMM, case.shape.d, case.shape.f)
-    return lambda: functions.linear(functions.linear(case.x, case.w1, activation="relu2"), case.w2)
+    return lambda: functions.linear(functions.linear(case.x, case.w1, activation=case.activation), case.w2)
 
 
 def _unfused(case: Case) -> Run:
     """Our kernels without the fusion: dense GEMM, activation and pruning over memory, sparse GEMM."""
     _require(case, Op.GEMM, case.shape.f, case.shape.d)
-    _require(case, Op.SPARSIFY24, case.shape.f, 0, Activation.RELU2)
+    _require(case, Op.SPARSIFY24, case.shape.f, 0, case.activation)
     _require(case, Op.SPGEMM, case.shape.d, case.shape.f)
-    return lambda: functions.matmul(functions.sparsify24(functions.linear(case.x, case.w1)), case.w2)
+    activation = case.activation
+    return lambda: functions.matmul(functions.sparsify24(functions.linear(case.x, case.w1), activation), case.w2)
 
 
 def _cusparselt(case: Case) -> Run:
     """The paper's way: cuBLAS, a kernel that activates and prunes (ours), cuSPARSELt on an S compressed beforehand."""
-    _require(case, Op.SPARSIFY24, case.shape.f, 0, Activation.RELU2)
+    _require(case, Op.SPARSIFY24, case.shape.f, 0, case.activation)
     gemm2 = case.cusparselt_gemm
 
     def run() -> Tensor:
-        functions.sparsify24(case.x @ case.w1.T)
+        functions.sparsify24(case.x @ case.w1.T, case.activation)
         return gemm2()
 
     return run
 
 
 def _gemm1_fused(case: Case) -> Run:
-    _require(case, Op.GEMM_RELU2_24, case.shape.f, case.shape.d, Activation.RELU2)
-    return lambda: functions.gemm_relu2_24(case.x, case.w1)
+    _require(case, pruning_op(case.activation), case.shape.f, case.shape.d, case.activation)
+    return lambda: functions.gemm_24(case.x, case.w1, activation=case.activation)
 
 
 def _gemm1_dense(case: Case) -> Run:
@@ -268,8 +272,8 @@ def _gemm2_sparse(case: Case) -> Run:
 
 
 def _sparsify24(case: Case) -> Run:
-    _require(case, Op.SPARSIFY24, case.shape.f, 0, Activation.RELU2)
-    return lambda: functions.sparsify24(case.h)
+    _require(case, Op.SPARSIFY24, case.shape.f, 0, case.activation)
+    return lambda: functions.sparsify24(case.h, case.activation)
 
 
 def _copy(case: Case) -> Run:

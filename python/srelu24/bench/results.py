@@ -103,6 +103,8 @@ class Row(Struct, kw_only=True):
     zeros: bool | UnsetType = UNSET
     """True where all inputs are zero."""
     recipe: str | None = None
+    activation: str | UnsetType = UNSET
+    """Where it is another one than relu2."""
     candidates: dict[str, Candidate]
     speedup: dict[str, float]
     """Time of a peer over the time of ``srelu24``: the median of interleaved pairs."""

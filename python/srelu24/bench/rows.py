@@ -11,6 +11,7 @@ from srelu24.bench import peers, peers_fp8
 from srelu24.bench.peers import Case, Peer
 from srelu24.bench.results import Candidate, Row
 from srelu24.measuring.timing import Timing, ratio
+from srelu24_gen.spec import Activation, pruning_op
 
 PEERS: dict[str, tuple[Peer, ...]] = {
     "gemm": peers.GEMM,
@@ -108,6 +109,7 @@ def _row(
         },
         speedup={name: ratio(ours, t) for name, t in timings.items() if name != "srelu24"} if ours else {},
         measured_density=case.measured_density,
+        activation=UNSET if case.activation is Activation.RELU2 else case.activation.value,
     )
 
 
@@ -116,7 +118,7 @@ def _gemm_rows(case: Case, groups: dict[str, Group]) -> list[Row]:
     gemm2 = {"srelu24": "gemm2_sparse", "gemm": "gemm2_dense"}
     gemm2 |= {"cublas": "gemm2_cublas", "cusparselt": "gemm2_cusparselt"}
     dense = {"srelu24": "gemm1_dense", "cublas": "gemm1_cublas"}
-    by_op = {"gemm_relu2_24": gemm1, "spgemm": gemm2, "gemm": dense}
+    by_op = {pruning_op(case.activation).value: gemm1, "spgemm": gemm2, "gemm": dense}
     return [_row(op, case, groups["gemm"], names, case.gemm_flops, alone=True) for op, names in by_op.items()]
 
 

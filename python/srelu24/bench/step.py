@@ -253,7 +253,7 @@ def _step_rows(shape: Shape, dtype: DType, density: float, device: torch.device 
     whole.candidates["srelu24"].saved_bytes = saved_bytes(
         lambda: training_ops.ffn(leaves[0], leaves[1], leaves[2], None, None, case.layer), inputs
     )
-    whole.candidates["eager"].saved_bytes = saved_bytes(lambda: plain_ffn(*leaves), inputs)
+    whole.candidates["eager"].saved_bytes = saved_bytes(lambda: plain_ffn(leaves[0], leaves[1], leaves[2]), inputs)
     pieces = parts(case)
     each = seconds / 2 / len(pieces)
     return [

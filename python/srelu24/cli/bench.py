@@ -9,7 +9,7 @@ import typer
 
 from srelu24.cli import live, options
 from srelu24_gen.models import Pass
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import Activation, DType
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks against the peers, on this GPU (docs/benchmarks.md).")
 
@@ -25,13 +25,20 @@ def bench_ffn(
     tokens: options.Tokens = None,
     dtype: options.Dtype = DType.BF16,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
+    activation: options.Activations = Activation.RELU2,
     seconds: Seconds = 20.0,
     json: options.JsonFile = None,
     results: options.Results = None,
 ) -> None:
     """The whole forward pass against torch.compile, our dense and unfused paths, and cuSPARSELt."""
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
-    live.benchmark("ffn", shapes, dtype, density, options.result_path(json, results, "ffn", dtype), seconds)
+    path = options.result_path(json, results, _name("ffn", activation), dtype)
+    live.benchmark("ffn", shapes, dtype, density, path, seconds, activation=activation)
+
+
+def _name(what: str, activation: Activation) -> str:
+    """What a result file is called, without its type."""
+    return what if activation is Activation.RELU2 else f"{what}_{activation.value}"
 
 
 @app.command("gemm")
@@ -41,6 +48,7 @@ def bench_gemm(
     tokens: options.Tokens = None,
     dtype: options.Dtype = DType.BF16,
     density: options.Densities = [0.1, 0.5],  # noqa: B006
+    activation: options.Activations = Activation.RELU2,
     zeros: Annotated[bool, typer.Option("--zeros", help="On nothing but zeros as well.")] = False,
     seconds: Seconds = 10.0,
     json: options.JsonFile = None,
@@ -48,8 +56,8 @@ def bench_gemm(
 ) -> None:
     """Each kernel alone against cuBLAS and cuSPARSELt."""
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
-    path = options.result_path(json, results, "gemm", dtype)
-    live.benchmark("gemm", shapes, dtype, density, path, seconds, zeros=zeros)
+    path = options.result_path(json, results, _name("gemm", activation), dtype)
+    live.benchmark("gemm", shapes, dtype, density, path, seconds, zeros=zeros, activation=activation)
 
 
 @app.command("sweep")

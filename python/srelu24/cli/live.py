@@ -24,7 +24,7 @@ from srelu24.tuning.events import (
     TuneReport,
 )
 from srelu24_gen.models import Pass, Shape
-from srelu24_gen.spec import DType, config_text
+from srelu24_gen.spec import Activation, DType, config_text
 
 if TYPE_CHECKING:
     from srelu24.bench.results import BenchFile
@@ -106,12 +106,14 @@ def benchmark(
     seconds: float | None = None,
     *,
     zeros: bool = False,
+    activation: Activation = Activation.RELU2,
 ) -> None:
     """Times the FFN, each kernel alone, what is chosen, or the 8-bit FFN against its peers; prints and writes a table.
 
     Args:
         seconds: of timing per shape and density, where the benchmark's own is not wanted.
         zeros: for "gemm", on nothing but zeros as well.
+        activation: for "ffn" and "gemm", between the layers.
     """
     from srelu24.bench import forward
 
@@ -124,8 +126,8 @@ def benchmark(
                 views.note(event.text, "yellow")
 
         benchmarks: dict[str, Callable[..., BenchFile]] = {
-            "ffn": forward.bench_ffn,
-            "gemm": partial(forward.bench_gemm, zeros=zeros),
+            "ffn": partial(forward.bench_ffn, activation=activation),
+            "gemm": partial(forward.bench_gemm, zeros=zeros, activation=activation),
             "sweep": forward.bench_sweep,
             "fp8": lambda shapes, _, densities, **options: forward.bench_fp8(shapes, densities, **options),
         }

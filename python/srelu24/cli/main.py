@@ -21,7 +21,8 @@ from srelu24.cli import bench, bench_training, cache, db, options, ship, streams
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Model, Shape
-from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import PRUNED_ACTIVATIONS, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.target import GpuTarget
 
 
 class _Commands(TyperGroup):
@@ -171,23 +172,9 @@ def render(
 ) -> None:
     """The CUDA source of a kernel, as it is compiled."""
     import srelu24_gen.render
-    from srelu24_gen import space
 
-    if activation is None:
-        activation = Activation.RELU2 if op in (Op.GEMM_RELU2_24, Op.SPARSIFY24) else Activation.NONE
-    m, d, f = shape
-    problem = Problem(
-        Family(op, dtype, activation, bias, residual, count),
-        m,
-        d if op is Op.SPGEMM else f,
-        0 if not op.multiplies else f if op is Op.SPGEMM else d,
-    )
-    target = options.target_of(gpu)
-    chosen = KernelConfig.from_dict(space.default(problem, target).to_dict() | _config(config))
-    verdict = space.supports(problem, chosen, target)
-    if not verdict.ok:
-        raise Unsupported(f"{problem} with this config: {verdict.reason}")
-    source = srelu24_gen.render.render(KernelSpec(problem.family, chosen, target.arch)).source
+    spec = _spec(op, dtype, activation, (bias, residual, count), config, shape, options.target_of(gpu))
+    source = srelu24_gen.render.render(spec).source
     if output is None:
         print(source, end="")
         return
@@ -195,6 +182,31 @@ def render(
         whole_file.write(output, source.encode())
     except OSError as error:
         raise Srelu24Error(f"{output} cannot be written ({error.strerror}); choose another path") from error
+
+
+def _spec(
+    op: Op,
+    dtype: DType,
+    activation: Activation | None,
+    flags: tuple[bool, bool, bool],
+    config: str,
+    shape: Shape,
+    target: GpuTarget,
+) -> KernelSpec:
+    """One kernel: its op, options (bias, residual, count) and the fields in which it differs from the default."""
+    from srelu24_gen import space
+
+    if activation is None:
+        usual = Activation.RELU2 if op is Op.SPARSIFY24 else Activation.NONE
+        activation = PRUNED_ACTIVATIONS.get(op, usual)
+    m, d, f = shape
+    n, k = (d, f) if op is Op.SPGEMM else (f, d)
+    problem = Problem(Family(op, dtype, activation, *flags), m, n, k if op.multiplies else 0)
+    chosen = KernelConfig.from_dict(space.default(problem, target).to_dict() | _config(config))
+    verdict = space.supports(problem, chosen, target)
+    if not verdict.ok:
+        raise Unsupported(f"{problem} with this config: {verdict.reason}")
+    return KernelSpec(problem.family, chosen, target.arch)
 
 
 @app.command()
@@ -211,10 +223,20 @@ def build(
     every: Annotated[bool, typer.Option("--all", help="All that tuning may time, not only what would run.")] = False,
     which: options.WhichPasses = options.Passes.FORWARD,
     bias: options.Bias = False,
+    op: Annotated[Op | None, typer.Option("--op", help="Only this kernel, as --config and --activation say.")] = None,
+    config: Annotated[
+        str, typer.Option(help="With --op: fields that differ from the default, as tile_m=192,stages=4.")
+    ] = "",
+    activation: Annotated[
+        Activation | None, typer.Option(help="Between the layers, relu2 by default; with --op, of that kernel.")
+    ] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
     json: options.Json = False,
 ) -> None:
-    """Compile kernels for a GPU, on any machine; what is in the cache is not compiled again."""
+    """Compile kernels for a GPU, on any machine; what is in the cache is not compiled again.
+
+    Exits with 1 where a kernel does not compile, spills registers or has its MMAs serialised.
+    """
     from srelu24.shipping import catalogue
 
     shapes = options.shapes_of(
@@ -228,7 +250,20 @@ def build(
         from_module=from_module,
     )
     target = options.target_of(gpu)
-    specs = catalogue.specs_for(shapes, dtype, target, every_candidate=every, passes=which.passes, bias=bias)
+    if op is None and config:
+        raise typer.BadParameter("--config is of one kernel; name it with --op")
+    if op is not None:
+        specs = [_spec(op, dtype, activation, (bias, False, False), config, shapes[0], target)]
+    else:
+        specs = catalogue.specs_for(
+            shapes,
+            dtype,
+            target,
+            every_candidate=every,
+            passes=which.passes,
+            bias=bias,
+            activation=activation or Activation.RELU2,
+        )
     with views.progress() as bar:
         task = bar.add_task(f"building for {target.name}", total=len(specs))
         rows = catalogue.build_kernels(specs, jobs, on_done=lambda: bar.advance(task))
@@ -236,7 +271,10 @@ def build(
         views.show_json(rows)
     else:
         views.show(views.built_table(rows))
-    if any(row["error"] for row in rows):
+    for row in rows:
+        if row.get("fault"):
+            views.note(f"{row['name']} should not run: {row['fault']}", "bold red")
+    if any(row["error"] or row.get("fault") for row in rows):
         raise typer.Exit(1)
 
 

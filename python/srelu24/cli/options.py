@@ -12,7 +12,7 @@ import typer
 from srelu24_gen import models
 from srelu24_gen.errors import Unsupported
 from srelu24_gen.models import Model, Pass, Shape
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import Activation, DType, pruning_op
 from srelu24_gen.target import GpuTarget, target_by_key
 
 
@@ -110,10 +110,22 @@ def _tuned_dtype(dtype: DType) -> DType:
     return dtype
 
 
+def _pruned_activation(activation: Activation) -> Activation:
+    try:
+        pruning_op(activation)
+    except Unsupported as error:
+        raise typer.BadParameter(str(error)) from error
+    return activation
+
+
 Dtype = Annotated[DType, typer.Option("--dtype", help="Storage type; accumulation is fp32.", callback=_storage_dtype)]
 TunedDtype = Annotated[DType, typer.Option("--dtype", help="Type of the operands.", callback=_tuned_dtype)]
 WhichPasses = Annotated[
     Passes, typer.Option("--pass", help="The kernels of inference, those of a training step, or all.")
+]
+Activations = Annotated[
+    Activation,
+    typer.Option("--activation", help="Between the layers.", callback=_pruned_activation),
 ]
 Bias = Annotated[bool, typer.Option("--bias", help="Kernels with biases, too.")]
 WhichPass = Annotated[Pass, typer.Option("--pass", help="The GEMMs of inference, or of a training step.")]

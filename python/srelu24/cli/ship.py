@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from srelu24.cli import options, views
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import Activation, DType
 
 
 def pack(
@@ -24,6 +24,7 @@ def pack(
     gpu: options.Gpu = None,
     dtype: options.TunedDtype = DType.BF16,
     which: options.WhichPasses = options.Passes.FORWARD,
+    activation: options.Activations = Activation.RELU2,
     bias: options.Bias = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Kernels compiled at a time.")] = os.cpu_count() or 1,
     json: options.Json = False,
@@ -51,6 +52,7 @@ def pack(
             dtype,
             target,
             passes=which.passes,
+            activation=activation,
             bias=bias,
             jobs=jobs,
             on_done=lambda total: bar.update(task, total=total, advance=1),

@@ -12,7 +12,7 @@ import typer
 from srelu24.cli import live, options, views
 from srelu24.db.database import Database
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import DType
+from srelu24_gen.spec import Activation, DType
 
 if TYPE_CHECKING:
     from srelu24.tuning.events import Event
@@ -31,6 +31,7 @@ def tune(
     tokens: options.Tokens = None,
     dtype: options.TunedDtype = DType.BF16,
     which: options.WhichPasses = options.Passes.FORWARD,
+    activation: options.Activations = Activation.RELU2,
     density: options.Density = 0.1,
     budget: Annotated[
         float | None,
@@ -84,6 +85,7 @@ def tune(
             runners,
             seconds,
             passes=which.passes,
+            activation=activation,
             density=density,
             resume=resume,
             dense=dense,

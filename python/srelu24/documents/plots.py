@@ -21,7 +21,7 @@ def plot_ffn(results_dir: Path, out_svg: Path) -> None:
     """
     panels: dict[tuple[str, str, float], list[Row]] = {}
     for result in of_op(load_results(results_dir), "ffn_forward"):
-        if result.row.speedup and result.row.recipe is None:
+        if result.row.speedup and result.row.recipe is None and not result.row.activation:
             panels.setdefault((result.gpu, result.row.dtype, result.row.density), []).append(result.row)
     if not panels:
         raise RecordError(f"{results_dir} has no FFN results to plot; run `srelu24 bench ffn` first")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from srelu24.bench.ablation.results import AblationFile
-from srelu24.bench.results import Result, load_results
+from srelu24.bench.results import Result, Row, load_results
 from srelu24.db.records import TuningRecord
 from srelu24.documents import ablation, accuracy, coverage, support, tables
 from srelu24.documents.coverage import Shipped
+from srelu24_gen.spec import Activation
 
 if TYPE_CHECKING:
     from srelu24.bench.accuracy import AccuracyFile
@@ -21,8 +22,13 @@ Makers = Mapping[str, Callable[[Source], str]]
 """Functions that make markdown of one source; a table is empty where nothing was measured."""
 
 
-def _in_16_bits(make: Callable[[list[Result]], str]) -> Callable[[list[Result]], str]:
-    return lambda results: make([result for result in results if not result.row.dtype.startswith("fp8")])
+def _in_16_bits(
+    make: Callable[[list[Result]], str], activation: Activation = Activation.RELU2
+) -> Callable[[list[Result]], str]:
+    def applies(row: Row) -> bool:
+        return not row.dtype.startswith("fp8") and (row.activation or Activation.RELU2) == activation
+
+    return lambda results: make([result for result in results if applies(result.row)])
 
 
 def _in_8_bits(make: Callable[[list[Result]], str]) -> Callable[[list[Result]], str]:
@@ -35,6 +41,8 @@ _fallback = partial(tables.ratio_table, other="tuned", ours="without a record")
 RESULTS: Makers[list[Result]] = {
     "ffn": _in_16_bits(tables.ffn_table),
     "gemm": _in_16_bits(tables.gemm_table),
+    "ffn_relu": _in_16_bits(tables.ffn_table, Activation.RELU),
+    "gemm_relu": _in_16_bits(tables.gemm_table, Activation.RELU),
     "memory": _in_16_bits(tables.memory_table),
     "overhead": _in_16_bits(tables.overhead_table),
     "step": tables.step_table,

@@ -7,6 +7,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from srelu24.bench.results import Candidate, Result, Row, of_op, of_recipes
+from srelu24_gen.spec import PRUNED_ACTIVATIONS
 
 PEERS = {
     "torch_compile": "torch.compile",
@@ -18,7 +19,7 @@ PEERS = {
 """Candidates of a whole FFN besides our own, in the order and with the names of tables and plots."""
 
 _MOVERS = ("sparsify24", "quantize_rows", "square_rows")
-_GEMMS = {"gemm_relu2_24": "GEMM1, fused", "spgemm": "GEMM2, sparse", "gemm": "GEMM1, dense"}
+_GEMMS = {**{op.value: "GEMM1, fused" for op in PRUNED_ACTIVATIONS}, "spgemm": "GEMM2, sparse", "gemm": "GEMM1, dense"}
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

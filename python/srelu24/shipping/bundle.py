@@ -32,7 +32,7 @@ from srelu24_gen import compile as compiler
 from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
 from srelu24_gen.models import Pass, Shape
 from srelu24_gen.render import render
-from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Problem
+from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Problem
 from srelu24_gen.store import BuildStore, KeptKernel, KernelMeta, encode_meta
 from srelu24_gen.target import GpuTarget, Toolchain
 
@@ -86,6 +86,7 @@ def pack(
     *,
     passes: Sequence[Pass] = (Pass.FORWARD,),
     bias: bool = False,
+    activation: Activation = Activation.RELU2,
     db: Database | None = None,
     jobs: int | None = None,
     on_done: Callable[[int], None] = lambda total: None,
@@ -104,6 +105,7 @@ def pack(
 
     Args:
         bias: with biases, too.
+        activation: between the layers.
         on_done: called with the number of kernels as each is built.
 
     Raises:
@@ -114,7 +116,9 @@ def pack(
     db, shapes = db or Database.open(), list(shapes)
 
     def problems() -> list[Problem]:
-        return [p for shape in shapes for p in catalogue.problems(shape, dtype, passes, bias=bias)]
+        return [
+            p for shape in shapes for p in catalogue.problems(shape, dtype, passes, bias=bias, activation=activation)
+        ]
 
     records = {r.key: r for p in problems() for r in db.of_widths(p, target) if _readable(r)}
     shapes += dict.fromkeys(Shape.of(record.problem) for record in records.values())

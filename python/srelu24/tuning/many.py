@@ -18,7 +18,7 @@ from srelu24_gen import cost
 from srelu24_gen.compile import key_of
 from srelu24_gen.errors import Srelu24Error, Unsupported
 from srelu24_gen.models import Pass, Shape
-from srelu24_gen.spec import DType, KernelSpec
+from srelu24_gen.spec import Activation, DType, KernelSpec
 from srelu24_gen.target import GpuTarget
 
 DEEP_ENOUGH = 0.5
@@ -46,9 +46,9 @@ class Work(NamedTuple):
     which: Pass
 
 
-def weight(work: Work, dtype: DType, target: GpuTarget) -> float:
+def weight(work: Work, dtype: DType, target: GpuTarget, activation: Activation = Activation.RELU2) -> float:
     """How much of a common budget a search gets: a fixed part for each GEMM, and more the longer they run."""
-    gemms = work.shape.gemms_of(work.which, dtype)
+    gemms = work.shape.gemms_of(work.which, dtype, activation=activation)
     try:
         us = sum(cost.cost(p, cost.best(p, target), target).us for p in gemms)
     except Unsupported:
@@ -88,6 +88,7 @@ def tune_shapes(
     budget: Budget,
     *,
     passes: Sequence[Pass] = (Pass.FORWARD,),
+    activation: Activation = Activation.RELU2,
     density: float = 0.1,
     resume: bool = True,
     dense: bool = False,
@@ -104,6 +105,7 @@ def tune_shapes(
     Args:
         runners: one per GPU.
         passes: of every shape.
+        activation: between the layers of every shape.
         resume: leave out what has complete records: of this GPU model, density and today's kernels, searched for at
             least :data:`DEEP_ENOUGH` of the time it would get. Of the rest take over what was screened.
         key: the key of a kernel's binary today.
@@ -127,17 +129,18 @@ def tune_shapes(
         target, queue = runner.target, queues[runner.target]
         while not stop.is_set() and (taken := queue.take()):
             work, waiting = taken
-            own, *others = (weight(w, dtype, target) for w in (work, *waiting))
+            own, *others = (weight(w, dtype, target, activation) for w in (work, *waiting))
             seconds = budget.of(own, sum(others) / queue.gpus, runner.now() - begin)
             left = seconds * (1 + (len(waiting) / queue.gpus if budget.per_shape else sum(others) / queue.gpus / own))
             on_event(ShapeStarted(*work, target.key, seconds, len(order) - len(waiting), len(order), left))
             tuned = Tuned(*work, target.key)
-            if not (resume and is_tuned(work, dtype, target, db, density, seconds, key)):
+            if not (resume and is_tuned(work, dtype, target, db, density, seconds, key, activation)):
                 try:
                     report = tune_ffn(
                         *work.shape,
                         dtype,
                         which=work.which,
+                        activation=activation,
                         density=density,
                         budget_s=seconds,
                         resume=resume,
@@ -183,11 +186,12 @@ def is_tuned(
     density: float,
     seconds: float,
     key: Callable[[KernelSpec], str] = key_of,
+    activation: Activation = Activation.RELU2,
 ) -> bool:
     """Whether the user's own records answer for it, with kernels as they are built today, and with dense times where
     these make a choice."""
     mine = {(r.family, r.m, r.n, r.k): r for r in db.user_records() if (r.arch, r.gpu) == (target.arch, target.key)}
-    for problem in work.shape.gemms_of(work.which, dtype):
+    for problem in work.shape.gemms_of(work.which, dtype, activation=activation):
         record = mine.get((problem.family, problem.m, problem.n, problem.k))
         if record is None or record.density != density:
             return False

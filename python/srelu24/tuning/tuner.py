@@ -28,9 +28,9 @@ from srelu24.tuning.events import (
 from srelu24.tuning.search import Runner, Search
 from srelu24.tuning.worker import Job, Outcome, Step, Worker
 from srelu24_gen.compile import BuiltKernel, build_many
-from srelu24_gen.errors import Srelu24Error, Unsupported
+from srelu24_gen.errors import CompileError, Srelu24Error, Unsupported
 from srelu24_gen.models import Pass, Shape
-from srelu24_gen.spec import DType, KernelSpec, Problem
+from srelu24_gen.spec import Activation, DType, KernelSpec, Problem
 from srelu24_gen.target import GpuTarget
 
 
@@ -42,6 +42,7 @@ def tune_ffn(
     *,
     which: Pass = Pass.FORWARD,
     bias: bool = False,
+    activation: Activation = Activation.RELU2,
     density: float = 0.1,
     budget_s: float = 120.0,
     resume: bool = True,
@@ -58,6 +59,7 @@ def tune_ffn(
     Args:
         which: the two GEMMs of inference, or those of a training step.
         bias: whether both layers have one.
+        activation: between the layers.
         density: share of non-zero activations in the data it is timed on.
         budget_s: seconds for the search; what was begun is finished.
         resume: take over candidates that were screened before, of the same binary, GPU and density.
@@ -85,11 +87,11 @@ def tune_ffn(
         begin = runner.now()
         chooses = dispatcher_chooses(which, dtype)
         if dense and chooses:
-            chain = shape.dense_gemms(dtype, bias, bias)
+            chain = shape.dense_gemms(dtype, bias, bias, activation)
             reports.append(Search(chain, runner, db, density, budget_s / 3, resume, emit).run())
             budget_s -= budget_s / 3
-        beside = dense_ways(shape, dtype, bias, runner.target, db) if chooses else {}
-        gemms = shape.gemms_of(which, dtype, bias, bias)
+        beside = dense_ways(shape, dtype, bias, runner.target, db, activation) if chooses else {}
+        gemms = shape.gemms_of(which, dtype, bias, bias, activation)
         reports.append(Search(gemms, runner, db, density, budget_s, resume, emit, beside).run())
     records = [record for report in reversed(reports) for record in report.records]
     report = dataclasses.replace(reports[-1], records=records, seconds=runner.now() - begin)
@@ -103,10 +105,17 @@ def dispatcher_chooses(which: Pass, dtype: DType) -> bool:
     return which is Pass.FORWARD and dtype is not DType.E4M3
 
 
-def dense_ways(shape: Shape, dtype: DType, bias: bool, target: GpuTarget, db: Database) -> dict[str, tuple[Step, ...]]:
+def dense_ways(
+    shape: Shape,
+    dtype: DType,
+    bias: bool,
+    target: GpuTarget,
+    db: Database,
+    activation: Activation = Activation.RELU2,
+) -> dict[str, tuple[Step, ...]]:
     """The dense FFNs that the dispatcher could run instead, by :data:`srelu24.runtime.dense.WAYS`, as it would run
     them."""
-    first, second = shape.dense_gemms(dtype, bias, bias)
+    first, second = shape.dense_gemms(dtype, bias, bias, activation)
 
     def own(problem: Problem) -> Step:
         return Step(problem, answer(problem, target, db).config)
@@ -141,7 +150,7 @@ class GpuRunner:
         stop = threading.Event()
 
         def on_done(spec: KernelSpec, outcome: BuiltKernel | Srelu24Error) -> None:
-            done.put((spec, outcome.meta.key if isinstance(outcome, BuiltKernel) else outcome))
+            done.put((spec, _key_or_fault(outcome)))
             if stop.is_set():
                 raise InterruptedError("nobody waits for these kernels any more")
 
@@ -200,6 +209,15 @@ class Lent:
 
     def close(self) -> None:
         """The child and its loaded kernels serve the next search."""
+
+
+def _key_or_fault(outcome: BuiltKernel | Srelu24Error) -> str | Srelu24Error:
+    """The key of a kernel that is worth timing. One that spills or serialises its MMAs is a failure of its trial."""
+    if not isinstance(outcome, BuiltKernel):
+        return outcome
+    if fault := outcome.meta.fault:
+        return CompileError(f"{outcome.meta.name} is not worth timing: {fault}")
+    return outcome.meta.key
 
 
 def _binary(spec: KernelSpec) -> KernelSpec:
