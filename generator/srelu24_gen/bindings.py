@@ -18,8 +18,6 @@ from srelu24_gen.spec import (
 )
 
 WARPGROUP_THREADS = 128
-BOOKKEEPING_BYTES = 1024
-"""Shared memory besides the ring: barriers, works to come, the rounding of the whole to the swizzle's alignment."""
 PRODUCER_LAG = 2
 """Stages a producer thread leaves empty: what it refills was read so many steps ago."""
 SPARSE_OPS = (Op.SPGEMM, Op.SPGEMM_TOKENS)
@@ -29,6 +27,8 @@ PACKING_OPS = (*PRUNED_ACTIVATIONS, Op.GEMM_DRELU2_24)
 E_VECTOR_COLUMNS = 256
 """Columns of the pruned operand that one 16-byte vector of E covers."""
 
+SWIZZLE_BYTES = 1024
+"""After how many bytes the swizzle's pattern repeats: what a stage begins at."""
 K_BLOCK_BYTES = 128
 """Of a row of B in a k-block: the span of the swizzle."""
 _MOST_STAGES = 8
@@ -80,8 +80,6 @@ def footprint(family: Family, config: KernelConfig) -> Footprint:
     k_bytes = config.tile_k * family.dtype.bytes
     bytes_a = config.tile_m * k_bytes // (2 if family.op in SPARSE_OPS else 1)
     bytes_b = config.tile_n * k_bytes
-    # Scales and biases of a tile's columns, fp32, for two works.
-    column_bytes = 2 * 4 * config.tile_n * (1 + family.bias) if family.scaled else 0
     # The launch gives every thread an equal share, in steps of 8; setmaxnreg moves the producer's to the consumers.
     share = min(255, 65536 // threads // 8 * 8)
     reallocates = producer and consumers > 1
@@ -92,10 +90,27 @@ def footprint(family: Family, config: KernelConfig) -> Footprint:
         threads=threads,
         stage_bytes_a=bytes_a,
         stage_bytes_b=bytes_b,
-        shared_bytes=config.stages * (bytes_a + bytes_b) + BOOKKEEPING_BYTES + column_bytes,
+        shared_bytes=_shared_storage_bytes(family, config, bytes_a, bytes_b, consumers),
         producer_registers=producer_registers,
         consumer_registers=consumer_registers,
     )
+
+
+def _shared_storage_bytes(family: Family, config: KernelConfig, bytes_a: int, bytes_b: int, consumers: int) -> int:
+    """``sizeof(SharedStorage)`` of ``sm90/pipeline.cuh``, member by member; the kernel asserts that it is."""
+    works = 1 if config.producer is Producer.WARPGROUP else config.stages - PRODUCER_LAG + 2
+    barrier = 8
+    columns = 2 * 4 * config.tile_n + 2 * 4 * (config.tile_n if family.bias else 4) + 4 * barrier
+    size = config.stages * (bytes_a + bytes_b)  # both in whole patterns of the swizzle
+    size = _aligned(size + config.stages * 2 * barrier, 16)
+    size += 16 * works
+    size += 4 * consumers * 48  # pieces, one for each warp
+    size += columns if family.scaled else 1
+    return _aligned(size, SWIZZLE_BYTES)
+
+
+def _aligned(size: int, to: int) -> int:
+    return -(-size // to) * to
 
 
 WARP_COLUMNS = 64

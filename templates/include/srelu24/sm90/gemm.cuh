@@ -131,8 +131,8 @@ template <class Config>
 __device__ __forceinline__ void gemm(GemmParams const& p) {
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];  // the swizzle patterns repeat every 1024 bytes
   if (cute::cast_smem_ptr_to_uint(dynamic_shared) % 1024 != 0) __trap();
-  static_assert(sizeof(SharedStorage<Config>) <= Config::kSharedBytes,
-                "the ring and its barriers do not fit in the shared memory that the kernel is launched with");
+  static_assert(sizeof(SharedStorage<Config>) == Config::kSharedBytes,
+                "the kernel is launched with just the shared memory that it lays out (bindings.py)");
   static_assert(Config::kTileM == 64 * Config::kConsumers, "a consumer warpgroup owns 64 rows of the tile");
   static_assert(Config::kClusterM <= 4, "warp w of a consumer tells CTA w that a stage is free, and it has four warps");
   static_assert(Config::kStages > (Config::kProducerWarpgroup ? 1 : Config::kProducerLag),
