@@ -18,8 +18,9 @@ MODULES = (
 )
 HEAD = """# Compatibility
 
-What srelu24 works with: each line says what holds, and which test shows it. All tests run without a GPU, where the CPU
-reference stands in for the kernels, except those of `tests/gpu`. This page is written from the tests by `make docs-page`.
+What srelu24 works with: each line says what holds, and which test shows it. All tests run without a GPU, where the
+CPU reference stands in for the kernels, except those of `tests/gpu`. This page is written from the tests by
+`make docs-page`.
 
 Training is dense PyTorch, with one warning, unless a recipe of [training](training.md) is given.
 """
