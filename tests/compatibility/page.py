@@ -10,9 +10,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
+_ON_THE_CPU = (
+    *("convert", "huggingface", "state", "hooks", "ambient", "compile", "autograd"),
+    *("training_recipe", "fp8_recipe", "distributed", "serving"),
+)
 MODULES = (
-    *(f"tests/compatibility/test_{name}.py" for name in ("convert", "huggingface", "state", "compile", "autograd")),
-    *(f"tests/compatibility/test_{name}.py" for name in ("training_recipe", "fp8_recipe", "distributed", "serving")),
+    *(f"tests/compatibility/test_{name}.py" for name in _ON_THE_CPU),
     "tests/gpu/test_modules.py",
     "tests/gpu/test_recipes.py",
 )
