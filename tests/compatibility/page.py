@@ -10,16 +10,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
+_ON_THE_CPU = (
+    *("convert", "huggingface", "state", "hooks", "ambient", "compile", "autograd"),
+    *("training_recipe", "fp8_recipe", "distributed", "serving"),
+)
 MODULES = (
-    *(f"tests/compatibility/test_{name}.py" for name in ("convert", "huggingface", "state", "compile", "autograd")),
-    *(f"tests/compatibility/test_{name}.py" for name in ("training_recipe", "fp8_recipe", "distributed", "serving")),
+    *(f"tests/compatibility/test_{name}.py" for name in _ON_THE_CPU),
     "tests/gpu/test_modules.py",
     "tests/gpu/test_recipes.py",
 )
 HEAD = """# Compatibility
 
-What srelu24 works under, each with the test that shows it. This page is written from the tests: `make docs-page`.
-All run without a GPU, where the CPU reference answers for the kernels, except those of `tests/gpu`.
+What srelu24 works with: each line says what holds, and which test shows it. All tests run without a GPU, where the
+CPU reference stands in for the kernels, except those of `tests/gpu`. This page is written from the tests by
+`make docs-page`.
 
 Training is dense PyTorch, with one warning, unless a recipe of [training](training.md) is given.
 """

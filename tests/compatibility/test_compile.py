@@ -81,7 +81,7 @@ def test_export(converted: nn.Module) -> None:
 
 @pytest.mark.parametrize("f", [64, 72])
 def test_opcheck_linear24(f: int) -> None:
-    """torch.library.opcheck of linear24; tests/unit/test_ops.py has it for the other ops."""
+    """torch.library.opcheck of linear24; tests/unit/ops/test_functions.py has it for the other ops."""
     a, w, bias = torch.randn(20, f).relu().bfloat16(), torch.randn(40, f).bfloat16(), torch.randn(40).bfloat16()
     torch.library.opcheck(torch.ops.srelu24.linear24.default, (a, w, bias))
     torch.library.opcheck(torch.ops.srelu24.linear24.default, (a, w, None))

@@ -67,7 +67,8 @@ def tune_ffn(
             in any case; a training step has none.
         device: the GPU to tune.
         db: where trials and records go; the user's database by default.
-        on_event: called with every :data:`~srelu24.tuning.events.Event`; :func:`live_view` gives one that draws.
+        on_event: called with every :data:`~srelu24.tuning.events.Event`; :func:`srelu24.cli.live.live_view` gives one
+            that draws.
         runner: replaces the GPU and the compiler.
 
     Raises:

@@ -6,7 +6,7 @@
 
 namespace srelu24 {
 
-/// Arguments, as srelu24/launch.py packs them. Input is [m, n].
+/// Arguments, as srelu24/runtime/rows.py packs them. Input is [m, n].
 struct SparsifyParams {
   void const* in;
   void* out;            // packed values [m, n / 2]
