@@ -120,8 +120,8 @@ def test_wrong_models_types_and_token_counts_are_refused(
 def test_list_models_prints_the_table() -> None:
     table = srelu24("list", "--models").stdout
     for key, model in MODELS.items():
-        row = next(line for line in table.splitlines() if f" {key} " in line)
-        assert [cell.strip() for cell in row.split("│")[1:5]] == [key, model.name, str(model.d_model), str(model.d_ff)]
+        row = next(line for line in table.splitlines() if line.startswith(f"{key} "))
+        assert row.split(maxsplit=3) == [key, str(model.d_model), str(model.d_ff), model.name]
     rows = json.loads(srelu24("list", "--models", "--json").stdout)
     assert rows[0] == {
         "key": "paper-1b",
