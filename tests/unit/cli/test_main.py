@@ -50,17 +50,17 @@ def built_kernel(spec: KernelSpec) -> compiler.BuiltKernel:
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
     """Stands in for NVRTC; answers the list of what was asked of it."""
-    asked: list[KernelSpec] = []
+    calls: list[KernelSpec] = []
 
     def build_many(specs: list[KernelSpec], *, on_done: Callable[..., None], **_: Any) -> list[compiler.BuiltKernel]:
-        asked.extend(specs)
+        calls.extend(specs)
         outcomes = [built_kernel(spec) for spec in specs]
         for spec, outcome in zip(specs, outcomes, strict=True):
             on_done(spec, outcome)
         return outcomes
 
     monkeypatch.setattr(compiler, "build_many", build_many)
-    return asked
+    return calls
 
 
 def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = "h200") -> TuningRecord:
@@ -356,20 +356,20 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> 
     from srelu24.bench import forward
     from srelu24.tuning import tuner
 
-    asked: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def tune_ffn(m: int, d: int, f: int, dtype: DType, **options: Any) -> dict[str, Any]:
-        asked.append(
+        calls.append(
             ("tune", Shape(m, d, f), dtype, options["density"], options["budget_s"], options.get("resume", True))
         )
         return {"records": []}
 
     def check_ffn(shape: Shape, dtype: DType, device: str) -> list[main_job.Finding]:
-        asked.append(("check", device))
+        calls.append(("check", device))
         return [main_job.Finding("it holds", True, "made up")]
 
     def bench_ffn(shapes: list[Shape], dtype: DType, densities: list[float], **_: Any) -> results.BenchFile:
-        asked.append(("bench", shapes, densities))
+        calls.append(("bench", shapes, densities))
         return results.BenchFile(env={}, rows=[])
 
     gpus = (doctor.Gpu(0, H200.name, (9, 0), H200.sm_count),)
@@ -378,7 +378,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> 
     monkeypatch.setattr(tuner, "tune_ffn", tune_ffn)
     monkeypatch.setattr(forward, "bench_ffn", bench_ffn)
     monkeypatch.setattr(main_job, "check_ffn", check_ffn)
-    return asked
+    return calls
 
 
 def test_run_on_a_gpu_tunes_what_has_no_record_then_checks_and_times(fake_gpu: list[tuple[Any, ...]]) -> None:
