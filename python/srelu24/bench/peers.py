@@ -40,7 +40,7 @@ class Case:
     """One shape, type and density on a GPU: the inputs, every intermediate, the outputs to expect."""
 
     speed: ClassVar[int] = 1
-    """Of the tensor cores on the GEMMs' operands, over that on 16 bits."""
+    """Rate of the tensor cores on the type of the GEMMs' operands, over their rate on 16 bits."""
 
     shape: Shape
     dtype: DType
@@ -94,7 +94,7 @@ class Case:
 
     @property
     def gemm_flops(self) -> int:
-        """Of one dense GEMM of the two."""
+        """Floating-point operations of one dense GEMM of the two."""
         return 2 * self.shape.m * self.shape.d * self.shape.f
 
     @cached_property

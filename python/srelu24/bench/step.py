@@ -64,7 +64,7 @@ class StepCase:
 
     @property
     def stride(self) -> int | None:
-        """Of the groups along tokens."""
+        """Stride of the groups along tokens."""
         return self.layer.recipe.token_stride
 
     @classmethod

@@ -20,7 +20,7 @@ from srelu24.db.choice import answer
 from srelu24.db.database import Database
 from srelu24.tuning.noise import Chain, speedup
 from srelu24.tuning.search import Runner
-from srelu24.tuning.tuner import Lent, tune_ffn
+from srelu24.tuning.tuner import BorrowedRunner, tune_ffn
 from srelu24.tuning.worker import Candidate as Chained
 from srelu24.tuning.worker import Failed, Job, Step, Timed
 from srelu24_gen import cost
@@ -64,12 +64,15 @@ def bench_tuning(
     file = BenchFile(env=env or {}, rows=[])
     try:
         every = [(shape, shape.gemms_of(which, dtype)) for shape in (*shapes, *held_out)]
-        recorded = [_recorded(gemms, runner, db, exact=number < len(shapes)) for number, (_, gemms) in enumerate(every)]
+        recorded = [
+            _configs_by_records(gemms, runner, db, exact=number < len(shapes))
+            for number, (_, gemms) in enumerate(every)
+        ]
         defaults = [tuple(cost.best(problem, runner.target) for problem in gemms) for _, gemms in every]
         _build(runner, [gemms for _, gemms in every] * 2, [*recorded, *defaults])
         for number, ((shape, gemms), ours, default) in enumerate(zip(every, recorded, defaults, strict=True)):
             held = number >= len(shapes)
-            other = _tuned(shape, which, dtype, runner, db, density, tune_s) if held else default
+            other = _tune_aside(shape, which, dtype, runner, db, density, tune_s) if held else default
             op, name = ("fallback", "tuned") if held else ("tuning", "default")
             op += _suffix(which)
             row = _compare(op, name, shape, gemms, runner, ours, other, density, seconds_per_shape)
@@ -136,7 +139,7 @@ def _suffix(which: Pass) -> str:
 
 @contextmanager
 def _build_cache(folder: Path) -> Iterator[None]:
-    """Another one, for this process and those that it starts."""
+    """Another build cache for this process and those that it starts."""
     before = os.environ.get("SRELU24_CACHE_DIR")
     os.environ["SRELU24_CACHE_DIR"] = str(folder)
     try:
@@ -158,7 +161,7 @@ def summary(rows: Sequence[Row]) -> dict[str, tuple[float, float, str]]:
 
 
 def _build(runner: Runner, gemms: Sequence[Sequence[Problem]], chains: Sequence[Chain]) -> None:
-    """Compiles what will be timed on all cores; what does not compile has its reason when it is timed."""
+    """Compiles what will be timed, on all cores; a kernel that does not compile fails when it is timed."""
     specs = {
         KernelSpec(problem.family, config, runner.target.arch)
         for problems, chain in zip(gemms, chains, strict=True)
@@ -168,25 +171,25 @@ def _build(runner: Runner, gemms: Sequence[Sequence[Problem]], chains: Sequence[
         pass
 
 
-def _recorded(gemms: Sequence[Problem], runner: Runner, db: Database, exact: bool) -> Chain:
-    """What a call would run by the records: its own, or without one what others, or their lack, come to."""
-    found = []
+def _configs_by_records(gemms: Sequence[Problem], runner: Runner, db: Database, exact: bool) -> Chain:
+    """The configurations that a call would run by the records; ``exact``: whether each GEMM has a record of its own."""
+    configs = []
     for problem in gemms:
         choice = answer(problem, runner.target, db)
         if (choice.source == "exact") != exact:
-            has, do = ("has no record", "tune it first") if exact else ("has one", "hold out another number of tokens")
-            raise Unsupported(f"{problem} {has} on {runner.target.name}; {do}")
-        found.append(choice.config)
-    return tuple(found)
+            found, advice = ("no record", "tune it first") if exact else ("one", "hold out another number of tokens")
+            raise Unsupported(f"{problem} has {found} on {runner.target.name}; {advice}")
+        configs.append(choice.config)
+    return tuple(configs)
 
 
-def _tuned(
+def _tune_aside(
     shape: Shape, which: Pass, dtype: DType, runner: Runner, db: Database, density: float, seconds: float
 ) -> Chain:
     with tempfile.TemporaryDirectory() as folder:
         aside = Database(db.shipped_folder, Path(folder) / "tuning.sqlite")
         aside.take(db.user_records())
-        runner = Lent(runner)
+        runner = BorrowedRunner(runner)
         report = tune_ffn(*shape, dtype, which=which, density=density, budget_s=seconds, db=aside, runner=runner)
     return tuple(record.kernel_config() for record in report.records)
 

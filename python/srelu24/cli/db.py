@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from srelu24.cli import views
+from srelu24.cli import record_views, views
 from srelu24.db import fit, health, rekey
 from srelu24.db.database import Database
-from srelu24.db.health import Stale
 from srelu24.db.records import TuningRecord, read_file, read_records, write_file
 from srelu24.tuning import recheck
 from srelu24_gen import cost
 from srelu24_gen.errors import Unsupported
-from srelu24_gen.spec import config_text
 from srelu24_gen.target import TARGETS, GpuTarget, target_by_key
 
 app = typer.Typer(no_args_is_help=True, help="Tuning records: what is known to be best, and the evidence.")
@@ -36,7 +32,7 @@ def list_records(gpu: OnlyGpu = None, json: Json = False) -> None:
     if json:
         views.show_json(records)
     else:
-        views.show(views.records_table(records))
+        views.show(record_views.records_table(records))
 
 
 @app.command()
@@ -97,22 +93,8 @@ def diff(
         return
     # Most shipped records are for models that a user never tuned.
     quiet = {"same"} if path else {"same", "missing"}
-    table = views.table(
-        "your records",
-        ("GPU", "problem", "what", "yours", "theirs", "ms", "their ms", "speed-up"),
-        right=(5, 6, 7),
-    )
-    for each in found:
-        if (either := each.yours or each.theirs) and each.what not in quiet:
-            table.add_row(
-                *_where(either),
-                each.what,
-                *(_config(side) for side in (each.yours, each.theirs)),
-                *(f"{side.evidence.ms:.3f}" if side else "-" for side in (each.yours, each.theirs)),
-                f"{each.speedup:.3f}x" if each.speedup else "-",
-            )
-    if table.row_count:
-        views.show(table)
+    if shown := [each for each in found if each.what not in quiet]:
+        views.show(record_views.differences_table(shown))
     counts = Counter(each.what for each in found)
     views.note(
         f"{counts['new']} new, {counts['config']} with another config, {counts['evidence']} with other evidence, "
@@ -133,7 +115,7 @@ def stale(gpu: OnlyGpu = None, json: Json = False) -> None:
         views.show_json([{"source": source, "reason": each.reason, "record": each.row} for source, each in rows])
         return
     if rows:
-        _show_stale(rows)
+        views.show(record_views.stale_table(rows))
     views.note(f"stale records: {len(rows)}; `srelu24 tune` replaces yours" if rows else "no record is stale")
 
 
@@ -151,7 +133,7 @@ def prune(
         views.note("nothing to drop: no record and no trial of yours is stale")
         return
     if records and not json:
-        _show_stale([("yours", each) for each in records])
+        views.show(record_views.stale_table([("yours", each) for each in records]))
     views.note(f"stale records: {len(records)}, stale trials: {len(trials)}")
     drop = bool(records or trials) and not dry_run and (yes or typer.confirm("Drop them?", err=True))
     dropped = database.drop([*(each.row for each in records), *(each.row for each in trials)]) if drop else 0
@@ -193,10 +175,7 @@ def rekey_records(
         views.show_json({"counts": counts, "records": rekeyed})
     left = [each for each in rekeyed if each.outcome not in ("current", "same")]
     if left and not json:
-        table = views.table("records that stay stale", ("GPU", "problem", "config", "why"))
-        for each in left:
-            table.add_row(*_where(each.record), _config(each.record), escape(each.detail))
-        views.show(table)
+        views.show(record_views.rekeyed_table(left))
     views.note(f"{counts['same']} records renewed, {counts['current']} named today's kernels, {len(left)} stay stale")
     if left:
         raise typer.Exit(1)
@@ -211,14 +190,8 @@ def verify(json: Json = False) -> None:
         verdicts = recheck.verify(records, runner, on_done=lambda _: bar.advance(task))
     if json:
         views.show_json(verdicts)
-    else:
-        table = views.table("records that are not right", ("GPU", "problem", "config", "outcome", "why"))
-        for verdict in verdicts:
-            if verdict.outcome != "right":
-                row = (verdict.outcome, escape(verdict.detail))
-                table.add_row(*_where(verdict.record), _config(verdict.record), *row)
-        if table.row_count:
-            views.show(table)
+    elif wrong := [verdict for verdict in verdicts if verdict.outcome != "right"]:
+        views.show(record_views.verdicts_table(wrong))
     counts = Counter(verdict.outcome for verdict in verdicts)
     views.note(
         f"right: {counts['right']}, failed: {counts['failed']}, not usable by this version: {counts['unusable']}"
@@ -260,18 +233,7 @@ def fit_cost_model(
     if json:
         views.show_json({"gpu": target.key, "before": before._asdict(), "after": after._asdict(), "constants": best})
         return
-    table = views.table(f"cost model, {before.problems} problems on {target.name}", ("", "today", "fitted"), (1, 2))
-    words = (
-        "times off, root mean square",
-        "times off, mean",
-        "first choice behind, mean",
-        "first choice behind, worst",
-    )
-    for name, *values in zip(words, before[1:], after[1:], strict=True):
-        table.add_row(name, *(f"{value:.2%}" for value in values))
-    for field in dataclasses.fields(best):
-        table.add_row(field.name, *(f"{getattr(constants, field.name):.4g}" for constants in (today, best)))
-    views.show(table)
+    views.show(record_views.fit_table(target, before, after, today, best))
     views.note(f'they belong in CONSTANTS["{target.key}"] of srelu24_gen/cost.py')
 
 
@@ -302,25 +264,3 @@ def _of_gpu(
     if gpu not in keys:
         raise Unsupported(f"there is no GPU {gpu!r}; known are {', '.join(sorted(keys))}")
     return [r for r in records if r.gpu == gpu]
-
-
-def _show_stale(rows: Iterable[tuple[str, Stale[TuningRecord]]]) -> None:
-    table = views.table("stale records", ("GPU", "problem", "whose", "config", "timed", "why"))
-    for source, each in rows:
-        when = each.row.evidence.when
-        table.add_row(*_where(each.row), source, _config(each.row), escape(when), escape(each.reason))
-    views.show(table)
-
-
-def _where(record: TuningRecord) -> tuple[str, str]:
-    return escape(record.gpu), escape(str(record.problem))
-
-
-def _config(record: TuningRecord | None) -> str:
-    """In words; "?" where this version does not know the configuration."""
-    if record is None:
-        return "-"
-    try:
-        return config_text(record.family.op, record.kernel_config())
-    except Unsupported:
-        return "?"

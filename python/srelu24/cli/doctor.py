@@ -69,7 +69,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """The CUDA driver: the CUDA version it knows (0 if not asked), its devices, and what is wrong with it."""
+    """The CUDA driver: the CUDA version it knows (0 where it is not known), its devices, and what is wrong with it."""
 
     present: bool
     cuda_version: int = 0
@@ -229,7 +229,7 @@ def _driver_release() -> str:
             return str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # NVML is a nicety here: whatever it lacks, the CUDA driver has been asked already
+    except Exception:  # the release is only for the reader: without NVML the CUDA version of the driver is shown alone
         return ""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.markup import escape
-from rich.progress import TaskID
+from rich.progress import Progress, TaskID
 
 from srelu24.cli import views
 from srelu24.tuning.events import (
@@ -34,49 +34,66 @@ if TYPE_CHECKING:
 def live_view() -> Iterator[Callable[[Event], None]]:
     """A progress view on stderr: a bar per stage and problem, the best so far, failures as they come, the result."""
     with views.progress() as progress:
-        tasks: dict[tuple[str, str], TaskID] = {}
-        shapes: dict[str, TaskID] = {}
-        failed: Counter[tuple[str, str]] = Counter()
+        yield _LiveView(progress).show
 
-        def on_event(event: Event) -> None:
-            match event:
-                case ShapeStarted():
-                    title = escape(f"{event.number} of {event.total} on {event.gpu}: {event.shape} {event.which}")
-                    if event.gpu not in shapes:
-                        shapes[event.gpu] = progress.add_task("", total=event.total)
-                    description = f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left"
-                    progress.update(shapes[event.gpu], completed=event.number - 1, description=description)
-                case ShapeEnded():
-                    m, d, f = event.shape
-                    for stage, what in list(tasks):
-                        if any(sizes in what for sizes in (f"{m}x{d}x{f}", f"{m}x{f}x{d}", f"{f}x{d}x{m}")):
-                            progress.remove_task(tasks.pop((stage, what)))
-                    progress.advance(shapes[event.gpu])
-                    if event.error:
-                        title = escape(f"failed: {event.shape} {event.which}: {event.error}")
-                        progress.console.print(title, style="bold red")
-                    elif event.report is None:
-                        title = f"{event.shape} {event.which} is tuned on {event.gpu} already"
-                        progress.console.print(title, soft_wrap=True)
-                case StageStarted():
-                    title = escape(f"{event.stage} {event.what}")
-                    tasks[event.stage, event.what] = progress.add_task(title, total=event.total)
-                case Advanced():
-                    best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
-                    bad = f"  {count} failed" if (count := failed[event.stage, event.what]) else ""
-                    title = escape(f"{event.stage} {event.what}{best}{bad}")
-                    if (task := tasks.get((event.stage, event.what))) is not None:
-                        progress.update(task, completed=event.done, description=title)
-                case Failure():
-                    failed[event.stage, event.what] += 1
-                    progress.console.print(
-                        escape(f"failed: {event.what}, {event.config}: {event.reason}"), style="yellow"
-                    )
-                case Finished():
-                    for line in summary(event.report):
-                        progress.console.print(escape(line), soft_wrap=True)
 
-        yield on_event
+class _LiveView:
+    """The bars of one or several searches."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stages: dict[tuple[str, str], TaskID] = {}
+        self._gpus: dict[str, TaskID] = {}
+        self._failed: Counter[tuple[str, str]] = Counter()
+
+    def show(self, event: Event) -> None:
+        """Draw what has happened."""
+        match event:
+            case ShapeStarted():
+                self._begin_shape(event)
+            case ShapeEnded():
+                self._end_shape(event)
+            case StageStarted():
+                title = escape(f"{event.stage} {event.what}")
+                self._stages[event.stage, event.what] = self._progress.add_task(title, total=event.total)
+            case Advanced():
+                self._advance(event)
+            case Failure():
+                self._failed[event.stage, event.what] += 1
+                self._print(f"failed: {event.what}, {event.config}: {event.reason}", "yellow")
+            case Finished():
+                for line in summary(event.report):
+                    self._print(line)
+
+    def _begin_shape(self, event: ShapeStarted) -> None:
+        if event.gpu not in self._gpus:
+            self._gpus[event.gpu] = self._progress.add_task("", total=event.total)
+        title = f"{event.number} of {event.total} on {event.gpu}: {event.shape} {event.which}"
+        description = escape(f"{title}, {event.seconds:.0f} s; about {event.left_s:.0f} s left")
+        self._progress.update(self._gpus[event.gpu], completed=event.number - 1, description=description)
+
+    def _end_shape(self, event: ShapeEnded) -> None:
+        m, d, f = event.shape
+        for stage, what in list(self._stages):
+            if any(sizes in what for sizes in (f"{m}x{d}x{f}", f"{m}x{f}x{d}", f"{f}x{d}x{m}")):
+                self._progress.remove_task(self._stages.pop((stage, what)))
+        self._progress.advance(self._gpus[event.gpu])
+        if event.error:
+            self._print(f"failed: {event.shape} {event.which}: {event.error}", "bold red")
+        elif event.report is None:
+            self._print(f"{event.shape} {event.which} is tuned on {event.gpu} already")
+
+    def _advance(self, event: Advanced) -> None:
+        task = self._stages.get((event.stage, event.what))
+        if task is None:
+            return
+        best = f"  best {event.speedup:.3f}x {event.best}" if event.best else ""
+        failed = f"  {count} failed" if (count := self._failed[event.stage, event.what]) else ""
+        description = escape(f"{event.stage} {event.what}{best}{failed}")
+        self._progress.update(task, completed=event.done, description=description)
+
+    def _print(self, text: str, style: str = "") -> None:
+        self._progress.console.print(escape(text), style=style, soft_wrap=True)
 
 
 def summary(report: TuneReport) -> list[str]:

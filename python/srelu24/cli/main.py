@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from typer.core import TyperGroup
 
 from srelu24 import whole_file
 from srelu24.cli import bench, bench_training, cache, db, options, ship, streams, tune, views
 from srelu24_gen import __version__, models
 from srelu24_gen.errors import Srelu24Error, Unsupported
-from srelu24_gen.models import Model, Shape
+from srelu24_gen.models import Shape
 from srelu24_gen.spec import PRUNED_ACTIVATIONS, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
 from srelu24_gen.target import GpuTarget
 
@@ -104,15 +103,6 @@ def main(
     """Generate, tune and serve kernels for squared-ReLU FFNs with 2:4-pruned activations."""
 
 
-def _models_table(known: list[Model]) -> Table:
-    table = Table(title="models", title_justify="left")
-    for column in ("model", "name", "D", "F", "note"):
-        table.add_column(column, justify="right" if column in ("D", "F") else "left", overflow="fold")
-    for each in known:
-        table.add_row(each.key, each.name, str(each.d_model), str(each.d_ff), each.note)
-    return table
-
-
 @app.command("list")
 def list_kernels(
     shape: options.Shapes = None,
@@ -135,7 +125,7 @@ def list_kernels(
         elif json:
             views.show_json(support.matrix())
         else:
-            print(support.markdown(), end="")
+            views.show(views.support_table(support.matrix()))
         return
 
     if named:
@@ -143,7 +133,7 @@ def list_kernels(
         if json:
             views.show_json(known)
         else:
-            views.show(_models_table(known))
+            views.show(views.models_table(known))
         return
     shapes = options.shapes_of(shape, model, tokens, options.DEFAULT_SHAPES)
     target = options.target_of(gpu)
@@ -152,7 +142,7 @@ def list_kernels(
         views.show_json([row for rows in tables.values() for row in rows])
         return
     for each, rows in tables.items():
-        views.show(views.kernels_table(rows, f"{each} {dtype} on {target.name}"))
+        views.show(views.kernels_table(rows, f"{each} {dtype} on {target.name}, times as predicted"))
 
 
 @app.command()

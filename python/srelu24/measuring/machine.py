@@ -58,7 +58,7 @@ def _toolchain_versions() -> dict[str, str | None]:
 
 
 def _git_state() -> tuple[str | None, bool | None]:
-    """Commit and whether tracked files differ from it; SRELU24_COMMIT speaks for copies whose .git is not theirs."""
+    """The commit, and whether tracked files differ from it; SRELU24_COMMIT names that of a copy without its .git."""
     if named := os.environ.get("SRELU24_COMMIT"):
         return named, None
     root = paths.checkout()

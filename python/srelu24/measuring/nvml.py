@@ -1,4 +1,4 @@
-"""Power, clocks and energy of one GPU through NVML, absent without fuss where NVML or a reading is not there."""
+"""Power, clocks and energy of one GPU through NVML; None where NVML or a reading is missing."""
 
 from __future__ import annotations
 
@@ -67,26 +67,26 @@ class Gpu:
 
     def driver(self) -> str | None:
         """Version of the NVIDIA driver."""
-        version: str | None = _try(pynvml.nvmlSystemGetDriverVersion)
+        version: str | None = _call_nvml(pynvml.nvmlSystemGetDriverVersion)
         return version
 
     def power_limit_watts(self) -> float | None:
         """The limit that is in force now."""
-        milliwatts = _try(pynvml.nvmlDeviceGetEnforcedPowerLimit, self._handle)
+        milliwatts = _call_nvml(pynvml.nvmlDeviceGetEnforcedPowerLimit, self._handle)
         return None if milliwatts is None else milliwatts / 1000
 
     def watts(self) -> float | None:
         """Power now, not NVML's usual one-second average, where the driver gives it."""
-        fields = _try(pynvml.nvmlDeviceGetFieldValues, self._handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
+        fields = _call_nvml(pynvml.nvmlDeviceGetFieldValues, self._handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
         if fields and fields[0].nvmlReturn == 0:
             return float(fields[0].value.uiVal) / 1000
-        milliwatts = _try(pynvml.nvmlDeviceGetPowerUsage, self._handle)
+        milliwatts = _call_nvml(pynvml.nvmlDeviceGetPowerUsage, self._handle)
         return None if milliwatts is None else milliwatts / 1000
 
     def read(self, seconds: float) -> Reading:
         """Everything at once, stamped with ``seconds``."""
-        millijoules = _try(pynvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)
-        reasons = _try(pynvml.nvmlDeviceGetCurrentClocksEventReasons, self._handle)
+        millijoules = _call_nvml(pynvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)
+        reasons = _call_nvml(pynvml.nvmlDeviceGetCurrentClocksEventReasons, self._handle)
         slowed = (
             pynvml.nvmlClocksEventReasonSwThermalSlowdown
             | pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
@@ -95,7 +95,7 @@ class Gpu:
         return Reading(
             seconds=seconds,
             watts=self.watts(),
-            sm_mhz=_try(pynvml.nvmlDeviceGetClockInfo, self._handle, pynvml.NVML_CLOCK_SM),
+            sm_mhz=_call_nvml(pynvml.nvmlDeviceGetClockInfo, self._handle, pynvml.NVML_CLOCK_SM),
             joules=None if millijoules is None else millijoules / 1000,
             throttled=None if reasons is None else bool(reasons & slowed),
             power_capped=None if reasons is None else bool(reasons & pynvml.nvmlClocksEventReasonSwPowerCap),
@@ -117,7 +117,9 @@ class Sampler:
 
     def __enter__(self) -> Self:
         if self._gpu is not None:
-            self._thread = threading.Thread(target=self._loop, args=(self._gpu,), name="srelu24-nvml", daemon=True)
+            self._thread = threading.Thread(
+                target=self._read_until_stopped, args=(self._gpu,), name="srelu24-nvml", daemon=True
+            )
             self._thread.start()
         return self
 
@@ -145,12 +147,12 @@ class Sampler:
             from_counter=bool(counted),
         )
 
-    def _loop(self, gpu: Gpu) -> None:
+    def _read_until_stopped(self, gpu: Gpu) -> None:
         while not self._stop.wait(self._interval):
             self.readings.append(gpu.read(self._now()))
 
 
-def _try(function: Callable[..., Any], *args: Any) -> Any:
+def _call_nvml(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except pynvml.NVMLError:

@@ -1,7 +1,7 @@
 """Is the output of an 8-bit GEMM right? docs/fp8.md, with bounds on what the tensor cores' short sums may differ by.
 
-The bounds are wide next to those of 16-bit kernels (:mod:`srelu24.measuring.verify`), since nobody says how these sums
-are rounded; where all sums are exact, ``tests/gpu/test_fp8.py`` compares bits.
+The bounds are wide next to those of 16-bit kernels (:mod:`srelu24.measuring.verify`), since NVIDIA does not document
+how these sums are rounded; where all sums are exact, ``tests/gpu/test_fp8.py`` compares bits.
 """
 
 from __future__ import annotations

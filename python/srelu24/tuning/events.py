@@ -1,4 +1,4 @@
-"""What the tuner tells: events while it searches, a report at the end."""
+"""What the tuner reports: events while it searches, and a report at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stage = Literal["screen", "refine", "pair"]
 
 @dataclass(frozen=True, slots=True)
 class StageStarted:
-    """``what`` is a problem, or all of a chain; ``total`` counts candidates."""
+    """A stage of the search begins: ``what`` is a problem or all problems of a chain, ``total`` counts candidates."""
 
     stage: Stage
     what: str
@@ -92,7 +92,7 @@ class ShapeStarted:
 
 @dataclass(frozen=True, slots=True)
 class ShapeEnded:
-    """With a report, an error, or neither where it had been tuned before."""
+    """A pass of a shape is done: with a report, with an error, or with neither where it had been tuned before."""
 
     shape: Shape
     which: Pass

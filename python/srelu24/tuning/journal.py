@@ -49,11 +49,11 @@ class Journal:
     """Key of the binary of every configuration that was built."""
 
     def trials(self, stage: Stage, results: Mapping[tuple[Step, ...], tuple[Timed, float]]) -> None:
-        """Times and speed-ups over the default, on disk when this returns."""
+        """Write down times and speed-ups over the default; they are on disk when this returns."""
         self.db.add_trial(*(self._trial(stage, steps, timed, ratio) for steps, (timed, ratio) in results.items()))
 
     def failure(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:
-        """A candidate without a time."""
+        """Write down a candidate that has no time."""
         self.db.add_trial(self._trial(stage, steps, reason=reason))
 
     def screened(self, problem: Problem) -> dict[tuple[KernelConfig, str], Trial]:
@@ -68,7 +68,7 @@ class Journal:
     def record(
         self, problem: Problem, config: KernelConfig, alone: Refined, chain: ChainTimes, versions: dict[str, str]
     ) -> TuningRecord:
-        """The winner of one GEMM. The records of all GEMMs of a chain tell its time, and the dense FFNs' beside it."""
+        """The record of one GEMM's winner, with the times of the whole chain and of the dense FFNs beside it."""
         samples = alone.timed.samples
         timed = (alone.timed, chain.best, chain.default, *chain.dense.values())
         evidence = Evidence(
@@ -88,7 +88,7 @@ class Journal:
             source_digest=self.digests[problem, config],
             when=now(),
         )
-        return TuningRecord(**self._where(problem), config=config.to_dict(), evidence=evidence)
+        return TuningRecord(**self._key_fields(problem), config=config.to_dict(), evidence=evidence)
 
     def _trial(
         self,
@@ -101,10 +101,10 @@ class Journal:
         then = None
         for step in reversed(steps[1:]):
             p = step.problem
-            then = ChainStep(p.family, p.m, p.n, p.k, _fields(step), then)
+            then = ChainStep(p.family, p.m, p.n, p.k, _config_fields(step), then)
         return Trial(
-            **self._where(steps[0].problem),
-            config=_fields(steps[0]),
+            **self._key_fields(steps[0].problem),
+            config=_config_fields(steps[0]),
             stage=stage,
             outcome="ok" if timed else "failed",
             reason=reason,
@@ -119,7 +119,7 @@ class Journal:
             then=then,
         )
 
-    def _where(self, problem: Problem) -> dict[str, Any]:
+    def _key_fields(self, problem: Problem) -> dict[str, Any]:
         return {
             "family": problem.family,
             "m": problem.m,
@@ -131,7 +131,7 @@ class Journal:
         }
 
 
-def _fields(step: Step) -> dict[str, Any]:
+def _config_fields(step: Step) -> dict[str, Any]:
     return step.config.to_dict() if step.config else {}
 
 

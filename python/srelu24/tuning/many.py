@@ -1,4 +1,4 @@
-"""Tunes many shapes on one or several GPUs: how time is shared out, who takes which shape, what is done already."""
+"""Tunes many shapes on one or several GPUs: shares out the time and the shapes, and leaves out what is tuned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from srelu24.db.database import Database
 from srelu24.runtime.dispatch import clear_cache
 from srelu24.tuning.events import Event, ShapeEnded, ShapeStarted, Stopped, TuneReport
 from srelu24.tuning.search import Runner
-from srelu24.tuning.tuner import Lent, dispatcher_chooses, tune_ffn
+from srelu24.tuning.tuner import BorrowedRunner, dispatcher_chooses, tune_ffn
 from srelu24_gen import cost
 from srelu24_gen.compile import key_of
 from srelu24_gen.errors import Srelu24Error, Unsupported
@@ -33,14 +33,14 @@ class Budget:
     per_shape: bool = True
 
     def of(self, own: float, others: float, elapsed_s: float) -> float:
-        """Of a search whose :func:`weight` is ``own``, while others of weight ``others`` wait for the same GPU."""
+        """Seconds of a search of :func:`weight` ``own``, while searches of weight ``others`` wait for the same GPU."""
         if self.per_shape:
             return self.seconds
         return max(1.0, (self.seconds - elapsed_s) * own / (own + others))
 
 
 class Work(NamedTuple):
-    """What one search is for."""
+    """One pass of one shape, which one search tunes."""
 
     shape: Shape
     which: Pass
@@ -70,7 +70,7 @@ class Tuned:
 
 @dataclass
 class _Queue:
-    """What waits for GPUs of one model. Who is free takes the next one."""
+    """Searches that wait for GPUs of one model. A GPU that is free takes the next one."""
 
     waiting: deque[Work]
     gpus: int
@@ -98,9 +98,9 @@ def tune_shapes(
 ) -> list[Tuned]:
     """Tune every pass of every shape on every GPU model among the runners, which are closed at the end.
 
-    Runners of one model share the work: whoever is free takes the next. Shapes of one width come one after the other,
-    so that each starts with the winners of the last; the widest first, whose kernels take longest. What cannot be tuned
-    is reported, and the others go on.
+    Runners of one model share the work: one that is free takes the next search. Shapes of one width come one after the
+    other, so that each starts with the winners of the last; the widest first, whose kernels take longest. A shape that
+    cannot be tuned is reported, and the others go on.
 
     Args:
         runners: one per GPU.
@@ -147,7 +147,7 @@ def tune_shapes(
                         dense=dense,
                         db=db,
                         on_event=on_event,
-                        runner=Lent(runner, stop),
+                        runner=BorrowedRunner(runner, stop),
                     )
                     tuned = Tuned(*work, target.key, report)
                 except Srelu24Error as error:
@@ -170,7 +170,7 @@ def tune_shapes(
         if len(runners) == 1:
             serve(runners[0])
         else:
-            _together([threading.Thread(target=in_thread, args=(r,)) for r in runners], stop)
+            _run_threads([threading.Thread(target=in_thread, args=(r,)) for r in runners], stop)
     if errors:
         raise errors[0]
     clear_cache()
@@ -188,8 +188,11 @@ def is_tuned(
     key: Callable[[KernelSpec], str] = key_of,
     activation: Activation = Activation.RELU2,
 ) -> bool:
-    """Whether the user's own records answer for it, with kernels as they are built today, and with dense times where
-    these make a choice."""
+    """Whether the user's own records make another search needless.
+
+    Each GEMM has one, of today's binary and this density, from a search that was long enough. Where calls choose
+    between sparse and dense, the records have the dense FFNs' times.
+    """
     mine = {(r.family, r.m, r.n, r.k): r for r in db.user_records() if (r.arch, r.gpu) == (target.arch, target.key)}
     for problem in work.shape.gemms_of(work.which, dtype, activation=activation):
         record = mine.get((problem.family, problem.m, problem.n, problem.k))
@@ -207,7 +210,8 @@ def is_tuned(
     return True
 
 
-def _together(threads: list[threading.Thread], stop: threading.Event) -> None:
+def _run_threads(threads: list[threading.Thread], stop: threading.Event) -> None:
+    """Runs threads to their end. Ctrl-C sets ``stop`` and waits for them."""
     try:
         for thread in threads:
             thread.start()

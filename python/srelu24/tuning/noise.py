@@ -14,7 +14,7 @@ MIN_GAIN = 1.002
 TIE = 1.01
 """A simpler chain may be so much slower than the fastest and still be kept, where noise hides the difference."""
 CONFIDENCE = 0.99
-"""That a winner is faster than the default at all, over all chains together."""
+"""Probability that a winner is faster than the default at all, over all chains together."""
 
 Chain = tuple[KernelConfig, ...]
 """Configurations of GEMMs that run one after another."""
@@ -46,8 +46,9 @@ def speedup(baseline: Sequence[float], samples: Sequence[float], comparisons: in
 def choose_chain(times: dict[Chain, list[float]], default: Chain) -> tuple[Chain, Speedup]:
     """The chain to keep, from samples of the same rounds, and its speed-up over the default.
 
-    The default, unless the fastest beats it beyond noise and by :data:`MIN_GAIN`; of those that cannot be told from
-    the fastest, are within :data:`TIE` of it and beat the default too, the one most like the default.
+    It is the default, unless the fastest chain beats it beyond noise and by :data:`MIN_GAIN`. Several chains may beat
+    it and be within :data:`TIE` of the fastest, with a difference that may be noise: of those it is the one most like
+    the default.
     """
     over_default = {chain: speedup(times[default], samples, len(times)) for chain, samples in times.items()}
     better = [c for c, s in over_default.items() if c != default and s.low > 1 and s.median >= MIN_GAIN]

@@ -15,7 +15,7 @@ from srelu24_gen.target import GpuTarget
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a record when it was run again."""
+    """The result of running a record's kernel again."""
 
     record: TuningRecord
     outcome: Literal["right", "failed", "unusable"]
@@ -24,7 +24,7 @@ class Verdict:
 
 
 class Runner(Protocol):
-    """A GPU and how to run a winner on it; tests have one without a GPU."""
+    """What verifying needs of a GPU; tests replace it."""
 
     @property
     def target(self) -> GpuTarget: ...
@@ -92,7 +92,7 @@ class GpuRunner:
     def check(self, record: TuningRecord, config: KernelConfig) -> str:
         from srelu24.tuning.worker import Candidate, Failed, Job, Step
 
-        # A job verifies before it times; one round is the least it can be asked for.
+        # A job verifies before it times, and times at least one round.
         kernel = Candidate(str(record), (Step(record.problem, config),))
         job = Job((kernel,), density=record.density, seconds=0.0, min_rounds=1, arch=record.arch)
         failures = [outcome.reason for outcome in self._worker.run(job) if isinstance(outcome, Failed)]

@@ -42,20 +42,20 @@ CHUNK = 12
 FEWEST = 8
 """Candidates of each GEMM that are tried however little time there is."""
 FINALISTS = 3
-"""Configurations of each GEMM that meet those of the others, besides the default."""
+"""Configurations of each GEMM that are chained with those of the others, besides the default."""
 MOST_CHAINS = 8
 SCREEN_SHARE, REFINE_SHARE = 0.45, 0.2
-"""Of the time budget; the chains get the rest."""
+"""Shares of the time budget; the chains get the rest."""
 MIN_ROUNDS: dict[Stage, int] = {"screen": 5, "refine": 8, "pair": 16}
 SAMPLE_MS: dict[Stage, float] = {"screen": 6.0, "refine": 8.0, "pair": 10.0}
 CALLS_BEFORE = 4
-"""Of a candidate until its first round: one to load, one to settle, two to see that the clocks are steady."""
+"""Calls of a candidate before its first round: one to load, one to settle, two to see that the clocks are steady."""
 SHORT_S = 30.0
-"""A search of less time refines once, and fewer."""
+"""A shorter search refines fewer candidates, in one step."""
 
 
 class Runner(Protocol):
-    """All that the search asks of a GPU and a compiler."""
+    """What the search needs of a GPU and a compiler."""
 
     target: GpuTarget
 
@@ -63,13 +63,13 @@ class Runner(Protocol):
         """Get ready, so that the time of a search is for searching; the first of many searches may wait here."""
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
-        """Every spec once, as it is done, with the key of its binary or the error; closing the generator stops it."""
+        """Build and yield every spec once, with the key of its binary or the error; closing the generator stops it."""
 
     def run(self, job: Job) -> Iterator[Outcome]:
         """As :meth:`srelu24.tuning.worker.Worker.run`."""
 
     def versions(self) -> dict[str, str]:
-        """What a time depends on besides the kernel."""
+        """Versions and settings of the machine that a time depends on."""
 
     def now(self) -> float:
         """Seconds on a clock that does not jump."""
@@ -96,13 +96,13 @@ class Search:
         self.target = self.runner.target
         self.begin = self.runner.now()
         self.journal = Journal(self.db, self.target, self.density, self.budget_s)
-        self.gemms = {p: Gemm(p, shortlist(p, self.target, self.db, self._most(p))) for p in self.chain}
+        self.gemms = {p: Gemm(p, shortlist(p, self.target, self.db, self._affordable(p))) for p in self.chain}
         self.failures: list[Failure] = []
         self.pruned: list[Failure] = []
         self.tried = self.resumed = 0
 
     def run(self) -> TuneReport:
-        """All three stages; the winners' records are stored."""
+        """Run the three stages and store the winners' records."""
         self.begin = self.runner.now()
         for gemm in self.gemms.values():
             for config, reason in gemm.shortlist.pruned:
@@ -132,8 +132,8 @@ class Search:
             seconds=self.runner.now() - self.begin,
         )
 
-    def _most(self, problem: Problem) -> int:
-        """Candidates that the time for screening is enough for: rounds of short samples, or of one call."""
+    def _affordable(self, problem: Problem) -> int:
+        """How many candidates there is time to screen, in rounds of short samples or of one call each."""
         ms = max(SAMPLE_MS["screen"], cost.cost(problem, cost.best(problem, self.target), self.target).us / 1000)
         each = (CALLS_BEFORE + MIN_ROUNDS["screen"]) * 1.25 * ms / 1000 + 0.02  # a lead to a sample; verification
         return max(FEWEST, int(SCREEN_SHARE * self.budget_s / len(self.chain) / each))
@@ -152,7 +152,7 @@ class Search:
             self.emit(StageStarted("screen", str(gemm.problem), gemm.total))
         self._screen_while_building()
         for gemm in gemms:
-            if gemm.binaries and not gemm.screened:  # once, however late it is
+            if gemm.binaries and not gemm.screened:  # at least once, even after the deadline
                 self._screen_next(gemm, gemm.binaries)
         self._screen_until_deadline([(gemm, gemm.binaries) for gemm in gemms])
         for gemm in gemms:
@@ -169,7 +169,7 @@ class Search:
 
     @property
     def _screen_seconds(self) -> float:
-        """For the rounds of each candidate. Four tenths go to verification, warm-up and waiting for the compiler."""
+        """Of rounds for each candidate: six tenths of the time; verification, warm-up and compiling take the rest."""
         candidates = sum(1 + gemm.total for gemm in self.gemms.values())
         return min(1.0, 0.6 * SCREEN_SHARE * self.budget_s / candidates)
 
@@ -177,7 +177,7 @@ class Search:
         """Screen binaries whenever enough of them are built, until all is built or the time is up."""
         for gemm, config, built in self._builds():
             if isinstance(built, Srelu24Error):
-                self._fail("screen", (Step(gemm.problem, config),), str(built))
+                self._record_failure("screen", (Step(gemm.problem, config),), str(built))
                 if config == gemm.default:
                     raise built
                 self._count_screened(gemm, 1)
@@ -189,7 +189,7 @@ class Search:
                 self._screen_next(gemm, gemm.binaries)
 
     def _builds(self) -> Iterator[tuple[Gemm, KernelConfig, str | Srelu24Error]]:
-        """What :meth:`Runner.build` gives; all GEMMs are asked for in turn, so that none waits for the others."""
+        """Build the candidates of all GEMMs in turn, so that none waits for the others; yields each as it is done."""
         by_family = {gemm.problem.family: gemm for gemm in self.gemms.values()}
         each = (
             [
@@ -223,12 +223,12 @@ class Search:
         return (gemm.problem, gemm.default) in self.journal.digests
 
     def _screen_until_deadline(self, waiting: Sequence[tuple[Gemm, list[KernelConfig]]]) -> None:
-        """Screen candidates of the GEMM of which most wait, again and again."""
+        """Screen candidates until the time is up, each time of the GEMM of which most wait."""
         while self.runner.now() < self._screen_deadline and any(configs for _, configs in waiting):
             self._screen_next(*max(waiting, key=lambda each: len(each[1])))
 
     def _screen_next(self, gemm: Gemm, waiting: list[KernelConfig]) -> None:
-        """Time the default and the first few of those that wait, which then wait no more."""
+        """Take the first of those that wait, and time them beside the default."""
         configs = waiting[:CHUNK]
         del waiting[:CHUNK]
         times = self._time_alone("screen", gemm, configs, self._screen_seconds * (1 + len(configs)))
@@ -288,7 +288,7 @@ class Search:
         """What is timed chained: the defaults; with the winner of one GEMM after the other, the one of the largest gain
         first, so that no winner is kept for what another gains; then the fastest by the times of each alone."""
         gemms = list(self.gemms.values())
-        best = {gemm.problem: self._right_winner(gemm) for gemm in gemms}
+        best = {gemm.problem: self._verified_winner(gemm) for gemm in gemms}
         ms = {gemm.problem: gemm.times_alone() for gemm in gemms}
         by_gain = sorted(gemms, key=lambda gemm: ms[gemm.problem][best[gemm.problem]] - ms[gemm.problem][gemm.default])
         nested = [
@@ -301,8 +301,8 @@ class Search:
         most = min(MOST_CHAINS, max(FINALISTS + 1, int(self.budget_s / 4)))
         return list(dict.fromkeys([*nested, *ranked]))[: 1 + max(most, len(self.chain))]
 
-    def _right_winner(self, gemm: Gemm) -> KernelConfig:
-        """The fastest finalist that is right on the real problem too; those that are not are no finalists any more."""
+    def _verified_winner(self, gemm: Gemm) -> KernelConfig:
+        """The fastest finalist that is right on the real problem, too. Those that are wrong leave the search."""
         while True:
             best, _ = gemm.best
             step = (Step(gemm.problem, best),)
@@ -328,7 +328,7 @@ class Search:
         times = self._run(stage, candidates, seconds, MIN_ROUNDS[stage])
         base = times[candidates[0]]
         results = {steps: (timed, speedup(base.samples, timed.samples).median) for steps, timed in times.items()}
-        own = {steps: result for steps, result in results.items() if self._own(steps)}
+        own = {steps: result for steps, result in results.items() if self._is_searched(steps)}
         self.tried += len(own)
         self.journal.trials(stage, own)
         return results
@@ -341,12 +341,12 @@ class Search:
         min_rounds: int,
         check: Literal["whole", "small"] = "small",
     ) -> dict[tuple[Step, ...], Timed]:
-        """Those that are right, with their times; failures are kept.
+        """Times of the candidates that are right; failures are written down.
 
         Raises:
             LaunchError: the default is among those that failed.
         """
-        # Numbers, not words: two configurations may read the same.
+        # Candidates are named by numbers: the texts of two configurations may be the same.
         named = {str(number): steps for number, steps in enumerate(candidates)}
         what = " + ".join(str(step.problem) for step in candidates[0])
         job = Job(
@@ -362,8 +362,8 @@ class Search:
         for outcome in self.runner.run(job):
             if isinstance(outcome, Failed):
                 steps = named[outcome.name]
-                self._fail(stage, steps, outcome.reason)
-                if self._own(steps) and all(step.config == self.gemms[step.problem].default for step in steps):
+                self._record_failure(stage, steps, outcome.reason)
+                if self._is_searched(steps) and all(step.config == self.gemms[step.problem].default for step in steps):
                     raise LaunchError(
                         f"the default configuration of {what} does not run on {self.target.name}: {outcome.reason}; "
                         "run `srelu24 doctor`"
@@ -374,12 +374,12 @@ class Search:
                 self.emit(Advanced("pair", what, outcome.fraction * len(named), len(named), "", 1.0))
         return times
 
-    def _own(self, steps: tuple[Step, ...]) -> bool:
-        """Not a dense FFN beside the chains: those are no trials of this search."""
+    def _is_searched(self, steps: tuple[Step, ...]) -> bool:
+        """Whether it is of the chain that is searched. The dense FFNs beside it are not: they are no trials."""
         return steps[0].problem in self.chain
 
-    def _fail(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:
-        if self._own(steps):
+    def _record_failure(self, stage: Stage, steps: tuple[Step, ...], reason: str) -> None:
+        if self._is_searched(steps):
             self.journal.failure(stage, steps, reason)
         self._report_failure(stage, steps, reason)
 

@@ -39,7 +39,7 @@ _KEPT_ALONE = 8
 
 
 class DeviceBroken(Exception):
-    """Only a new process can go on."""
+    """The CUDA context does not work any more; only a new process can go on."""
 
 
 class Session:
@@ -64,13 +64,13 @@ class Session:
             try:
                 wrong = self._verify(candidate, job)
                 if wrong is None:
-                    calls[candidate.name] = self._call(candidate, job)
+                    calls[candidate.name] = self._make_call(candidate, job)
             except (Srelu24Error, RuntimeError) as error:
                 wrong = str(error).strip().partition("\n")[0] or type(error).__name__
             if wrong is None:
                 self._send(Verified(candidate.name))
                 continue
-            self._send(Failed(candidate.name, wrong, broken := not self._device_works()))
+            self._send(Failed(candidate.name, wrong, broken := not self._check_device()))
             if broken:
                 raise DeviceBroken
         timings = interleave(
@@ -94,7 +94,7 @@ class Session:
             key = (problem, step.config, job.density, job.seed)
             if key in self._verified:
                 continue
-            operands = self._data(problem, job) if problem == step.problem else self._data_alone(problem, job)
+            operands = self._operands(problem, job) if problem == step.problem else self._operands_alone(problem, job)
             if isinstance(operands, TrainingOperands):
                 verdict = verify_step.verify(problem, step.config, operands, job.arch)
             else:
@@ -104,12 +104,12 @@ class Session:
             self._verified.add(key)
         return None
 
-    def _call(self, candidate: Candidate, job: Job) -> Callable[[], Any]:
+    def _make_call(self, candidate: Candidate, job: Job) -> Callable[[], Any]:
         """The candidate as one call (a CUDA graph, so that the host costs no time).
 
         Each step of an FFN reads the one before. Those of a training step read what was made for them.
         """
-        chain = [(step, self._data(step.problem, job)) for step in candidate.steps]
+        chain = [(step, self._operands(step.problem, job)) for step in candidate.steps]
 
         def run() -> None:
             out = chain[0][1].a
@@ -129,11 +129,11 @@ class Session:
 
         return capture(run, device=self._device, calls=1).call
 
-    def _data(self, problem: Problem, job: Job) -> AnyOperands:
-        """Operands of a problem: of one set of tensors for all GEMMs of an FFN or of a training step, made once."""
+    def _operands(self, problem: Problem, job: Job) -> AnyOperands:
+        """Operands of a problem. All GEMMs of an FFN or of a training step share tensors, which are made once."""
         kind = next((kind for kind in (StepData, SharedData) if kind.serves(problem.family)), None)
         if kind is None:
-            return self._data_alone(problem, job)
+            return self._operands_alone(problem, job)
         shape, dtype = Shape.of(problem), problem.family.dtype
         key = (kind, shape, dtype, job.density, job.seed)
         if self._shared is None or self._shared[0] != key:
@@ -143,22 +143,22 @@ class Session:
             self._shared = (key, kind(shape, dtype, job.density, self._device, job.seed))
         return self._shared[1].operands(problem.family)
 
-    def _data_alone(self, problem: Problem, job: Job) -> AnyOperands:
+    def _operands_alone(self, problem: Problem, job: Job) -> AnyOperands:
         key = (problem, job.density, job.seed)
         if key not in self._alone:
             while len(self._alone) >= _KEPT_ALONE:
                 del self._alone[next(iter(self._alone))]
-            self._alone[key] = self._make(problem, job)
+            self._alone[key] = self._make_operands(problem, job)
         return self._alone[key]
 
-    def _make(self, problem: Problem, job: Job) -> AnyOperands:
+    def _make_operands(self, problem: Problem, job: Job) -> AnyOperands:
         family = problem.family
         if StepData.serves(family):
             step = StepData(Shape.of(problem), family.dtype, job.density, self._device, job.seed)
             return step.operands(family)
         return operands_for(problem, job.density, self._device, job.seed)
 
-    def _device_works(self) -> bool:
+    def _check_device(self) -> bool:
         if not self._device.startswith("cuda"):
             return True
         try:

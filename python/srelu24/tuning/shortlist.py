@@ -14,7 +14,7 @@ from srelu24_gen.target import GpuTarget
 NEIGHBOURS = 3
 """Winners of other sizes that are tried before anything else."""
 BINARIES_SHARE = 0.6
-"""Of the candidates to try; the rest are other runtime fields of the fastest binaries."""
+"""Share of the candidates that are binaries of their own; the rest are other runtime fields of the fastest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def shortlist(problem: Problem, target: GpuTarget, db: Database, most: int) -> S
 def _winners(
     problem: Problem, target: GpuTarget, db: Database
 ) -> tuple[list[KernelConfig], list[tuple[KernelConfig, str]]]:
-    """What records of other M, and the nearest record of all, say; and what of it cannot work here."""
+    """Winners of the nearest record and of other M; and winners that cannot work here, with the reason."""
     tokens = problem.tokens
     near = sorted(
         db.of_widths(problem, target), key=lambda r: abs(r.problem.tokens - tokens) / (r.problem.tokens + tokens)

@@ -102,7 +102,10 @@ def tune_ffn(
 
 
 def dispatcher_chooses(which: Pass, dtype: DType) -> bool:
-    """Whether the FFN may run dense instead, by these times: not in 8 bits, and not in training (docs/tuning.md)."""
+    """Whether a call of the FFN chooses between sparse and dense by the recorded times (docs/tuning.md).
+
+    In 8 bits and in training nothing is chosen.
+    """
     return which is Pass.FORWARD and dtype is not DType.E4M3
 
 
@@ -114,8 +117,10 @@ def dense_ways(
     db: Database,
     activation: Activation = Activation.RELU2,
 ) -> dict[str, tuple[Step, ...]]:
-    """The dense FFNs that the dispatcher could run instead, by :data:`srelu24.runtime.dense.WAYS`, as it would run
-    them."""
+    """The dense FFNs that the dispatcher could run instead, by :data:`srelu24.runtime.dense.WAYS`.
+
+    Our GEMMs have the configurations that the dispatcher would choose.
+    """
     first, second = shape.dense_gemms(dtype, bias, bias, activation)
 
     def own(problem: Problem) -> Step:
@@ -129,7 +134,7 @@ def dense_ways(
 
 
 class GpuRunner:
-    """A device, its worker process, and compilers on the other cores. Source of the idea: Inductor's autotuner."""
+    """A GPU, its worker process, and compilers on the other cores. Source of the idea: Inductor's autotuner."""
 
     def __init__(self, device: torch.device) -> None:
         require_gpu(device, "tuning times kernels")
@@ -140,11 +145,11 @@ class GpuRunner:
         self._versions: dict[str, str] = {}
 
     def build(self, specs: Sequence[KernelSpec]) -> Generator[tuple[KernelSpec, str | Srelu24Error], None, None]:
-        """Compiles in the background, so that the GPU can time what is done; what this runner has built comes first."""
+        """Compiles in the background, so that the GPU times what is finished; what was built before comes first."""
         for spec in specs:
-            if key := self._built.get(_binary(spec)):
+            if key := self._built.get(_binary_of(spec)):
                 yield spec, key
-        specs = [spec for spec in specs if _binary(spec) not in self._built]
+        specs = [spec for spec in specs if _binary_of(spec) not in self._built]
         if not specs:
             return
         done: queue.SimpleQueue[tuple[KernelSpec, str | Srelu24Error] | BaseException | None] = queue.SimpleQueue()
@@ -153,7 +158,7 @@ class GpuRunner:
         def on_done(spec: KernelSpec, outcome: BuiltKernel | Srelu24Error) -> None:
             done.put((spec, _key_or_fault(outcome)))
             if stop.is_set():
-                raise InterruptedError("nobody waits for these kernels any more")
+                raise InterruptedError("the search that wanted these kernels has ended")
 
         def work() -> None:
             try:
@@ -168,7 +173,7 @@ class GpuRunner:
                 if isinstance(item, BaseException):
                     raise item
                 if isinstance(item[1], str):
-                    self._built[_binary(item[0])] = item[1]
+                    self._built[_binary_of(item[0])] = item[1]
                 yield item
         finally:
             stop.set()
@@ -193,8 +198,8 @@ class GpuRunner:
         self._worker.close()
 
 
-class Lent:
-    """A runner for one search of many: it stays open at the end, and ends the search when ``stop`` is set."""
+class BorrowedRunner:
+    """A runner for one of many searches: it stays open when the search ends; ``stop`` ends the search."""
 
     def __init__(self, runner: Runner, stop: threading.Event | None = None) -> None:
         self.target, self.build, self.versions, self.now = runner.target, runner.build, runner.versions, runner.now
@@ -202,14 +207,14 @@ class Lent:
         self._runner, self._stop = runner, stop
 
     def run(self, job: Job) -> Iterator[Outcome]:
-        """Raises :class:`~srelu24.tuning.events.Stopped` once it is told to stop."""
+        """Raises :class:`~srelu24.tuning.events.Stopped` once ``stop`` is set."""
         for outcome in self._runner.run(job):
             if self._stop is not None and self._stop.is_set():
                 raise Stopped  # before what a killed child leaves behind is taken for a result
             yield outcome
 
     def close(self) -> None:
-        """The child and its loaded kernels serve the next search."""
+        """Nothing: the child and its loaded kernels serve the next search."""
 
 
 def _key_or_fault(outcome: BuiltKernel | Srelu24Error) -> str | Srelu24Error:
@@ -221,5 +226,5 @@ def _key_or_fault(outcome: BuiltKernel | Srelu24Error) -> str | Srelu24Error:
     return outcome.meta.key
 
 
-def _binary(spec: KernelSpec) -> KernelSpec:
+def _binary_of(spec: KernelSpec) -> KernelSpec:
     return dataclasses.replace(spec, config=spec.config.compiled())

@@ -30,7 +30,7 @@ class Step(msgspec.Struct, frozen=True):
 
     problem: Problem
     config: KernelConfig | None
-    """None: cuBLAS computes it, which only dense GEMMs can have."""
+    """None where cuBLAS computes it, which it does of dense GEMMs alone."""
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -48,7 +48,7 @@ class Job(msgspec.Struct, frozen=True):
     density: float
     """Share of non-zero activations in the data."""
     seconds: float
-    """For the rounds of all candidates together."""
+    """Length of the rounds of all candidates together."""
     min_rounds: int
     check: Literal["whole", "small"] = "whole"
     """Verify on the problem itself, or on :func:`srelu24.measuring.verify.small`, once per family and configuration."""
@@ -59,7 +59,7 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """The child begins to verify a candidate. Between the last of these and Done it times."""
+    """The child begins to verify a candidate. After the last of these it times all candidates, until Done."""
 
     name: str
 
@@ -74,7 +74,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     name: str
     reason: str
     broken: bool = False
-    """It broke the CUDA context: the child ends here."""
+    """Whether it broke the CUDA context, which ends the child."""
 
 
 class Progressed(msgspec.Struct, frozen=True, tag=True):
@@ -153,7 +153,7 @@ class Worker:
             self._child = None
 
     def run(self, job: Job) -> Iterator[Outcome]:
-        """Yields what happens. Every candidate ends in exactly one Timed or Failed.
+        """Run a job and yield what happens. Every candidate ends in exactly one Timed or Failed.
 
         A candidate during whose verification the child is lost has failed. If it is lost while several are timed,
         each is timed alone, and those that survive once more together.
@@ -179,14 +179,14 @@ class Worker:
                     if len(candidates) == 1 or losses_together == 2:
                         blamed, candidates = candidates, []
                     else:
-                        failures = self._alone(job, candidates)
+                        failures = self._failures_alone(job, candidates)
                         yield from failures
                         candidates = [c for c in candidates if c.name not in {f.name for f in failures}]
                 for candidate in blamed:
                     yield Failed(candidate.name, str(lost))
 
-    def _alone(self, job: Job, candidates: list[Candidate]) -> list[Failed]:
-        """Which of the candidates fail when nothing else runs."""
+    def _failures_alone(self, job: Job, candidates: list[Candidate]) -> list[Failed]:
+        """The failures of candidates each of which runs alone."""
         failures: list[Failed] = []
         for candidate in candidates:
             alone = msgspec.structs.replace(job, candidates=(candidate,), seconds=0.0, min_rounds=1)
@@ -194,7 +194,7 @@ class Worker:
         return failures
 
     def _attempt(self, job: Job) -> Iterator[Outcome]:
-        """One child, one job. Times are held back until all are there: a lost child leaves no half of them."""
+        """Give the job to one child. Times are held back until all have come: a lost child leaves no half of them."""
         timed: list[Timed] = []
         finished = False
         self._suspect, self._broken = None, False
@@ -215,7 +215,7 @@ class Worker:
                     raise _ChildLost(reply.reason)
             finished = True
         finally:
-            if not finished:  # lost, or the caller went away: what it still says must not answer another job
+            if not finished:  # lost, or the caller went away: late replies must not be taken for those of another job
                 self.close()
         yield from timed
 
@@ -233,7 +233,7 @@ class Worker:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, with its import path, however that came about."""
+    """The environment of this process, with an import path from which a child imports the same modules."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
@@ -271,7 +271,7 @@ class _Child:
             self._process.stdin.write(msgspec.json.encode(job) + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise _ChildLost(self._obituary()) from error
+            raise _ChildLost(self._describe_end()) from error
 
     def receive(self, seconds: float) -> Reply:
         """The next reply; _ChildLost where none comes in time."""
@@ -280,7 +280,7 @@ class _Child:
         except queue.Empty:
             raise _ChildLost(f"no answer within {seconds:g} s; the kernel hangs") from None
         if not line:
-            raise _ChildLost(self._obituary())
+            raise _ChildLost(self._describe_end())
         try:
             return msgspec.json.decode(line, type=Reply)  # type: ignore[no-any-return]
         except msgspec.DecodeError as error:
@@ -294,8 +294,8 @@ class _Child:
                 with contextlib.suppress(OSError):
                     stream.close()
 
-    def _obituary(self) -> str:
-        """How it ended, with the last line it wrote to stderr."""
+    def _describe_end(self) -> str:
+        """How the child ended, with the last line that it wrote to stderr."""
         try:
             status = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

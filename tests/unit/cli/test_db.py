@@ -138,9 +138,9 @@ def test_diff_seen_from_the_other_side_is_its_mirror(
 ) -> None:
     ours, theirs = ([record(m, config, ms=ms) for m, (config, ms) in side.items()] for side in (a, b))
     mirrored = {"new": "missing", "missing": "new"}
-    there, back = health.diff(ours, theirs), health.diff(theirs, ours)
-    assert len(there) == len(a.keys() | b.keys())
-    for one, other in zip(there, back, strict=True):
+    forth, back = health.diff(ours, theirs), health.diff(theirs, ours)
+    assert len(forth) == len(a.keys() | b.keys())
+    for one, other in zip(forth, back, strict=True):
         assert (one.yours, one.theirs) == (other.theirs, other.yours)
         assert mirrored.get(one.what, one.what) == other.what
         if one.speedup is not None:
@@ -198,15 +198,15 @@ def test_stale_names_what_changed_and_whose_it_is(db: Database) -> None:
 
 
 def test_configs_that_differ_in_runtime_fields_are_one_binary_asked_for_once() -> None:
-    asked: list[KernelSpec] = []
+    calls: list[KernelSpec] = []
 
     def keys(spec: KernelSpec) -> str:
-        asked.append(spec)
+        calls.append(spec)
         return key_of(spec)
 
     records = [record(config=dataclasses.replace(CONFIG, raster_group=group)) for group in (1, 8, 16)]
     assert health.stale(records, keys) == []
-    assert asked == [KernelSpec(SPGEMM, CONFIG)]
+    assert calls == [KernelSpec(SPGEMM, CONFIG)]
 
 
 def test_a_kernel_this_version_cannot_make_is_stale_with_the_reason() -> None:

@@ -25,7 +25,7 @@ from srelu24_gen import compile as compiler
 from srelu24_gen import render, space
 from srelu24_gen.errors import CompileError, Unsupported
 from srelu24_gen.models import Shape
-from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem
+from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, KernelConfig, KernelSpec, Op, Problem, config_text
 from srelu24_gen.target import target_by_key
 
 H200 = target_by_key("h200")
@@ -50,17 +50,17 @@ def built_kernel(spec: KernelSpec) -> compiler.BuiltKernel:
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> list[KernelSpec]:
     """Stands in for NVRTC; answers the list of what was asked of it."""
-    asked: list[KernelSpec] = []
+    calls: list[KernelSpec] = []
 
     def build_many(specs: list[KernelSpec], *, on_done: Callable[..., None], **_: Any) -> list[compiler.BuiltKernel]:
-        asked.extend(specs)
+        calls.extend(specs)
         outcomes = [built_kernel(spec) for spec in specs]
         for spec, outcome in zip(specs, outcomes, strict=True):
             on_done(spec, outcome)
         return outcomes
 
     monkeypatch.setattr(compiler, "build_many", build_many)
-    return asked
+    return calls
 
 
 def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = "h200") -> TuningRecord:
@@ -86,7 +86,9 @@ def put_record(config: KernelConfig, problem: Problem | None = None, gpu: str = 
 def test_list_matrix_says_which_gpu_has_what() -> None:
     rows = json.loads(srelu24("list", "--matrix", "--json").stdout)
     assert {"native", "portable", "dense"} == {row["kernels"] for row in rows}
-    assert "| l40s | L40S | sm_89 | portable |" in srelu24("list", "--matrix").stdout
+    lines = srelu24("list", "--matrix").stdout.splitlines()
+    place = next(place for place, line in enumerate(lines) if line.split() == ["l40s", "NVIDIA", "L40S", "sm_89"])
+    assert lines[place + 1].startswith("    portable: gemm (bf16, fp16)")
 
 
 def test_problems_of_an_ffn_have_the_sizes_of_its_two_gemms() -> None:
@@ -181,8 +183,11 @@ def test_list_marks_chosen_built_and_recorded() -> None:
 
 def test_list_names_every_candidate_in_the_table() -> None:
     out = srelu24("list", "--gpu", "h200", "--shape", str(SMALL)).stdout
-    problem = SMALL.gemms(DType.BF16)[0]
-    assert out.count(problem.family.name) == len(space.candidates(problem, H200))
+    of_first = out.split(SMALL.gemms(DType.BF16)[0].family.name)[1].split(SMALL.gemms(DType.BF16)[1].family.name)[0]
+    candidates = space.candidates(SMALL.gemms(DType.BF16)[0], H200)
+    shown = [line for line in of_first.splitlines() if "cluster" in line]
+    assert len(shown) == len(candidates)
+    assert all(any(config_text(Op.GEMM_RELU2_24, config) in line for line in shown) for config in candidates)
 
 
 def test_build_reports_each_binary_once(no_compiler: list[KernelSpec]) -> None:
@@ -351,20 +356,20 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> 
     from srelu24.bench import forward
     from srelu24.tuning import tuner
 
-    asked: list[tuple[Any, ...]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def tune_ffn(m: int, d: int, f: int, dtype: DType, **options: Any) -> dict[str, Any]:
-        asked.append(
+        calls.append(
             ("tune", Shape(m, d, f), dtype, options["density"], options["budget_s"], options.get("resume", True))
         )
         return {"records": []}
 
     def check_ffn(shape: Shape, dtype: DType, device: str) -> list[main_job.Finding]:
-        asked.append(("check", device))
+        calls.append(("check", device))
         return [main_job.Finding("it holds", True, "made up")]
 
     def bench_ffn(shapes: list[Shape], dtype: DType, densities: list[float], **_: Any) -> results.BenchFile:
-        asked.append(("bench", shapes, densities))
+        calls.append(("bench", shapes, densities))
         return results.BenchFile(env={}, rows=[])
 
     gpus = (doctor.Gpu(0, H200.name, (9, 0), H200.sm_count),)
@@ -373,7 +378,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, no_compiler: list[KernelSpec]) -> 
     monkeypatch.setattr(tuner, "tune_ffn", tune_ffn)
     monkeypatch.setattr(forward, "bench_ffn", bench_ffn)
     monkeypatch.setattr(main_job, "check_ffn", check_ffn)
-    return asked
+    return calls
 
 
 def test_run_on_a_gpu_tunes_what_has_no_record_then_checks_and_times(fake_gpu: list[tuple[Any, ...]]) -> None:

@@ -54,7 +54,7 @@ COMMANDS = [["list"], ["build"], ["tune"], ["run"], ["bench", "ffn"], ["bench", 
 
 
 @pytest.fixture
-def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
+def requested_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
     """What the commands pass on, instead of doing it."""
     from srelu24.cli import tune
     from srelu24.tuning import many
@@ -82,17 +82,17 @@ def asked_shapes(monkeypatch: pytest.MonkeyPatch) -> list[Shape]:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize(("arguments", "shapes"), GIVEN)
 def test_commands_take_shapes_and_models(
-    command: list[str], arguments: list[str], shapes: list[Shape], asked_shapes: list[Shape]
+    command: list[str], arguments: list[str], shapes: list[Shape], requested_shapes: list[Shape]
 ) -> None:
     srelu24(*command, *arguments)
-    assert asked_shapes == shapes
+    assert requested_shapes == shapes
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], asked_shapes: list[Shape]) -> None:
+def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], requested_shapes: list[Shape]) -> None:
     tuned = command == ["tune"]  # a search takes minutes: which shape is for the user to say
     result = srelu24(*command, code=2 if tuned else 0)
-    assert asked_shapes == ([] if tuned else [DEFAULT])
+    assert requested_shapes == ([] if tuned else [DEFAULT])
     assert ("give --shape MxDxF or --model" in result.stderr) == tuned
 
 
@@ -109,19 +109,19 @@ def test_without_a_shape_the_default_is_taken_but_not_tuned(command: list[str], 
     ],
 )
 def test_wrong_models_types_and_token_counts_are_refused(
-    command: list[str], arguments: list[str], reason: str, asked_shapes: list[Shape]
+    command: list[str], arguments: list[str], reason: str, requested_shapes: list[Shape]
 ) -> None:
     result = srelu24(*command, *arguments, code=2)
     assert reason in result.stderr
     assert "Traceback" not in result.stderr
-    assert asked_shapes == []
+    assert requested_shapes == []
 
 
 def test_list_models_prints_the_table() -> None:
     table = srelu24("list", "--models").stdout
     for key, model in MODELS.items():
-        row = next(line for line in table.splitlines() if f" {key} " in line)
-        assert [cell.strip() for cell in row.split("│")[1:5]] == [key, model.name, str(model.d_model), str(model.d_ff)]
+        row = next(line for line in table.splitlines() if line.startswith(f"{key} "))
+        assert row.split(maxsplit=3) == [key, str(model.d_model), str(model.d_ff), model.name]
     rows = json.loads(srelu24("list", "--models", "--json").stdout)
     assert rows[0] == {
         "key": "paper-1b",

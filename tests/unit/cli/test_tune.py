@@ -27,7 +27,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """What the command passes on, instead of tuning."""
     found: list[SimpleNamespace] = []
 
@@ -48,10 +48,10 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_tune, "_runners", lambda gpus: [FakeGpu(overhead=0.05, build_seconds=0.0)])
 
 
-def test_options_reach_the_tuner(asked: list[SimpleNamespace]) -> None:
+def test_options_reach_the_tuner(calls: list[SimpleNamespace]) -> None:
     arguments = ["--shape", str(SMALL), "--dtype", "fp16", "--density", "0.5", "--budget", "30", "--no-resume"]
     out = srelu24("tune", *arguments, "--dense", "--json")
-    (call,) = asked
+    (call,) = calls
     assert (call.shapes, call.dtype, call.density, call.resume, call.dense) == ([SMALL], DType.FP16, 0.5, False, True)
     assert call.budget == Budget(30.0)
     assert json.loads(out.stdout)[0]["shape"] == list(SMALL)
@@ -68,18 +68,18 @@ def test_options_reach_the_tuner(asked: list[SimpleNamespace]) -> None:
         (["--total", "1h"], Budget(3600.0, per_shape=False)),
     ],
 )
-def test_time_is_per_shape_or_in_total(arguments: list[str], budget: Budget, asked: list[SimpleNamespace]) -> None:
+def test_time_is_per_shape_or_in_total(arguments: list[str], budget: Budget, calls: list[SimpleNamespace]) -> None:
     srelu24("tune", "--shape", str(SMALL), *arguments)
-    assert asked[0].budget == budget
+    assert calls[0].budget == budget
 
 
-def test_widths_and_all_models(asked: list[SimpleNamespace]) -> None:
+def test_widths_and_all_models(calls: list[SimpleNamespace]) -> None:
     srelu24("tune", "--d-model", "1024", "--d-ff", "4096", "--tokens", "8,16")
-    assert asked[-1].shapes == [Shape(8, 1024, 4096), Shape(16, 1024, 4096)]
+    assert calls[-1].shapes == [Shape(8, 1024, 4096), Shape(16, 1024, 4096)]
     srelu24("tune", "--all-models", "--tokens", "512")
-    widths = {(s.d, s.f) for s in asked[-1].shapes}
+    widths = {(s.d, s.f) for s in calls[-1].shapes}
     assert widths == {(m.d_model, m.d_ff) for m in MODELS.values()} - {(18432, 73728)}
-    assert len(asked[-1].shapes) == len(widths)
+    assert len(calls[-1].shapes) == len(widths)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_widths_and_all_models(asked: list[SimpleNamespace]) -> None:
         (["--pass", "all"], (Pass.FORWARD, Pass.BACKWARD)),
     ],
 )
-def test_passes_reach_the_tuner(arguments: list[str], passes: tuple[Pass, ...], asked: list[SimpleNamespace]) -> None:
+def test_passes_reach_the_tuner(arguments: list[str], passes: tuple[Pass, ...], calls: list[SimpleNamespace]) -> None:
     out = srelu24("tune", "--shape", str(SMALL), *arguments, "--json")
-    assert asked[0].passes == passes
+    assert calls[0].passes == passes
     assert [row["which"] for row in json.loads(out.stdout)] == list(passes)
 
 
@@ -109,10 +109,10 @@ def test_passes_reach_the_tuner(arguments: list[str], passes: tuple[Pass, ...], 
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    arguments: list[str], code: int, reason: str, asked: list[SimpleNamespace]
+    arguments: list[str], code: int, reason: str, calls: list[SimpleNamespace]
 ) -> None:
     assert reason in srelu24("tune", "--shape", str(SMALL), *arguments, code=code).stderr
-    assert asked == []
+    assert calls == []
 
 
 def test_records_are_shipped_shape_by_shape(one_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,12 +169,12 @@ def test_the_page_about_tuning_is_what_records_and_results_give(tmp_path: Path) 
     assert "<!-- results:coverage -->" in page.read_text()
 
 
-def test_the_held_out_models_are_told_as_they_were_measured() -> None:
+def test_the_held_out_models_have_the_ratios_that_were_measured() -> None:
     text = (ROOT / "docs" / "performance-log.md").read_text()
-    told = re.findall(r"^\| `(held_out_\w+\.json)` \| [^|]* \| ([^|]*) \|", text, re.MULTILINE)
+    listed = re.findall(r"^\| `(held_out_\w+\.json)` \| [^|]* \| ([^|]*) \|", text, re.MULTILINE)
     folder = ROOT / "docs" / "measurements"
-    assert {name for name, _ in told} == {path.name for path in folder.glob("held_out_*.json")}
-    for name, ratios in told:
+    assert {name for name, _ in listed} == {path.name for path in folder.glob("held_out_*.json")}
+    for name, ratios in listed:
         rows = BenchFile.load(folder / name).rows
         assert [row.shape.split("x")[0] for row in rows] == ["192", "384", "768", "1536"]
         assert ratios.replace("*", "").split() == [f"{row.speedup['tuned']:.3f}" for row in rows]

@@ -45,12 +45,12 @@ def test_a_clear_gain_is_seen_in_spite_of_drift() -> None:
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=60))
 def test_the_interval_holds_the_median_and_turns_around(samples: list[float]) -> None:
     ones = [1.0] * len(samples)
-    there, back = speedup(samples, ones), speedup(ones, samples)
-    assert there.low <= there.median <= there.high
-    if there.low > 0:
-        assert back.high == pytest.approx(1 / there.low)
+    forth, back = speedup(samples, ones), speedup(ones, samples)
+    assert forth.low <= forth.median <= forth.high
+    if forth.low > 0:
+        assert back.high == pytest.approx(1 / forth.low)
     if len(samples) < 5:
-        assert there.low == 0, "so few rounds prove nothing"
+        assert forth.low == 0, "so few rounds prove nothing"
 
 
 def test_a_tiny_gain_is_not_worth_a_change() -> None:

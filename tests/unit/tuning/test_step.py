@@ -43,7 +43,7 @@ def planted(factor: float = 0.9) -> FakeGpu:
 
 
 def run(db: Database, gpu: FakeGpu, **options: object) -> tuner.TuneReport:
-    """With time enough for all candidates, unless told otherwise."""
+    """With time enough for all candidates, unless the options say otherwise."""
     options = {"budget_s": 1500.0} | options
     return tune_ffn(*SHAPE, DType.BF16, which=Pass.BACKWARD, db=db, runner=gpu, **options)  # type: ignore[arg-type]
 

@@ -35,7 +35,7 @@ def db(tmp_path: Path) -> Database:
 
 
 def run(db: Database, gpu: FakeGpu, **options: object) -> tuner.TuneReport:
-    """Tune with time enough for all candidates, unless told otherwise."""
+    """Tune with time enough for all candidates, unless the options say otherwise."""
     return tune_ffn(M, D, F, DType.BF16, db=db, runner=gpu, **({"budget_s": 600.0} | options))  # type: ignore[arg-type]
 
 
