@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import struct
+import random
 
 import pytest
 
-from srelu24_gen.machine_code import machine_code
-
-NOBITS = 8
-
-
-def elf(sections: dict[str, bytes], reserved: int = 0) -> bytes:
-    """A small 64-bit ELF file with these sections and one that only reserves memory."""
-    names = b"\0" + b"".join(name.encode() + b"\0" for name in (*sections, ".nv.shared.k", ".names"))
-    content, headers = b"", []
-    rows = [*((name, 1, data) for name, data in sections.items()), (".names", 3, names)]
-    for name, kind, data in rows:
-        headers.append((names.index(name.encode() + b"\0"), kind, 6, 0, 64 + len(content), len(data)))
-        content += data
-    headers.append((names.index(b".nv.shared.k\0"), NOBITS, 3, 0, 64, reserved))
-    table = b"".join(struct.pack("<2I4Q24x", *header) for header in headers)
-    head = struct.pack("<16s24xQ10x3H", b"\x7fELF\x02", 64 + len(content), 64, len(headers), len(headers) - 2)
-    return head.ljust(64, b"\0") + content + table
-
+from made_up_cubin import cubin, elf
+from srelu24_gen.machine_code import machine_code, why_not_kernel
 
 CODE = {".text.k": b"\x01\x02", ".nv.info.k": b"\x03", ".symtab": b"names"}
 
@@ -42,3 +26,30 @@ def test_instructions_resources_and_memory_decide_and_names_do_not() -> None:
 def test_a_damaged_file_is_refused(damaged: bytes) -> None:
     with pytest.raises(ValueError, match=r"ELF|cut short|no code"):
         machine_code(damaged)
+
+
+KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
+
+
+def test_the_key_in_a_kernels_name_is_no_machine_code() -> None:
+    one, other = (cubin(f"srelu24_kernel_{key}", b"code") for key in (KEY, OTHER))
+    assert one != other
+    assert machine_code(one) == machine_code(other) == machine_code(cubin("srelu24_kernel", b"code"))
+    assert machine_code(one) != machine_code(cubin(f"srelu24_kernel_{KEY}", b"edoc"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"])
+def test_a_cubin_is_of_its_architecture_and_its_kernel(arch: str) -> None:
+    entry = f"srelu24_kernel_{KEY}"
+    whole = cubin(entry, b"code", arch)
+    assert why_not_kernel(whole, arch, entry) is None
+    assert "not for sm_86" in str(why_not_kernel(whole, "sm_86", entry))
+    assert "has no code of" in str(why_not_kernel(whole, arch, f"srelu24_kernel_{OTHER}"))
+    assert "has no code of" in str(why_not_kernel(cubin(entry, b"", arch), arch, entry))
+    nameless = elf({f".text.{entry}": b"code"}, arch=arch)
+    assert "has no kernel" in str(why_not_kernel(nameless, arch, entry))
+    host = bytearray(whole)
+    host[0x12] = 62
+    assert "machine 62" in str(why_not_kernel(bytes(host), arch, entry))
+    for file in (b"", b"\x7fELF", whole[:60], whole[:-1], random.Random(1).randbytes(2000)):
+        assert why_not_kernel(file, arch, entry)
