@@ -61,8 +61,8 @@ def _sentence(error: Exception) -> str:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
     return (
-        f"srelu24 itself failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; srelu24 --debug shows"
-        " where, please report it"
+        f"srelu24 itself failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report what"
+        " `srelu24 --debug` shows of it"
     )
 
 

@@ -1,4 +1,4 @@
-"""Standard output and standard error, whatever they are: closed, a full disk, a pipe that nobody reads, of any encoding."""
+"""Standard output and standard error, whatever they are: closed, full, a pipe that nobody reads, of any encoding."""
 
 from __future__ import annotations
 
