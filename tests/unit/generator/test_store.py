@@ -467,15 +467,15 @@ def snapshot(store: BuildStore) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("call", ["mkdir", "open", "fsync", "rename", "replace"])
 def test_a_disk_that_refuses_at_any_moment_installs_nothing(
-    store: BuildStore, call: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish(store, key=kernels(2)[1].meta.key, cubin=b"another")
-    with store.installing([], ("13.1.1", "4.2.0")):
-        pass
-    before = snapshot(store)
-    real = getattr(os, call)
-    for allowed in range(40):
-        left = allowed
+    real, refusals = getattr(os, call), 0
+    for allowed in range(60):
+        store, left = BuildStore(tmp_path / str(allowed)), allowed
+        publish(store, key=kernels(2)[1].meta.key, cubin=b"another")
+        with store.installing([], ("13.1.1", "4.2.0")):
+            pass
+        before = snapshot(store)
 
         def refuse(*arguments: object, **named: object) -> object:
             nonlocal left
@@ -493,11 +493,15 @@ def test_a_disk_that_refuses_at_any_moment_installs_nothing(
                     pass
             except CacheError as error:
                 refused = str(error)
-        if not refused:
+        if refused:
+            refusals += 1
+            assert (snapshot(store), "nothing was installed" in refused) == (before, True), allowed
+        else:
+            assert len(store.entries()) == 3
+        if left >= 0:
             break
-        assert (snapshot(store), "nothing was installed" in refused) == (before, True), allowed
-    assert 0 < allowed < 39
-    assert len(store.entries()) == 3
+    assert refusals
+    assert left >= 0, "every call was refused once"
 
 
 def test_what_the_body_raises_takes_the_kernels_out_again(store: BuildStore) -> None:
