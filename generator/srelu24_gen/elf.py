@@ -61,6 +61,8 @@ class Elf:
             entry_bytes, count, names_index = struct.unpack_from("<3H", file, 0x3A)
             if count > _MOST_SECTIONS or names_index >= count:
                 raise ValueError(f"not a whole ELF file: {count} sections, names in number {names_index}")
+            if table + count * entry_bytes > len(file):
+                raise ValueError("not a whole ELF file: its table of sections is cut short")
             rows = [struct.unpack_from("<2I4QI", file, table + i * entry_bytes) for i in range(count)]
             names_at = rows[names_index][4]
             sections = tuple(

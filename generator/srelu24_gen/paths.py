@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -49,30 +50,32 @@ def cache_dir() -> Path:
 
     :data:`NOWHERE`, with one warning, where the home folder that it should be in is not known.
     """
-    root = checkout()
-    usual = root / "build" / "cache" if root else platformdirs.user_cache_path("srelu24", appauthor=False)
-    return _users_folder("SRELU24_CACHE_DIR", usual)
+    if root := checkout():
+        return _users_folder("SRELU24_CACHE_DIR", lambda: root / "build" / "cache")
+    return _users_folder("SRELU24_CACHE_DIR", lambda: platformdirs.user_cache_path("srelu24", appauthor=False))
 
 
 def data_dir() -> Path:
     """Where the user's tuning history goes: SRELU24_DATA_DIR, else the user's data folder; :data:`NOWHERE` as of
     :func:`cache_dir`."""
-    return _users_folder("SRELU24_DATA_DIR", platformdirs.user_data_path("srelu24", appauthor=False))
+    return _users_folder("SRELU24_DATA_DIR", lambda: platformdirs.user_data_path("srelu24", appauthor=False))
 
 
-def _users_folder(variable: str, usual: Path) -> Path:
+def _users_folder(variable: str, usual: Callable[[], Path]) -> Path:
     chosen = os.environ.get(variable)
     try:
-        folder = Path(chosen or usual).expanduser()
-    except RuntimeError:  # "~" of a user without a home folder, or "~name" of nobody
-        folder = None
-    if folder is not None and (chosen or folder.is_absolute()):
-        return folder.absolute()
+        folder = Path(chosen or usual()).expanduser()
+        if chosen or folder.is_absolute():
+            return folder.absolute()
+        cause = f"{folder} has no beginning"
+    except (RuntimeError, OSError) as error:  # no home folder, "~name" of nobody, or a current folder that is gone
+        cause = str(error)
     if variable not in _warned:
         _warned.add(variable)
+        named = f" that {variable} names" if chosen else ""
         warnings.warn(
-            f"nothing of yours is read or kept, because the home folder in {str(chosen or usual)!r} is not known;"
-            f" set {variable} to a folder that you can write",
+            f"the folder{named} is not known ({cause}), so nothing of yours is read or kept; set {variable} to a folder"
+            " that you can write",
             RuntimeWarning,
             stacklevel=3,
         )

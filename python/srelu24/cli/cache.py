@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from srelu24.cli import options, views
+from srelu24.cli.table import Table
 from srelu24_gen.store import BuildStore
 
 app = typer.Typer(no_args_is_help=True, help="The compiled kernels on this machine (SRELU24_CACHE_DIR).")
@@ -20,11 +21,12 @@ def list_kernels(json: options.Json = False) -> None:
     if json:
         views.show_json(kernels)
         return
-    columns = ("kernel", "key", "registers", "spill bytes", "KiB", "NVRTC", "CUTLASS")
-    table = views.table("kernels", columns, right=(2, 3, 4))
+    columns = ("key", "registers", "spill bytes", "KiB", "NVRTC", "CUTLASS")
+    table = Table("kernels", columns, right=(1, 2, 3))
     for each in kernels:
+        table.add_heading(each.name)
         numbers = (str(each.registers), str(each.spill_bytes), f"{each.cubin_bytes / 1024:.0f}")
-        table.add_row(each.name, each.key[:16], *numbers, each.nvrtc_version, each.cutlass_version)
+        table.add_row(each.key[:16], *numbers, each.nvrtc_version, each.cutlass_version)
     if kernels:
         views.show(table)
     size = sum(each.cubin_bytes for each in kernels) / 2**20

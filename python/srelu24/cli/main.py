@@ -59,8 +59,10 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
-    what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return f"srelu24 itself failed with {what}; srelu24 --debug shows where, please report it"
+    return (
+        f"srelu24 itself failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report what"
+        " `srelu24 --debug` shows of it"
+    )
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)

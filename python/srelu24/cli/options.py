@@ -49,12 +49,15 @@ def parse_model(key: str | Model) -> Model:
         raise typer.BadParameter(str(error)) from error
 
 
+_A_YEAR = 366 * 24 * 3600
+
+
 def _seconds(text: str | float) -> float:
     """``90``, ``90s``, ``8m`` or ``1h``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip().lower())
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if seconds < 1:
-        raise typer.BadParameter(f"{text!r} is not a time of at least a second, such as 90s, 8m or 1h")
+    if not 1 <= seconds <= _A_YEAR:
+        raise typer.BadParameter(f"{text!r} is not a time from a second to a year, such as 90s, 8m or 1h")
     return seconds
 
 
@@ -177,7 +180,7 @@ def shapes_of(
 
 
 def token_counts(text: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+    if not re.fullmatch(r"[1-9][0-9]{0,17}(,[1-9][0-9]{0,17})*", text):
         raise typer.BadParameter(f"--tokens {text!r} is not a list of numbers of tokens, such as 4096,16384")
     return [int(count) for count in text.split(",")]
 

@@ -1,5 +1,4 @@
-"""Standard output and standard error, whatever they are: closed, a full disk, a pipe that nobody reads, of any
-encoding."""
+"""Standard output and standard error, whatever they are: closed, full, a pipe that nobody reads, of any encoding."""
 
 from __future__ import annotations
 
@@ -8,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 
 @contextlib.contextmanager
@@ -23,23 +23,35 @@ def of_any_kind() -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    code: object = 0
+    failure: OSError | None = None
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+        yield
+    except SystemExit as exit_:
+        code = exit_.code
     except OSError as error:
-        _give_up()
+        failure = error
+    failures = [failure, *map(_settle, (sys.stdout, sys.stderr))]
+    if not any(failures):
+        if code != 0:
+            sys.exit(code)  # type: ignore[arg-type]
+        return
+    reason = next(filter(None, failures))
+    if code == 0 and not isinstance(reason, BrokenPipeError):
         with contextlib.suppress(OSError, ValueError):
-            if not isinstance(error, BrokenPipeError):
-                print(f"error: the output cannot be written ({error.strerror or error})", file=sys.stderr, flush=True)
-        sys.exit(1)
+            print(f"error: the output cannot be written ({reason.strerror or reason})", file=sys.stderr, flush=True)
+    sys.exit(code or 1)  # type: ignore[arg-type]
 
 
-def _give_up() -> None:
-    """Else the interpreter would write what is left once more as it exits, and fail once more."""
-    with contextlib.suppress(OSError, ValueError):
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stdout.fileno())
-        os.close(nothing)
+def _settle(stream: TextIO) -> OSError | None:
+    """Write what a stream still holds. Where that fails it goes nowhere: else the interpreter would try once more as it
+    exits, and complain."""
+    try:
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
+        return error
+    return None

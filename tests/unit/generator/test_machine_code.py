@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
 
-from srelu24_gen.machine_code import machine_code
+from made_up_cubin import cubin
+from made_up_cubin import elf as cubin_of
+from srelu24_gen.machine_code import machine_code, why_not_kernel
 
 NOBITS = 8
 
@@ -90,3 +93,30 @@ def test_a_symbol_counts_by_its_name_and_not_by_its_place() -> None:
     assert machine_code(with_table("a", "b", reads=0, info_of=2)) == machine_code(
         with_table("a", "c", "b", reads=0, info_of=3)
     )
+
+
+KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
+
+
+def test_the_key_in_a_kernels_name_is_no_machine_code() -> None:
+    one, other = (cubin(f"srelu24_kernel_{key}", b"code") for key in (KEY, OTHER))
+    assert one != other
+    assert machine_code(one) == machine_code(other) == machine_code(cubin("srelu24_kernel", b"code"))
+    assert machine_code(one) != machine_code(cubin(f"srelu24_kernel_{KEY}", b"edoc"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"])
+def test_a_cubin_is_of_its_architecture_and_its_kernel(arch: str) -> None:
+    entry = f"srelu24_kernel_{KEY}"
+    whole = cubin(entry, b"code", arch)
+    assert why_not_kernel(whole, arch, entry) is None
+    assert "not for sm_86" in str(why_not_kernel(whole, "sm_86", entry))
+    assert "has no code of" in str(why_not_kernel(whole, arch, f"srelu24_kernel_{OTHER}"))
+    assert "has no code of" in str(why_not_kernel(cubin(entry, b"", arch), arch, entry))
+    nameless = cubin_of({f".text.{entry}": b"code"}, arch=arch)
+    assert "has no kernel" in str(why_not_kernel(nameless, arch, entry))
+    host = bytearray(whole)
+    host[0x12] = 62
+    assert "machine 62" in str(why_not_kernel(bytes(host), arch, entry))
+    for file in (b"", b"\x7fELF", whole[:60], whole[:-1], random.Random(1).randbytes(2000)):
+        assert why_not_kernel(file, arch, entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,35 @@ def test_the_environment_comes_first(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(variable, "z")
     assert folder_of() == tmp_path / "z"
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder_of"), [("SRELU24_CACHE_DIR", paths.cache_dir), ("SRELU24_DATA_DIR", paths.data_dir)]
+)
+@pytest.mark.parametrize("home", ["~nosuchuser/x", None])
+def test_a_home_that_is_not_known_is_one_warning_and_no_folder(
+    variable: str,
+    folder_of: Callable[[], Path],
+    home: str | None,
+    installed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if home:
+        monkeypatch.setenv(variable, home)
+    else:  # a container's user that is in no list, without HOME
+        for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
+            monkeypatch.delenv(name)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    paths._warned.clear()
+    with pytest.warns(RuntimeWarning, match=f"is not known .*home.*; set {variable}"):
+        assert folder_of() == paths.NOWHERE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert folder_of() == paths.NOWHERE
+    with pytest.raises(OSError, match="Not a directory"):
+        paths.NOWHERE.mkdir(parents=True)
 
 
 def test_a_broken_installation_says_what_is_missing(installed: Path) -> None:

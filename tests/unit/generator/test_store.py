@@ -19,7 +19,7 @@ import pytest
 from srelu24_gen import store as store_module
 from srelu24_gen.errors import CacheError
 from srelu24_gen.spec import DType, Family, KernelConfig, Op
-from srelu24_gen.store import BuildStore, KernelMeta
+from srelu24_gen.store import BuildStore, KeptKernel, KernelMeta, encode_meta
 
 CUBIN = b"\x7fELF" + bytes(range(256))
 KEY = hashlib.sha256(b"a kernel").hexdigest()
@@ -319,3 +319,207 @@ def test_meta_is_readable_json(store: BuildStore) -> None:
     folder = publish(store)
     assert folder
     assert msgspec.json.decode((folder / "meta.json").read_bytes())["config"]["tile_m"] == KernelConfig().tile_m
+
+
+# --- what is there is believed only as far as it can be proven
+
+
+def test_no_flip_of_a_description_is_served(store: BuildStore) -> None:
+    folder = publish(store)
+    assert folder
+    text = (folder / "meta.json").read_bytes()
+    for place in range(len(text)):
+        flipped = bytearray(text)
+        flipped[place] ^= 1 << place % 8
+        (folder / "meta.json").write_bytes(flipped)
+        assert store.load(KEY, NAME) is None, (place, bytes(flipped[place - 9 : place + 9]))
+    (folder / "meta.json").write_bytes(text)
+    assert store.load(KEY, NAME)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "..", "", ".tmp-1-01234567", "a\0b", "x" * 201, "a b"])
+def test_a_name_is_never_a_path(store: BuildStore, tmp_path: Path, name: str) -> None:
+    meta = msgspec.structs.replace(meta_of(), name=name)
+    with pytest.raises(CacheError, match="is no kernel"):
+        store.publish(meta, source="", cubin=CUBIN, log="")
+    with pytest.raises(CacheError, match="is no kernel"):
+        store.load("../" + KEY[3:], NAME)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_entry_in_another_ones_place_is_a_miss(store: BuildStore) -> None:
+    folder = publish(store)
+    assert folder
+    other = "f" * 64
+    folder.rename(store.entry(other, NAME))
+    assert store.load(other, NAME) is None
+    assert store.entries() == []
+
+
+def test_a_pipe_in_an_entry_is_a_miss_and_nothing_waits(store: BuildStore) -> None:
+    folder = publish(store)
+    assert folder
+    for name in ("meta.json", "kernel.cubin"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert store.load(KEY, NAME) is None
+        publish(store)
+        assert store.load(KEY, NAME)
+
+
+def test_another_binary_in_the_place_of_one_is_replaced(store: BuildStore) -> None:
+    publish(store, cubin=b"\x7fELF of another")
+    publish(store)
+    assert store.load(KEY, NAME) == (CUBIN, meta_of())
+
+
+# --- disks that are odd
+
+
+def test_a_winner_that_is_not_visible_is_not_waited_for(store: BuildStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network disk may answer a rename with "exists" before it shows what exists."""
+    asked: list[float] = []
+    rename = os.rename
+
+    def exists(source: Path, target: Path) -> None:
+        if ".tmp-" in Path(target).name:
+            raise FileNotFoundError
+        asked.append(0)
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    monkeypatch.setattr(store_module.os, "rename", exists)
+    monkeypatch.setattr(store_module.time, "sleep", asked.append)
+    with one_warning(store, "neither read nor removed"):
+        assert publish(store) is None
+    assert asked.count(0) - 1 == 5, "attempts; one of the pauses is nothing"
+    assert 0 < sum(asked) < 2
+    assert list(store.folder.iterdir()) == []
+    monkeypatch.setattr(store_module.os, "rename", rename)
+    assert publish(store)
+
+
+def test_an_unlock_that_fails_loses_nothing(store: BuildStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module.FileLock, "release", refuse)
+        with store.lock(KEY):
+            folder = publish(store)
+    assert folder
+    assert store.load(KEY, NAME)
+
+
+def age(path: Path, seconds: float) -> None:
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+def test_what_killed_builds_left_is_swept_when_it_is_old(store: BuildStore) -> None:
+    publish(store)
+    old, young, foreign = (store.folder / name for name in (".tmp-1-01234567", ".tmp-2-01234567", ".tmp-other"))
+    for path in (old, young, foreign):
+        path.mkdir()
+        (path / "kernel.cu").touch()
+    age(old, store_module.LEFTOVER_SECONDS + 60)
+    age(foreign, store_module.LEFTOVER_SECONDS + 60)
+    store_module._swept.discard(store.folder)
+    publish(BuildStore(store.folder), key="e" * 64)  # as the first build of another process
+    assert sorted(path.name for path in store.folder.glob(".tmp*")) == [young.name, foreign.name]
+
+
+def test_sweep_takes_leftovers_failures_and_damage_and_leaves_kernels(store: BuildStore) -> None:
+    whole, damaged = publish(store), publish(store, key="e" * 64)
+    assert whole
+    assert damaged
+    (damaged / "kernel.cubin").write_bytes(b"")
+    store.keep_failure("d" * 64, NAME, source="", log="", command="")
+    (store.folder / "mine").mkdir()
+    left = store.folder / ".tmp-1-01234567"
+    left.mkdir()
+    age(left, store_module.LEFTOVER_SECONDS + 60)
+    assert store.sweep() == 3
+    assert sorted(path.name for path in store.folder.iterdir()) == sorted([whole.name, "mine"])
+    assert store.sweep() == 0
+
+
+# --- bundles are installed whole
+
+
+def kernels(count: int) -> list[KeptKernel]:
+    return [KeptKernel(meta_of(key=f"{i:064x}"[::-1]), "// source\n", CUBIN, "log") for i in range(count)]
+
+
+def test_what_is_installed_is_there_and_so_are_the_bundles_before(store: BuildStore) -> None:
+    with store.installing(kernels(3), ("13.0.88", "4.2.0")):
+        assert len(store.entries()) == 3
+    with store.installing(kernels(4), ("13.5.37", "4.2.0")):
+        pass
+    with store.installing(kernels(1), ("13.0.88", "4.2.0")):
+        pass
+    assert len(store.entries()) == 4
+    assert store.packed_with() == [("13.0.88", "4.2.0"), ("13.5.37", "4.2.0")]
+
+
+def snapshot(store: BuildStore) -> dict[str, bytes]:
+    return {name: (store.folder / name).read_bytes() for name in files_below(store.folder) if ".locks" not in name}
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open", "fsync", "rename", "replace"])
+def test_a_disk_that_refuses_at_any_moment_installs_nothing(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, refusals = getattr(os, call), 0
+    for allowed in range(60):
+        store, left = BuildStore(tmp_path / str(allowed)), allowed
+        publish(store, key=kernels(2)[1].meta.key, cubin=b"another")
+        with store.installing([], ("13.1.1", "4.2.0")):
+            pass
+        before = snapshot(store)
+
+        def refuse(*arguments: object, **named: object) -> object:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*arguments, **named)
+
+        refused = ""
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where it is the lock that cannot be made, which is only wasteful
+            patch.setattr(store_module.os, call, refuse)
+            try:
+                with store.installing(kernels(3), ("13.0.88", "4.2.0")):
+                    pass
+            except CacheError as error:
+                refused = str(error)
+        if refused:
+            refusals += 1
+            assert (snapshot(store), "nothing was installed" in refused) == (before, True), allowed
+        else:
+            assert len(store.entries()) == 3
+        if left >= 0:
+            break
+    assert refusals
+    assert left >= 0, "every call was refused once"
+
+
+def test_what_the_body_raises_takes_the_kernels_out_again(store: BuildStore) -> None:
+    publish(store)
+    before = snapshot(store)
+
+    def install(error: type[BaseException]) -> None:
+        with store.installing(kernels(3), ("13.0.88", "4.2.0")):
+            assert len(store.entries()) == 4
+            raise error
+
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            install(error)
+        assert {name: text for name, text in snapshot(store).items() if name != "toolchains.json"} == before
+        assert store.packed_with() == []
+
+
+def test_a_description_is_the_same_text_for_the_same_kernel() -> None:
+    assert encode_meta(meta_of()) == encode_meta(meta_of())
+    assert msgspec.json.decode(encode_meta(meta_of()))["meta_sha256"]
