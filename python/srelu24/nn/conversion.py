@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from srelu24.fp8.recipes import ScaleRecipe, Static, for_layer
-from srelu24.nn import sites, swap
+from srelu24.nn import recipe_state, sites, swap
 from srelu24.nn.modules import SquaredReLUFFN
 from srelu24.nn.sites import Site
 from srelu24.runtime.operands import check_mode
@@ -128,6 +128,8 @@ def convert(
         for path, module in model.named_modules():
             if isinstance(module, SquaredReLUFFN) and path not in replaced and chosen(path, module):
                 _give_recipe(path, module, recipe, report)
+    if isinstance(recipe, Recipe) and report.converted:
+        _keep_from_ddp(model, [done.path for done in report.converted], report)
     if not report.converted and not report.left:
         report.nothing = sites.why_nothing(model)
     return report
@@ -169,6 +171,23 @@ def _take(site: Site, recipe: Recipe | ScaleRecipe | str | None, mode: str, stri
         return
     report._undo.append(lambda: swap.give_back(ffn, swapped, kind))
     report.converted.append(Converted(site.path, "ffn", *sizes, note=_named(recipe)))
+
+
+def _keep_from_ddp(model: nn.Module, paths: list[str], report: Conversion) -> None:
+    """Has DistributedDataParallel leave the recipe's buffers to each rank, by the attribute in which it looks."""
+    before = getattr(model, _DDP_IGNORES, None)
+    setattr(model, _DDP_IGNORES, [*(before or ()), *recipe_state.ignored_by_ddp(paths)])
+
+    def undo() -> None:
+        if before is None:
+            delattr(model, _DDP_IGNORES)
+        else:
+            setattr(model, _DDP_IGNORES, before)
+
+    report._undo.append(undo)
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | str, report: Conversion) -> None:
