@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from srelu24.fp8.recipes import Predicted as Predicted
     from srelu24.fp8.recipes import Rowwise as Rowwise
     from srelu24.fp8.recipes import Static as Static
-    from srelu24.fp8.recipes import calibrate as calibrate
+    from srelu24.nn.calibration import calibrate as calibrate
     from srelu24.nn.conversion import Conversion as Conversion
     from srelu24.nn.conversion import convert as convert
     from srelu24.nn.modules import Linear24 as Linear24
@@ -62,7 +62,7 @@ _HOME = {
     "SquaredReLUFFNParallel": "nn.parallel",
     "Static": "fp8.recipes",
     "Status": "nn.status",
-    "calibrate": "fp8.recipes",
+    "calibrate": "nn.calibration",
     "convert": "nn.conversion",
     "explain": "ops.explanation",
     "ffn": "ops.functions",

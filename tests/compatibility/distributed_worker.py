@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,113 @@ def fsdp2_of_the_ffn(mesh: DeviceMesh, device: str) -> float:
         return distance(net(tokens(device)), model(device)(tokens(device)))
 
 
+def fsdp2_of_the_linears(mesh: DeviceMesh, device: str) -> float:
+    """The pruned numbers, while each Linear's weight is only there while it runs; gradients as before."""
+
+    def sharded(recipe: srelu24.Recipe | None = None) -> nn.Module:
+        net = model(device)
+        if recipe is not None:
+            for block in net:
+                block.mlp.mode = "auto"
+            srelu24.convert(net, recipe=recipe)
+        for block in net:
+            fully_shard(block.mlp.up, mesh=mesh)
+            fully_shard(block.mlp.down, mesh=mesh)
+        return net
+
+    x = tokens(device)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", srelu24.FallbackWarning)
+        found = [float(not torch.equal(sharded()(x), model(device)(x)))]
+    with torch.inference_mode():
+        found.append(distance(sharded()(x), model(device)(x)))
+    ours, alone = gradients(sharded(), x), gradients(model(device), x)
+    found += [distance(full(ours[name]), alone[name]) for name in alone]
+    net = sharded(srelu24.Recipe(warmup_steps=0))
+    with pytest.warns(srelu24.FallbackWarning, match=r"0\.mlp: FSDP shards its up_proj by itself"):
+        ours = gradients(net, x)
+    found += [distance(full(ours[name]), alone[name]) for name in alone]
+    net[0].mlp.strict = True
+    with pytest.raises(Unsupported, match=r"0\.mlp cannot run pruned, and strict is set: FSDP shards"):
+        net(x)
+    return max(found)
+
+
+def fsdp2_recipe_state(mesh: DeviceMesh, device: str) -> float:
+    """A sharded model on the meta device takes a checkpoint by assign, with the recipe's state and without."""
+    net, recipe = converted_by_recipe(device)
+    recipe.step()
+    for with_state in (True, False):
+        state = net.state_dict() if with_state else model(device).float().state_dict()
+        with torch.device("meta"):
+            fresh = nn.Sequential(Block(True), Block(True)).eval()
+        for block in fresh:
+            block.mlp.mode = "auto"
+        again = srelu24.Recipe(warmup_steps=0, dense_features=1.0)
+        srelu24.convert(fresh, recipe=again)
+        for block in fresh:
+            fully_shard(block, mesh=mesh)
+        target = fresh.state_dict()
+        spread = {
+            name: distribute_tensor(value, mesh, target[name].placements)
+            if isinstance(target[name], DTensor)
+            else value.clone()
+            for name, value in state.items()
+        }
+        fresh.load_state_dict(spread, assign=True)
+        x = tokens(device).float()
+        with torch.no_grad():
+            assert distance(fresh(x), net(x)) < 1e-5
+        assert again.steps == int(with_state)
+        fresh(x).square().mean().backward()
+        assert not any(buffer.is_meta for buffer in fresh.buffers())
+    return 0.0
+
+
+def profiles(mesh: DeviceMesh, device: str) -> float:
+    """The shares of a single process: of FFNs that are spread along F, in every way, converted or not."""
+    x = tokens(device)
+    wanted = srelu24.profile(model(device), x, gpu="h200").layers
+    plan = {"*.mlp.up_proj": ColwiseParallel(), "*.mlp.down_proj": RowwiseParallel()}
+    plain = nn.Sequential(*(PlainBlock(block) for block in model(device)))
+    found = [
+        parallelize_module(model(device), mesh, {"*.mlp": srelu24.SquaredReLUFFNParallel()}),
+        parallelize_module(plain, mesh, plan),
+    ]
+    sharded = model(device)
+    for block in sharded:
+        fully_shard(block, mesh=mesh)
+    worst = 0.0
+    for net in (*found, sharded):
+        layers = srelu24.profile(net, x, gpu="h200").layers
+        assert [layer.tokens for layer in layers] == [len(x)] * 2, layers
+        assert [layer.d_ff for layer in layers] == [F] * 2
+        for ours, alone in zip(layers, wanted, strict=True):
+            worst = max(worst, abs(ours.density - alone.density), abs(ours.energy_dropped - alone.energy_dropped))
+        assert len(srelu24.status(net, 128)) == 2
+    return worst
+
+
+class PlainBlock(nn.Module):
+    """A block as a model's author writes it, of the same layers."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.norm, self.mlp = block.norm, PlainMLP(block.mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class PlainMLP(nn.Module):
+    def __init__(self, ffn: SquaredReLUFFN) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = ffn.up, ffn.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x).relu().square())
+
+
 def tensor_parallel(mesh: DeviceMesh, device: str) -> float:
     found = []
     for bias in (False, True):
@@ -134,7 +242,11 @@ def styles_of_the_layers(mesh: DeviceMesh, device: str) -> float:
     plan = {"*.mlp.up_proj": ColwiseParallel(), "*.mlp.down_proj": RowwiseParallel()}
     net = parallelize_module(model(device), mesh, plan)
     x = tokens(device)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.raises(Unsupported, match="up_proj changes what goes in or comes out"):
+        net(x)  # the blocks' mode is sparse
+    for block in net:
+        block.mlp.mode = "auto"
+    with torch.no_grad(), pytest.warns(srelu24.FallbackWarning, match="up_proj changes"):
         found = net(x)
     return distance(found, model(device)(x.requires_grad_()).detach())  # recorded, so dense
 
@@ -241,6 +353,9 @@ CASES = {
         ddp,
         fsdp2,
         fsdp2_of_the_ffn,
+        fsdp2_of_the_linears,
+        fsdp2_recipe_state,
+        profiles,
         tensor_parallel,
         tensor_parallel_collectives,
         sequence_parallel,
@@ -262,7 +377,7 @@ def main(rank: int, ranks: int, folder: Path, device: str) -> None:
     for name, case in CASES.items():
         try:
             found = f"{case(mesh, device)}"
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             found = traceback.format_exc()
         (folder / f"{name}.{rank}").write_text(found)
         dist.barrier()

@@ -60,6 +60,21 @@ def test_fsdp2_of_the_ffn(results: Path) -> None:
     assert worst(results, "fsdp2_of_the_ffn") == 0.0
 
 
+def test_fsdp2_of_the_linears(results: Path) -> None:
+    """FSDP2 of the single Linears: the pruned numbers; a training recipe cannot, and says so or raises."""
+    assert worst(results, "fsdp2_of_the_linears") < 1e-6
+
+
+def test_fsdp2_recipe_state(results: Path) -> None:
+    """FSDP2 of a recipe's model on the meta device, filled by assign, with the recipe's state or without."""
+    assert worst(results, "fsdp2_recipe_state") == 0.0
+
+
+def test_profiles(results: Path) -> None:
+    """profile and status of tensor-parallel and sharded models: the shares of one process."""
+    assert worst(results, "profiles") < 0.01
+
+
 def test_tensor_parallel(results: Path) -> None:
     """Tensor parallel (SquaredReLUFFNParallel), with and without biases: outputs and gradients of one process."""
     assert worst(results, "tensor_parallel") < 0.02
@@ -76,7 +91,7 @@ def test_sequence_parallel(results: Path) -> None:
 
 
 def test_styles_of_the_layers(results: Path) -> None:
-    """ColwiseParallel and RowwiseParallel on the two layers work; the FFN is then dense."""
+    """ColwiseParallel and RowwiseParallel on the two layers work: dense with a warning, refused by mode sparse."""
     assert worst(results, "styles_of_the_layers") < 0.02
 
 

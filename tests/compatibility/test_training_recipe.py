@@ -236,11 +236,9 @@ def test_state_goes_with_the_weights(wide: nn.Module, batch: Tensor) -> None:
 
 
 def test_deepcopy_and_pickle(wide: nn.Module, batch: Tensor) -> None:
-    """A copy, pickled or deep, has a recipe of its own in the same state; state dicts hold the two layers alone."""
-    keys = list(wide.state_dict())
+    """A copy, pickled or deep, has a recipe of its own in the same state."""
     recipe = srelu24.Recipe(warmup_steps=0, dense_features=0.0)
     srelu24.convert(wide, recipe=recipe)
-    assert list(wide.state_dict()) == keys
     wide(batch).mean().backward()
     buffer = io.BytesIO()
     torch.save(wide, buffer)

@@ -168,7 +168,7 @@ def bench_model(
     for name, stack in (("srelu24 compiled", converted), ("dense compiled", dense)):
         report(f"torch.compile of {name.split()[0]}, on {len(tokens)} token counts")
         calls[name], graphs[name] = _compiled(stack, list(inputs.values()))
-    found = sum(layer.density for layer in measured.layers) / len(measured.layers)
+    found = sum(layer.density or 0.0 for layer in measured.layers) / len(measured.layers)
     for m, x in inputs.items():
         report(f"{m} tokens")
         with torch.inference_mode():

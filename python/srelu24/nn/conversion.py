@@ -5,14 +5,15 @@ With a recipe of training or of the 8-bit forward each of them is a layer of it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from srelu24.fp8.recipes import ScaleRecipe, Static, for_layer
-from srelu24.nn import sites, swap
-from srelu24.nn.modules import SquaredReLUFFN
+from srelu24.nn import recipe_state, sites, swap
+from srelu24.nn.modules import Conv1D24, Linear24, SquaredReLUFFN
 from srelu24.nn.sites import Site
 from srelu24.runtime.operands import check_mode
 from srelu24.training.recipe import Recipe
@@ -97,7 +98,7 @@ def convert(
             :class:`SquaredReLUFFN` that has none gets it too. What is not an FFN as a whole is then left.
         filter: called with the qualified name and the module of every FFN found; False leaves it.
         mode: of the converted layers, as for :func:`srelu24.ffn`: "auto" runs dense where pruning does not pay.
-        strict: of the converted layers: a call that would fall back to dense PyTorch is an error that names the layer,
+        strict: of all of these layers: a call that would fall back to dense PyTorch is an error that names the layer,
             as SRELU24_STRICT=1 makes it for the process. That "auto" is dense where that is faster is no fallback.
 
     Returns:
@@ -128,6 +129,9 @@ def convert(
         for path, module in model.named_modules():
             if isinstance(module, SquaredReLUFFN) and path not in replaced and chosen(path, module):
                 _give_recipe(path, module, recipe, report)
+    _name_ours(model, strict, report)
+    if isinstance(recipe, Recipe) and report.converted:
+        _keep_from_ddp(model, [done.path for done in report.converted], report)
     if not report.converted and not report.left:
         report.nothing = sites.why_nothing(model)
     return report
@@ -169,6 +173,33 @@ def _take(site: Site, recipe: Recipe | ScaleRecipe | str | None, mode: str, stri
         return
     report._undo.append(lambda: swap.give_back(ffn, swapped, kind))
     report.converted.append(Converted(site.path, "ffn", *sizes, note=_describe_recipe(recipe)))
+
+
+def _name_ours(model: nn.Module, strict: bool, report: Conversion) -> None:
+    """Tells the layers that were there before what the model calls them, and makes them strict."""
+    for path, module in model.named_modules():
+        if isinstance(module, SquaredReLUFFN | Linear24 | Conv1D24):
+            module.qualified_name = module.qualified_name or path
+            if strict and not module.strict:
+                module.strict = True
+                report._undo.append(functools.partial(setattr, module, "strict", False))
+
+
+def _keep_from_ddp(model: nn.Module, paths: list[str], report: Conversion) -> None:
+    """Has DistributedDataParallel leave the recipe's buffers to each rank, by the attribute in which it looks."""
+    before = getattr(model, _DDP_IGNORES, None)
+    setattr(model, _DDP_IGNORES, [*(before or ()), *recipe_state.ignored_by_ddp(paths)])
+
+    def undo() -> None:
+        if before is None:
+            delattr(model, _DDP_IGNORES)
+        else:
+            setattr(model, _DDP_IGNORES, before)
+
+    report._undo.append(undo)
+
+
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
 def _give_recipe(path: str, ffn: SquaredReLUFFN, recipe: Recipe | ScaleRecipe | str, report: Conversion) -> None:

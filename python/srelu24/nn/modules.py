@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from srelu24.fp8.recipes import ScaleRecipe, for_layer
-from srelu24.nn import watching
+from srelu24.nn import recipe_state, watching
 from srelu24.nn.layers import Operands, any_global_hook, as_linear, is_linear, operands, widths
 from srelu24.nn.layers import is_plain as is_plain
 from srelu24.ops.functions import ffn, linear24
@@ -144,9 +144,11 @@ class SquaredReLUFFN(nn.Module):
         """Compute by a recipe from here on, or by none: then dense in training and by ``mode`` in inference.
 
         Args:
-            recipe: of training (docs/training.md): the module becomes a layer of it, whose state moves with the
-                weights. Or of the 8-bit forward (docs/fp8.md): "rowwise", "predicted", "static" (to be calibrated) or
-                an instance. The weights stay as they are; an 8-bit copy of each is made, and again when it has changed.
+            recipe: of training (docs/training.md): the module becomes a layer of it, whose state is in buffers of the
+                module: it goes where the weights go and is in state dicts; those without it load, too. A copy of the
+                module has a recipe of its own, which counts its own steps, or takes steps over with the buffers. Or of
+                the 8-bit forward (docs/fp8.md): "rowwise", "predicted", "static" (to be calibrated) or an instance; the
+                weights stay as they are and are quantised beside, again whenever they have changed.
             name: of the layer in a training recipe and in its metrics; a number by default.
 
         Raises:
@@ -156,7 +158,10 @@ class SquaredReLUFFN(nn.Module):
         made = None if recipe is None else self._make_recipe(recipe, name)
         if isinstance(self.recipe, LayerState):
             self.recipe.leave()
+            recipe_state.release(self)
         self.recipe = made
+        if isinstance(made, LayerState):
+            recipe_state.hold(self, made)
 
     def _make_recipe(self, recipe: Recipe | ScaleRecipe | str, name: str) -> LayerState | ScaleRecipe:
         up, down = self.two_layers
@@ -197,9 +202,16 @@ class SquaredReLUFFN(nn.Module):
     def _run(self, x: Tensor, ups: Operands | None, downs: Operands | None) -> Tensor:
         if ups is None or downs is None or any_global_hook():
             return watching.call(self, x)
+        if self.recipe is not None:
+            self.prepare_recipe(x)
+        return ffn(x, ups[0], downs[0], ups[1], downs[1], mode=self.mode, recipe=self.recipe)
+
+    def prepare_recipe(self, x: Tensor) -> None:
+        """Before a call by a recipe."""
         if isinstance(self.recipe, ScaleRecipe):
             self.check_not_sharded()
-        return ffn(x, ups[0], downs[0], ups[1], downs[1], mode=self.mode, recipe=self.recipe)
+        elif isinstance(self.recipe, LayerState) and not torch.compiler.is_compiling():
+            recipe_state.follow(self, self.recipe, x)
 
     @property
     def label(self) -> str:
@@ -262,10 +274,21 @@ class SquaredReLUFFN(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         first = next(self.up.parameters(), None)  # an adapter put there since may have none
         if isinstance(self.recipe, LayerState) and first is not None:
-            self.recipe.to(first.device)
+            if self.recipe.counts.is_meta or self.recipe.w1_grad is not None:
+                self.recipe.to(first.device)
+                recipe_state.hold(self, self.recipe)
+            else:
+                recipe_state.adopt(self, self.recipe)
         elif isinstance(self.recipe, ScaleRecipe) and first is not None:
             self.recipe.prepare(first.device)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if isinstance(self.recipe, LayerState):
+            if recipe_state.PREFIX + "steps" not in self._buffers:  # pickled before they were buffers
+                recipe_state.hold(self, self.recipe)
+            recipe_state.adopt(self, self.recipe, copies=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Runs before the children load: keys of other names become keys of this module's.
@@ -275,7 +298,17 @@ class SquaredReLUFFN(nn.Module):
                 for mine, theirs in zip(ours, (f"{prefix}{name}." for name in pair), strict=True):
                     for key in [key for key in state_dict if key.startswith(theirs)]:
                         state_dict[mine + key[len(theirs) :]] = state_dict.pop(key)
+        states = [f"{prefix}{recipe_state.PREFIX}{name}" for name in recipe_state.NAMES]
+        if not isinstance(self.recipe, LayerState):
+            for key in states:
+                state_dict.pop(key, None)
+        missing: list[str] = args[2]
+        before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        missing[before:] = [key for key in missing[before:] if key not in states]  # as in checkpoints of 0.1
+        if isinstance(self.recipe, LayerState):
+            recipe_state.adopt(self, self.recipe)
+            self.recipe.follow()
 
     def extra_repr(self) -> str:
         """The kind of network, for ``print``."""

@@ -223,16 +223,16 @@ def _elements(module: nn.Module, small: dict[int, int]) -> int:
 
 
 def _examine_raw(path: str, module: nn.Module) -> Site | None:
-    """The verdict on a module that holds two matrices itself; None where it does not compute an FFN with them."""
+    """The verdict on a module that holds two matrices itself; None where there is no squared ReLU."""
     matrices = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 2}
-    if len(matrices) < 2 or "forward" in module.__dict__ or type(module).forward is nn.Module.forward:
+    if len(matrices) < 2 or "forward" in module.__dict__:
         return None
+    more = None
     for (first, w1), (second, w2) in itertools.permutations(matrices.items(), 2):
-        for d, f in dict.fromkeys((tuple(w1.shape), tuple(w1.shape)[::-1])):
-            if (
-                sorted(w2.shape) != sorted((d, f))
-                or _elements(module, small := {f: twins.F} if f != d else {}) > _MOST_ELEMENTS
-            ):
+        sizes = sorted(w1.shape)
+        for d, f in (sizes, sizes[::-1]) if sorted(w2.shape) == sizes else ():
+            small = {f: twins.F} if f != d else {}
+            if _elements(module, small) > _MOST_ELEMENTS:
                 continue
             try:
                 with twins.neutral():
@@ -240,9 +240,14 @@ def _examine_raw(path: str, module: nn.Module) -> Site | None:
                     for raw in RawMatrices.candidates(module, first, second, d, f):
                         if all(raw.is_ffn(run.twin, run.x, run.y) for run in runs[: len(twins.SCALES)]):
                             return _raw_site(path, module, raw, runs)
+                    if more is None and twins.squares_relu(twins.twin_of(module, small), d):
+                        why = (
+                            "its matrices are parameters of its own, and it does more with them than a squared-ReLU FFN"
+                        )
+                        more = Site(path, module, ("", ""), "other", why)
             except Exception:  # Foreign code that does not run on such an input is no FFN.
                 continue
-    return None
+    return more
 
 
 def _raw_site(path: str, module: nn.Module, raw: RawMatrices, runs: list[Run]) -> Site:

@@ -101,8 +101,8 @@ class _RawSquaredReLUFFN(_Swapped, SquaredReLUFFN):
     def _run_raw(self, x: Tensor) -> Tensor:
         cast = None if isinstance(self.recipe, ScaleRecipe) else x.dtype
         w1, w2, b1, b2 = self.raw.operands(self, cast)
-        if isinstance(self.recipe, ScaleRecipe):
-            self.check_not_sharded()
+        if self.recipe is not None:
+            self.prepare_recipe(x)
         return ffn(x, w1, w2, b1, b2, mode=self.mode, recipe=self.recipe)
 
     def set_recipe(self, recipe: Recipe | ScaleRecipe | str | None, name: str = "") -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from srelu24.nn.layers import is_conv1d, learn_casting, reads_its_weights_alone, widths
@@ -249,3 +250,26 @@ def is_casting(layer: nn.Module) -> bool:
         return False
     learn_casting(type(layer))
     return True
+
+
+class _Outputs(TorchFunctionMode):
+    """Keeps the tensors that functions of PyTorch return."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if isinstance(y, Tensor) and y.is_floating_point() and y.dim() > 1:
+            self.kept.append(y.detach().clone())
+        return y
+
+
+def squares_relu(twin: Twin, d: int) -> bool:
+    """Whether the square of relu of something that has negative values turns up while the twin runs."""
+    kept: list[Tensor] = []
+    with _Outputs(kept):
+        twin.module.eval()(twin.randn(2, 5, d))
+    signed = [h for h in kept if bool((h < 0).any())]
+    return any(a.shape == h.shape and torch.allclose(a, torch.relu(h).square()) for h in signed for a in kept)

@@ -80,6 +80,8 @@ def call(owner: SquaredReLUFFN, x: Tensor) -> Tensor:
     if owner.recipe is None and (recorded or has_tangent(x)):
         warn_dense(NO_BACKWARD)
         return _dense(up, down, x)
+    if owner.recipe is not None:
+        owner.prepare_recipe(x)
     if (reason := known_reason(owner, recorded)) is not None:
         owner.fall_back(reason)
         return _dense(up, down, x)

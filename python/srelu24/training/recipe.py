@@ -81,6 +81,15 @@ class Recipe:
         # On the host: reading it does not wait for the GPU, and changing it does not change any code.
         self.sparse_flag = torch.tensor(warmup_steps == 0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The flag follows from the step, and a spawned process would share its memory.
+        return {name: value for name, value in self.__dict__.items() if name != "sparse_flag"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with torch.inference_mode(False):
+            self.sparse_flag = torch.tensor(self.sparse, device="cpu")
+
     def __repr__(self) -> str:
         return (
             f"Recipe(warmup_steps={self.warmup_steps}, dense_features={self.dense_features}, "
@@ -114,6 +123,7 @@ class Recipe:
             counts=torch.zeros(f, dtype=torch.int64, device=w1.device),
             rows=torch.zeros((), dtype=torch.int64, device=w1.device),
             dense_features=torch.arange(min(f, tiles * DENSE_TILE), device=w1.device),
+            steps=torch.full((), self.steps, dtype=torch.int64, device=w1.device),
         )
         self.layers[name] = state
         return state
@@ -133,6 +143,8 @@ class Recipe:
         """
         was_sparse = self.sparse
         self.steps += 1
+        for state in self.layers.values():
+            state.note_step()
         ends = self.sparse and not was_sparse
         if ends or self.steps % self.refresh == 0:
             for state in self.layers.values():
@@ -184,6 +196,12 @@ class Recipe:
                 )
         for _, mine, theirs in pairs:
             mine.copy_(theirs)
+        self.resume(steps)
+        for state in self.layers.values():
+            state.note_step()
+
+    def resume(self, steps: int) -> None:
+        """Go on as after so many steps."""
         self.steps = steps
         self.sparse_flag.fill_(self.sparse)
 
@@ -201,6 +219,7 @@ class LayerState:
             twice, here and in ``rows``.
         rows: int64 [], the tokens they were counted over.
         dense_features: int64 [n], ascending.
+        steps: int64 [], the recipe's step for those that keep or copy the layer's tensors.
         w1_grad, w2_grad: see :meth:`accumulate_into`.
     """
 
@@ -209,8 +228,11 @@ class LayerState:
     counts: Tensor
     rows: Tensor
     dense_features: Tensor
+    steps: Tensor
     w1_grad: Tensor | None = None
     w2_grad: Tensor | None = None
+    steps_seen: int | None = None
+    """Version of ``steps`` that the recipe knows; None where it has to look."""
 
     def __repr__(self) -> str:
         return f"LayerState({self.name!r}, F = {len(self.counts)}, of {self.recipe!r})"
@@ -218,6 +240,19 @@ class LayerState:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.counts, self.rows, self.dense_features
+
+    def note_step(self) -> None:
+        """Write the recipe's step into the layer's tensor. Does not wait for the GPU."""
+        self.steps.fill_(self.recipe.steps)
+        self.steps_seen = None if self.steps.is_inference() else self.steps._version
+
+    def follow(self) -> None:
+        """Take over the step where somebody else has written it: waits for the GPU then, and only then."""
+        if self.steps.is_meta or self.steps.is_inference() or self.steps_seen == self.steps._version:
+            return
+        self.steps_seen = self.steps._version
+        if (steps := int(self.steps)) != self.recipe.steps:
+            self.recipe.resume(steps)
 
     def leave(self) -> None:
         """Take the layer out of its recipe; the name is free again."""
@@ -242,8 +277,11 @@ class LayerState:
             self.counts = torch.zeros_like(self.counts, device=device)
             self.rows = torch.zeros_like(self.rows, device=device)
             self.dense_features = torch.arange(len(self.dense_features), device=device)
+            self.steps = torch.full_like(self.steps, self.recipe.steps, device=device)
         else:
             self.counts, self.rows, self.dense_features = (tensor.to(device) for tensor in self.tensors)
+            self.steps = self.steps.to(device)
+        self.steps_seen = None
 
     def accumulate_into(self, w1_grad: Tensor | None, w2_grad: Tensor | None) -> None:
         """Have backward passes add the weight gradients to these, unrounded, instead of returning them to autograd.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict, UserDict
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -146,3 +148,104 @@ def test_the_real_dispatcher_keeps_tiny_layers_dense(model: nn.Module) -> None:
     assert layer.expected_from == "model"
     with pytest.raises(Unsupported, match="h300"):
         srelu24.profile(model, torch.randn(8, 16), gpu="h300")
+
+
+class Keyed(nn.Module):
+    """Takes keywords, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.mlp(scale * x)
+
+
+class Batch(UserDict[str, object]):
+    """As a tokenizer's BatchEncoding."""
+
+
+@pytest.mark.parametrize("give", ["alone", "in a list", "dict", "ordered", "proxy", "list of arguments", "tuple"])
+def test_any_mapping_and_sequence(give: str) -> None:
+    model, x = Keyed(), torch.randn(30, 16)
+    expected = srelu24.profile(model, 2 * x).layers
+    forms = {
+        "alone": Batch(x=x, scale=2.0),
+        "in a list": [Batch(x=x, scale=2.0)],
+        "dict": {"x": x, "scale": 2.0},
+        "ordered": OrderedDict(x=x, scale=2.0),
+        "proxy": MappingProxyType({"x": x, "scale": 2.0}),
+        "list of arguments": [[x, 2.0]],
+        "tuple": ((x, 2.0),),
+    }
+    assert srelu24.profile(model, forms[give]).layers == expected
+
+
+def test_calibrate_takes_the_same() -> None:
+    model, x = nn.Sequential(MLP(16, 48), Keyed()).bfloat16(), torch.randn(30, 16).bfloat16()
+    keyed = model[1]
+    keyed.mlp = MLP(16, 48).bfloat16()
+    srelu24.convert(keyed, recipe="static")
+    (expected,) = (recipe.amax for recipe in srelu24.calibrate(lambda batch: keyed(batch, 2.0), [x]))
+    for data in (Batch(x=x, scale=2.0), [{"x": x, "scale": 2.0}], [(x, 2.0)], [[x, 2.0]], 2 * x, [2 * x]):
+        assert [recipe.amax for recipe in srelu24.calibrate(keyed, data)] == [expected]
+
+
+@pytest.mark.parametrize("f", [36, 37, 38, 39, 3])
+def test_widths_that_no_group_divides(f: int) -> None:
+    """The last group is filled with zeros, and nothing is recommended for such a layer."""
+    model, x = nn.Sequential(MLP(f=f), MLP()), torch.randn(20, 16)
+    (first, second) = srelu24.profile(model, x, max_energy_dropped=1.0).layers
+    with torch.no_grad():
+        a = model[0].fc1(x).relu().square()
+    groups = nn.functional.pad(a.double(), (0, -f % 4)).view(20, -1, 4).sort(-1).values
+    assert first.density == pytest.approx(float((a != 0).double().mean()))
+    assert first.energy_dropped == pytest.approx(float(groups[..., :2].square().sum() / groups.square().sum()))
+    assert (first.recommended, second.recommended) == ("dense", "sparse")
+    assert f"F = {f} is not a multiple of 8" in first.why
+    srelu24.convert(model)
+    assert srelu24.profile(model, x, max_energy_dropped=1.0).layers == [first, second]
+
+
+def test_a_report_for_every_layer() -> None:
+    """Layers that do not run, are not finite, or cannot be looked at have rows that say so; the others theirs."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.broken, self.infinite = MLP(), MLP(), MLP(), MLP()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x) + self.broken(x) + 0 * self.infinite(x)
+
+    model, x = Two(), torch.randn(5, 16)
+    with torch.no_grad():
+        model.infinite.fc1.weight.fill_(torch.inf)
+    calls = []
+
+    def fails_once(_: nn.Module, args: object) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("no such file")
+
+    model.broken.fc1.register_forward_pre_hook(fails_once)
+    rows = {row.path: row for row in srelu24.profile(model, x).layers}
+    assert list(rows) == ["used", "unused", "broken", "infinite"]
+    assert rows["used"].tokens == 5
+    assert (rows["unused"].why, rows["unused"].tokens, rows["unused"].density) == (
+        "it did not run on this data",
+        0,
+        None,
+    )
+    assert "could not be looked at (OSError: no such file)" in rows["broken"].why
+    assert rows["infinite"].why == "its activations are not finite"
+    assert len(str(srelu24.profile(model, x)).splitlines()) == 5
+
+
+def test_nested_input() -> None:
+    """Jagged batches are looked at token by token."""
+    model, parts = nn.Sequential(MLP()), [torch.randn(3, 16), torch.randn(7, 16)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    assert (
+        srelu24.profile(model, nested).layers[0].density == srelu24.profile(model, torch.cat(parts)).layers[0].density
+    )

@@ -355,7 +355,9 @@ def test_a_module_trains_by_a_recipe() -> None:
     assert state.rows == M
     with pytest.raises(Unsupported, match="layer 'ffn' already"):
         module.set_recipe(recipe, "ffn")
-    module.up.register_forward_hook(lambda *_: None)
+    module.up.register_forward_hook(lambda *_: None)  # which observes
+    module.set_recipe(recipe, "again")
+    module.up_proj = torch.nn.Sequential(module.up)
     with pytest.raises(Unsupported, match="more than a plain"):
         module.set_recipe(recipe, "other")
 
