@@ -240,7 +240,7 @@ def test_every_gemm_of_an_ffn_works_on_the_same_data_made_once(monkeypatch: pyte
     # The dense way of cuBLAS is the reference on the same tensors.
     h = reference.gemm(gemm1.a, gemm1.b, activation=Activation.RELU2)
     expected = reference.gemm(h, gemm2.b)
-    run = child._call(Candidate("cublas", steps["cublas"]), Job((), 0.5, 0.0, 1))
+    run = child._make_call(Candidate("cublas", steps["cublas"]), Job((), 0.5, 0.0, 1))
     run()
     assert isinstance(gemm2.out, torch.Tensor)
     assert torch.allclose(gemm2.out.float(), expected.float(), rtol=0.02, atol=0.02)
