@@ -59,6 +59,8 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror or error}"
+    if isinstance(error, UnicodeError):
+        return f"a file or an argument that was given is not UTF-8 text ({error})"
     return (
         f"srelu24 itself failed with {type(error).__name__}: {' '.join(str(error).split())[:300]}; please report what"
         " `srelu24 --debug` shows of it"

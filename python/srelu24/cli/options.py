@@ -57,7 +57,7 @@ def _seconds(text: str | float) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text).strip().lower())
     seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if not 1 <= seconds <= _A_YEAR:
-        raise typer.BadParameter(f"{text!r} is not a time from a second to a year, such as 90s, 8m or 1h")
+        raise typer.BadParameter(f"{text!r} is not a time of at least a second, at most a year, such as 90s, 8m or 1h")
     return seconds
 
 
