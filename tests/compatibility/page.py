@@ -11,8 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 MODULES = (
-    *(f"tests/compatibility/test_{name}.py" for name in ("convert", "huggingface", "state", "compile", "autograd")),
-    *(f"tests/compatibility/test_{name}.py" for name in ("training_recipe", "fp8_recipe", "distributed", "serving")),
+    *(f"tests/compatibility/test_{name}.py" for name in ("convert", "kinds", "kept", "huggingface", "state", "hooks")),
+    *(f"tests/compatibility/test_{name}.py" for name in ("ambient", "compile", "autograd", "training_recipe")),
+    *(f"tests/compatibility/test_{name}.py" for name in ("recipe_state", "fp8_recipe", "distributed", "serving")),
     "tests/gpu/test_modules.py",
     "tests/gpu/test_recipes.py",
 )
