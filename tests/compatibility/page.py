@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 _ON_THE_CPU = (
-    *("convert", "huggingface", "state", "hooks", "ambient", "compile", "autograd"),
-    *("training_recipe", "fp8_recipe", "distributed", "serving"),
+    *("convert", "kinds", "kept", "huggingface", "state", "hooks", "ambient", "compile", "autograd"),
+    *("training_recipe", "recipe_state", "fp8_recipe", "distributed", "serving"),
 )
 MODULES = (
     *(f"tests/compatibility/test_{name}.py" for name in _ON_THE_CPU),

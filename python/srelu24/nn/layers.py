@@ -33,8 +33,9 @@ def operands(layer: nn.Module | None, x: Tensor) -> Operands | None:
     if type(layer) is nn.Linear:  # the usual case at once: this runs before every call
         parameters = layer._parameters
         weight = parameters.get("weight")
-        if type(weight) is nn.Parameter and not _has_hooks(layer) and "forward" not in layer.__dict__:
-            return Operands(weight, parameters.get("bias"))
+        plain = type(weight) is nn.Parameter and "bias" in parameters  # not where a hook makes one of them
+        if plain and not _has_hooks(layer) and "forward" not in layer.__dict__:
+            return Operands(weight, parameters["bias"])  # type: ignore[arg-type]
     return _other_operands(layer, x)
 
 

@@ -340,7 +340,11 @@ class Linear24(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., F] -> [..., D]."""
-        return self.multiply(input, self.weight, self.bias)
+        parameters = self._parameters
+        if STRICT or self.strict or "weight" not in parameters or "bias" not in parameters:
+            return self.multiply(input, self.weight, self.bias)
+        # Not as attributes, which nn.Module looks up slowly: this runs before every call.
+        return linear24(input, parameters["weight"], parameters["bias"], mode=self.mode)  # type: ignore[arg-type]
 
     def multiply(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """:func:`linear24` in this layer's mode."""
