@@ -157,9 +157,10 @@ def load_results(results_dir: Path) -> list[Result]:
         file = BenchFile.load(path)
         for row in file.rows:
             result = Result(row, file)
-            known = newest.get((*result.case, row.op, row.recipe))
+            what = (*result.case, row.op, row.recipe, row.activation or "relu2")
+            known = newest.get(what)
             if known is None or known.date <= result.date:
-                newest[*result.case, row.op, row.recipe] = result
+                newest[what] = result
     return sorted(newest.values(), key=lambda result: result.case)
 
 

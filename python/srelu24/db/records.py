@@ -95,7 +95,7 @@ class _Row(msgspec.Struct, frozen=True, kw_only=True):
     k: Size
     arch: Annotated[str, msgspec.Meta(pattern=r"^sm_[0-9]{2,4}[a-z]?\Z")]
     gpu: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*\Z", max_length=100)]
-    """:attr:`GpuTarget.key`."""
+    """:attr:`srelu24_gen.target.GpuTarget.key`."""
     config: dict[str, Any]
     """The fields of a :class:`KernelConfig` by name; never an index into a list of candidates."""
     density: Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -158,7 +158,8 @@ class Trial(_Row, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def read_records(path: Path | str) -> list[TuningRecord]:
-    """Records of a file or folder that :meth:`Database.export` wrote; RecordError for anything else."""
+    """Records of a file or folder that :meth:`srelu24.db.database.Database.export` wrote; RecordError for anything
+    else."""
     path = Path(path)
     try:
         files = sorted(itertools.islice(path.rglob("*.json"), _MOST_FILES + 1)) if path.is_dir() else [path]

@@ -30,17 +30,19 @@ import json, pathlib, sys
 import msgspec
 from srelu24_gen.compile import BuiltKernel, build_many
 from srelu24_gen.spec import Family, KernelConfig, KernelSpec
-specs = [
-    KernelSpec(msgspec.convert(each["family"], Family), KernelConfig.from_dict(each["config"]), each["arch"])
-    for each in json.load(sys.stdin)
-]
-place = {spec: i for i, spec in enumerate(specs)}
+place = {}
+for i, each in enumerate(json.load(sys.stdin)):
+    try:
+        family, config = msgspec.convert(each["family"], Family), KernelConfig.from_dict(each["config"])
+        place[KernelSpec(family, config, each["arch"])] = i
+    except Exception as error:
+        print(json.dumps([i, "", f"the earlier tree does not know it: {error}"]), flush=True)
 def done(spec, built):
     i, found = place[spec], isinstance(built, BuiltKernel)
     if found:
         pathlib.Path(sys.argv[1], str(i)).write_bytes(built.cubin)
     print(json.dumps([i, built.meta.key if found else "", "" if found else str(built)]), flush=True)
-build_many(specs, on_done=done)
+build_many(place, on_done=done)
 """
 """Runs on the modules of the tree as it was, of which it asks no more than this."""
 
@@ -94,8 +96,8 @@ def rekey(
         built += 1
         on_built(built, total)
 
-    then = _build_before(list(specs), before.absolute(), advance)
     now = dict(zip(specs, build_many(specs, on_done=lambda spec, outcome: advance()), strict=True))
+    then = _build_before(list(specs), before.absolute(), advance)
     for place, spec in of_record.items():
         results[place] = _compare(records[place], then[spec], now[spec])
     return [results[place] for place in range(len(records))]

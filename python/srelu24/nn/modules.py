@@ -32,10 +32,10 @@ class SquaredReLUFFN(nn.Module):
     """``relu(x W1^T + b1)^2 W2^T + b2`` through :func:`srelu24.ffn`, its hidden activations pruned to 2:4.
 
     The two layers are children, ``nn.Linear`` under ``names``, so the state dict is that of the module it stands for,
-    and :meth:`load_state_dict` (strict too) takes any of :data:`NAMES`. Layers with hooks, a replaced forward or an
-    adapter around them are called. What only observes sees their inputs and outputs and changes nothing; with a layer
-    that computes anything else the module is dense, with one warning that names it, and with mode "sparse" or
-    :attr:`strict` an error. Training is dense PyTorch, unless a training recipe says otherwise.
+    and :meth:`~torch.nn.Module.load_state_dict` (strict too) takes any of :data:`NAMES`. Layers with hooks, a replaced
+    forward or an adapter around them are called. What only observes sees their inputs and outputs and changes nothing;
+    with a layer that computes anything else the module is dense, with one warning that names it, and with mode "sparse"
+    or :attr:`strict` an error. Training is dense PyTorch, unless a training recipe says otherwise.
 
     Args:
         d_model: width D of input and output.

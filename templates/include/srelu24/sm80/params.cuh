@@ -1,4 +1,4 @@
-// The arguments of the mma.sync GEMM kernels, as srelu24/arguments.py packs them. tests/compile/test_parameters.py
+// The arguments of the mma.sync GEMM kernels, as srelu24/runtime/parameters.py lays them out. tests/compile/test_parameters.py
 // holds every field to the place where it is packed.
 #pragma once
 

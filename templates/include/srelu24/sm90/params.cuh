@@ -1,5 +1,5 @@
-// The arguments of the wgmma GEMM kernels and of a training step's movers, as srelu24/launch.py and
-// srelu24/training/movers.py pack them. tests/compile/test_parameters.py holds every field to the place where it is
+// The arguments of the wgmma GEMM kernels and of a training step's movers, as
+// srelu24/runtime/parameters.py lays them out. tests/compile/test_parameters.py holds every field to the place where it is
 // packed.
 #pragma once
 
