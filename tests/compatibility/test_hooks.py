@@ -499,6 +499,24 @@ def test_strict(net: nn.Module, mlp: nn.Module, x: Tensor) -> None:
         net(x.float())
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_strict_compiled(backend: str, net: nn.Module, x: Tensor) -> None:
+    """Compiled code of a strict model gives the eager numbers, and is refused where eager code is."""
+    srelu24.convert(net, strict=True)
+    with torch.no_grad():
+        expected = net(x)
+        torch.compiler.reset()
+        compiled = torch.compile(net, fullgraph=True, backend=backend)
+        assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x[:, :3]), net(x[:, :3]))
+    for run in (lambda: compiled(x), lambda: torch.no_grad()(compiled)(x.float())):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match=r"Observed exception|would run dense"):
+            run()
+        net.float()
+    torch.compiler.reset()
+
+
 _STRICT = """
 import torch, srelu24
 ffn = srelu24.SquaredReLUFFN(32, 96)

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from srelu24.fp8.recipes import Static
 from srelu24.nn import sites, watching
-from srelu24.nn.layers import Operands, any_global_hook, is_linear, is_plain, widths
+from srelu24.nn.layers import Operands, any_global_hook, is_linear, is_plain, kind_of, widths
 from srelu24.nn.modules import Conv1D24, Linear24, SquaredReLUFFN
 from srelu24.nn.table import aligned
 from srelu24.numerics.dtypes import DTYPES
@@ -143,7 +143,7 @@ def _told_of(ffn: SquaredReLUFFN, m: int, d: int, f: int) -> Explanation:
         return Explanation("error" if fails else "dense", reason)
     for name, layer in zip(ffn.names, ffn.two_layers, strict=True) if ffn.mode != "dense" else ():
         if not is_linear(layer):
-            why = f"its {name} is a {type(layer).__name__}, and a call shows whether that is more than a product"
+            why = f"its {name} is a {kind_of(layer)}, and a call shows whether that is more than a product"
             return Explanation("unknown", why)
     ups, downs = (_stand_in(layer) for layer in ffn.two_layers)
     f = downs.weight.shape[1]  # on this rank, under tensor parallelism
