@@ -174,9 +174,9 @@ def test_what_changes_numbers_is_named(
     with grad():
         with pytest.warns(
             srelu24.FallbackWarning, match=rf"mlps\.1: .*{CHANGERS.get(change, 'hook on its')} {where}"
-        ) as told:
+        ) as warned:
             y = net.mlps[1](x)
-        assert len(told) == 1
+        assert len(warned) == 1
         assert torch.equal(y, dense.mlps[1](x))
         with no_warning():
             assert torch.equal(net.mlps[1](x), y)
