@@ -174,9 +174,9 @@ def test_what_changes_numbers_is_named(
     with grad():
         with pytest.warns(
             srelu24.FallbackWarning, match=rf"mlps\.1: .*{CHANGERS.get(change, 'hook on its')} {where}"
-        ) as told:
+        ) as warned:
             y = net.mlps[1](x)
-        assert len(told) == 1
+        assert len(warned) == 1
         assert torch.equal(y, dense.mlps[1](x))
         with no_warning():
             assert torch.equal(net.mlps[1](x), y)
@@ -497,6 +497,24 @@ def test_strict(net: nn.Module, mlp: nn.Module, x: Tensor) -> None:
     net.mlps[0].strict = net.mlps[1].strict = False
     with torch.no_grad():
         net(x.float())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_strict_compiled(backend: str, net: nn.Module, x: Tensor) -> None:
+    """Compiled code of a strict model gives the eager numbers, and is refused where eager code is."""
+    srelu24.convert(net, strict=True)
+    with torch.no_grad():
+        expected = net(x)
+        torch.compiler.reset()
+        compiled = torch.compile(net, fullgraph=True, backend=backend)
+        assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(x[:, :3]), net(x[:, :3]))
+    for run in (lambda: compiled(x), lambda: torch.no_grad()(compiled)(x.float())):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match=r"Observed exception|would run dense"):
+            run()
+        net.float()
+    torch.compiler.reset()
 
 
 _STRICT = """

@@ -293,6 +293,44 @@ def test_raw_parameters_that_do_more() -> None:
     assert "it does more with them than a squared-ReLU FFN" in report.left[0].why
 
 
+class Bound(MLP):
+    """Its activation is a method of its own that it holds as an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear)
+        self.activation = self._activation
+
+    def _activation(self, h: Tensor) -> Tensor:
+        return functional.relu(h) ** 2 if self.c_fc.in_features == 32 else h
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+def test_bound_methods_and_compiled_modules() -> None:
+    """Modules that hold bound methods, or were compiled by module.compile(), are looked at like others."""
+    net = nn.Sequential(Bound(), MLP(nn.Linear)).bfloat16()
+    net[1].compile(backend="eager")
+    x = torch.randn(4, 32).bfloat16()
+    assert [done.layer for done in srelu24.convert(net).converted] == ["ffn", "ffn"]
+    with torch.no_grad():
+        assert torch.equal(net[1](x), srelu24.ffn(x, net[1].c_fc.weight, net[1].c_proj.weight))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dropout_before_the_second_layer(dropout: float, distance: Distance) -> None:
+    """nn.TransformerEncoderLayer with squared ReLU, and dropout between its layers: its second layer is pruned."""
+    net = nn.TransformerEncoderLayer(32, 4, 96, dropout, lambda h: h.relu().square(), batch_first=True)
+    net, x = nn.Sequential(net).bfloat16().eval(), torch.randn(2, 5, 32).bfloat16()
+    dense = copy.deepcopy(net)
+    dense[0].linear2.register_forward_pre_hook(lambda _, args: (keep_two_of_four(args[0]),))
+    report = srelu24.convert(net)
+    assert [done.path for done in report.converted] == ["0.linear2"]
+    with torch.no_grad():
+        assert distance(net(x), dense(x)) < BF16
+
+
 def test_layers_of_other_kinds_are_named() -> None:
     """Linears with a quantised weight, norms between the layers, experts: each is left for its own reason."""
 

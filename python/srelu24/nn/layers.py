@@ -121,6 +121,13 @@ def widths(layer: nn.Module | None) -> tuple[int, int] | None:
     return both if isinstance(both[0], int) and isinstance(both[1], int) else None  # type: ignore[return-value]
 
 
+def kind_of(layer: nn.Module) -> str:
+    """The name of its class; where that is "Linear" and not PyTorch's, with the module that it comes from."""
+    kind = type(layer)
+    named_alike = kind.__name__ == "Linear" and kind is not nn.Linear
+    return f"{kind.__module__}.{kind.__qualname__}" if named_alike else kind.__name__
+
+
 def as_linear(layer: nn.Module) -> nn.Module:
     """The layer; for a ``Conv1D`` an ``nn.Linear`` of the same numbers, to be asked and not to be kept."""
     if not is_conv1d(layer):

@@ -12,9 +12,10 @@ from srelu24.fp8.recipes import ScaleRecipe, for_layer
 from srelu24.nn import recipe_state, watching
 from srelu24.nn.layers import Operands, any_global_hook, as_linear, is_linear, operands, widths
 from srelu24.nn.layers import is_plain as is_plain
+from srelu24.numerics.dtypes import DTYPES
 from srelu24.ops.functions import ffn, linear24
 from srelu24.runtime.fallback import STRICT, strictly, warn_dense
-from srelu24.runtime.operands import check_mode
+from srelu24.runtime.operands import autocasting, check_mode
 from srelu24.training.recipe import LayerState, Recipe
 from srelu24_gen.errors import Unsupported
 
@@ -196,6 +197,8 @@ class SquaredReLUFFN(nn.Module):
         ups, downs = operands(children[first], x), operands(children[second], x)
         if STRICT or self.strict:
             with strictly(self.label):
+                if torch.compiler.is_compiling() and self.recipe is None:
+                    self._refuse_what_no_kernel_takes(x)
                 return self._run(x, ups, downs)
         return self._run(x, ups, downs)
 
@@ -205,6 +208,15 @@ class SquaredReLUFFN(nn.Module):
         if self.recipe is not None:
             self.prepare_recipe(x)
         return ffn(x, ups[0], downs[0], ups[1], downs[1], mode=self.mode, recipe=self.recipe)
+
+    def _refuse_what_no_kernel_takes(self, x: Tensor) -> None:
+        # What a compiled graph runs later does not know that this module is strict.
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
+        if dtype not in DTYPES:
+            warn_dense(f"the type is {dtype}, and the kernels take 16-bit floats")
+        for width in widths(self.two_layers[0]) or ():
+            if width % 8:
+                warn_dense(f"a width of {width} is not a positive multiple of 8")
 
     def prepare_recipe(self, x: Tensor) -> None:
         """Before a call by a recipe."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from srelu24.nn import twin as twins
-from srelu24.nn.layers import as_linear, is_conv1d, is_plain_weight, widths
+from srelu24.nn.layers import as_linear, is_conv1d, is_plain_weight, kind_of, widths
 from srelu24.nn.modules import Conv1D24, Linear24, SquaredReLUFFN, are_free
 from srelu24.nn.raw import RawMatrices
 from srelu24.nn.twin import Run
@@ -179,7 +179,7 @@ def _examine(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Site
             for name in names:
                 layer = module.get_submodule(name)
                 if not all(run.is_product(name) for run in runs):
-                    why = f"{name} is a {type(layer).__name__}, which computes something else than x W^T + b"
+                    why = f"{name} is a {kind_of(layer)}, which computes something else than x W^T + b"
                     return Site(path, module, first, "other", why)
                 twins.is_casting(runs[0].twin.get_submodule(name))
     except Exception as error:  # Foreign code on an input it may not expect: whatever it raises, it is left alone.
@@ -187,7 +187,7 @@ def _examine(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Site
         return Site(path, module, first, "other", _gated(pairs) or reason)
     with twins.neutral():
         for pair in pairs:
-            if all(run.is_core(pair) for run in runs):
+            if all(run.is_core(pair) for run in runs[: len(twins.SCALES)]):  # training may drop out between them
                 why = _why_not_whole(module, pair, runs)
                 return Site(path, module, pair, "core" if why else "ffn", why)
         return Site(path, module, first, "other", _gated(pairs) or _what_is_there(first, runs))
@@ -196,13 +196,12 @@ def _examine(path: str, module: nn.Module, pairs: list[tuple[str, str]]) -> Site
 def _why_no_layer(layer: nn.Module) -> str:
     """Empty for a layer whose call may be a product with its weight; hooks and what only the instance has replaced are
     judged when it runs."""
-    kind = type(layer).__name__
     if is_conv1d(layer):
         return ""
     if not isinstance(layer, nn.Linear):
-        return f"{kind}, no nn.Linear"
+        return f"{kind_of(layer)}, no nn.Linear"
     if "weight" in layer._parameters and not is_plain_weight(layer._parameters["weight"]):
-        return f"{kind} with a quantised weight, a {type(layer._parameters['weight']).__name__}"
+        return f"{kind_of(layer)} with a quantised weight, a {type(layer._parameters['weight']).__name__}"
     return ""
 
 

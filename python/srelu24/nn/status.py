@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from srelu24.fp8.recipes import Static
 from srelu24.nn import sites, watching
-from srelu24.nn.layers import Operands, any_global_hook, is_linear, is_plain, widths
+from srelu24.nn.layers import Operands, any_global_hook, is_linear, is_plain, kind_of, widths
 from srelu24.nn.modules import Conv1D24, Linear24, SquaredReLUFFN
 from srelu24.nn.table import aligned
 from srelu24.numerics.dtypes import DTYPES
@@ -118,7 +118,7 @@ def _of_site(site: sites.Site, m: int) -> LayerStatus:
 
 def _of_ffn(path: str, ffn: SquaredReLUFFN, m: int) -> LayerStatus:
     d, f = widths(ffn.two_layers[0]) or (0, 0)
-    told = _told_of(ffn, m, d, f)
+    explanation = _explanation_of(ffn, m, d, f)
     mode = ffn.mode
     if ffn.recipe is not None:
         mode = "training recipe" if isinstance(ffn.recipe, LayerState) else ffn.recipe.name
@@ -129,13 +129,13 @@ def _of_ffn(path: str, ffn: SquaredReLUFFN, m: int) -> LayerStatus:
         d_ff=f,
         tokens=m,
         mode=mode,
-        runs=told.runs,
-        record=_record(told),
-        why=told.why,
+        runs=explanation.runs,
+        record=_record(explanation),
+        why=explanation.why,
     )
 
 
-def _told_of(ffn: SquaredReLUFFN, m: int, d: int, f: int) -> Explanation:
+def _explanation_of(ffn: SquaredReLUFFN, m: int, d: int, f: int) -> Explanation:
     reason = ffn.what_changed() if ffn.read_before else ""
     reason = reason or watching.known_reason(ffn, recorded=False) or ""
     if reason:
@@ -143,18 +143,20 @@ def _told_of(ffn: SquaredReLUFFN, m: int, d: int, f: int) -> Explanation:
         return Explanation("error" if fails else "dense", reason)
     for name, layer in zip(ffn.names, ffn.two_layers, strict=True) if ffn.mode != "dense" else ():
         if not is_linear(layer):
-            why = f"its {name} is a {type(layer).__name__}, and a call shows whether that is more than a product"
+            why = f"its {name} is a {kind_of(layer)}, and a call shows whether that is more than a product"
             return Explanation("unknown", why)
     ups, downs = (_stand_in(layer) for layer in ffn.two_layers)
     f = downs.weight.shape[1]  # on this rank, under tensor parallelism
     ups = Operands(ups.weight[:f], None if ups.bias is None else ups.bias[:f])
     x = ups.weight.new_empty((m, d))
-    told = _explained(ffn, x, ups, downs)
+    explanation = _explained(ffn, x, ups, downs)
     watched = [name for name, layer in zip(ffn.names, ffn.two_layers, strict=True) if not is_plain(layer)]
-    if (watched or any_global_hook()) and told.runs in ("kernels", "reference"):
+    if (watched or any_global_hook()) and explanation.runs in ("kernels", "reference"):
         whose = f"of {' and '.join(watched)}" if watched else "on all modules"
-        return Explanation(told.runs, f"{told.why}; layer by layer, for the hooks {whose}", told.kernels)
-    return told
+        return Explanation(
+            explanation.runs, f"{explanation.why}; layer by layer, for the hooks {whose}", explanation.kernels
+        )
+    return explanation
 
 
 def _explained(ffn: SquaredReLUFFN, x: Tensor, ups: Operands, downs: Operands) -> Explanation:
@@ -180,14 +182,14 @@ def _of_second(path: str, layer: Linear24 | Conv1D24, m: int) -> LayerStatus:
     weight, bias = _stand_in(layer)
     a = weight.new_empty((m, f))
     if (reason := kernel_reason(a, weight, bias)) is not None:
-        told = Explanation("dense", reason)
+        explanation = Explanation("dense", reason)
     elif not a.is_cuda:
-        told = Explanation("reference", f"it is on {a.device}; the kernels need a CUDA device")
+        explanation = Explanation("reference", f"it is on {a.device}; the kernels need a CUDA device")
         if layer.mode == "dense":
-            told = Explanation("dense", "dense was asked for")
+            explanation = Explanation("dense", "dense was asked for")
     else:
         both = explain_kernels(Shape(m, d, f), DTYPES[a.dtype], False, bias is not None, gpu_of(a.device), layer.mode)
-        told = Explanation(both.runs, both.why, both.kernels[1:] if both.runs == "kernels" else ())
+        explanation = Explanation(both.runs, both.why, both.kernels[1:] if both.runs == "kernels" else ())
     return LayerStatus(
         path=path,
         layer="linear24",
@@ -195,9 +197,9 @@ def _of_second(path: str, layer: Linear24 | Conv1D24, m: int) -> LayerStatus:
         d_ff=f,
         tokens=m,
         mode=layer.mode,
-        runs=told.runs,
-        record=_record(told),
-        why=told.why,
+        runs=explanation.runs,
+        record=_record(explanation),
+        why=explanation.why,
     )
 
 
@@ -219,9 +221,9 @@ def _stand_in(layer: nn.Module) -> Operands:
     return Operands(some.new_empty((n, k), dtype=dtype), some.new_empty(n, dtype=dtype) if biased else None)
 
 
-def _record(told: Explanation) -> str:
+def _record(explanation: Explanation) -> str:
     sources = (
         f"{k.choice.source}, {k.choice.record.evidence.when}" if k.choice.record else "none: the cost model"
-        for k in told.kernels
+        for k in explanation.kernels
     )
     return "; ".join(dict.fromkeys(sources))

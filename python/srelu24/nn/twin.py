@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ def _module(module: nn.Module, twin: Twin, small: dict[int, int]) -> Any:
         return twin._made[id(module)]
     made = twin._made[id(module)] = object.__new__(_class_of(module))
     state = dict(module.__dict__)
-    state.pop("forward", None)
+    for replaced in ("forward", "_compiled_call_impl"):
+        state.pop(replaced, None)
     for hooks in _HOOKS:
         if hooks in state:
             state[hooks] = type(state[hooks])()
@@ -162,6 +164,8 @@ def _value(value: Any, twin: Twin, small: dict[int, int]) -> Any:
         return _tensor(value, twin, small)
     if isinstance(value, nn.Module):
         return twin._made.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in twin._made:
+        return types.MethodType(value.__func__, twin._made[id(value.__self__)])
     if type(value) in (list, tuple, set):
         return type(value)(_value(each, twin, small) for each in value)
     if type(value) is dict:
@@ -259,7 +263,7 @@ class _Outputs(TorchFunctionMode):
         super().__init__()
         self.kept = kept
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
         if isinstance(y, Tensor) and y.is_floating_point() and y.dim() > 1:
             self.kept.append(y.detach().clone())

@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from srelu24.db.choice import SPARSE
-from srelu24.nn.layers import is_linear, is_plain_weight
+from srelu24.nn.layers import is_linear, is_plain_weight, kind_of
 from srelu24.numerics.sparse24 import Sparse24
 from srelu24.ops.functions import NO_BACKWARD, ffn, gemm_relu2_24, matmul
 from srelu24.runtime.dispatch import ffn_way
@@ -106,7 +106,7 @@ def known_reason(owner: SquaredReLUFFN, recorded: bool) -> str | None:
     """Why the FFN is dense, where that is known without calling the layers; ``recorded`` says that autograd records."""
     for name, layer in zip(owner.names, owner.two_layers, strict=True) if owner.recipe is not None else ():
         if not is_linear(layer):
-            return f"its {name} is a {type(layer).__name__}, and a recipe runs an nn.Linear"
+            return f"its {name} is a {kind_of(layer)}, and a recipe runs an nn.Linear"
         if any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__):
             return f"FSDP shards its {name} by itself, and a recipe needs both weights at once; shard the FFN"
         backward = layer._backward_hooks or layer._backward_pre_hooks
@@ -139,7 +139,7 @@ def _interferes(owner: SquaredReLUFFN, which: int) -> None:
     """Remember that a layer, the first or the second, computes something else, and fall back."""
     name, layer = owner.names[which], owner.two_layers[which]
     if not is_linear(layer):
-        reason = f"its {name} is a {type(layer).__name__}, which computes more than a product with one plain weight"
+        reason = f"its {name} is a {kind_of(layer)}, which computes more than a product with one plain weight"
     elif "forward" in layer.__dict__:
         reason = f"the forward of its {name} was replaced, and does more than observe"
     elif layer._forward_hooks or layer._forward_pre_hooks:

@@ -50,7 +50,8 @@ def reason_of(error: Exception) -> str:
 
 
 class _Strict(threading.local):
-    layer: str | None = None
+    def __init__(self) -> None:  # in every thread
+        self.layer: str | None = None
 
 
 _strict = _Strict()
@@ -73,15 +74,15 @@ def warn_dense(reason: str) -> None:
     Raises:
         Unsupported: inside :func:`strictly`, or with SRELU24_STRICT set.
     """
+    _refuse_if_strict(f"would run dense: {reason}")
     if not torch.compiler.is_compiling():
-        _refuse_if_strict(f"would run dense: {reason}")
         _warn_once("dense", reason, f"srelu24 runs dense: {reason}. srelu24.explain(...) says more.")
 
 
 def warn_reference(reason: str) -> None:
     """Warn that the training step runs on its reference. As :func:`warn_dense`."""
+    _refuse_if_strict(f"would train with its reference in plain PyTorch: {reason}")
     if not torch.compiler.is_compiling():
-        _refuse_if_strict(f"would train with its reference in plain PyTorch: {reason}")
         message = f"srelu24 trains with its reference in plain PyTorch, slower than dense: {reason}."
         _warn_once("reference", reason, message)
 
