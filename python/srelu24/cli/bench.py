@@ -199,4 +199,4 @@ def bench_accuracy(
     file = accuracy.measure(typer.echo)
     file.save(json)
     if document is not None:
-        document.write_text(pages.filled(document.read_text(encoding="utf-8"), tables.tables(file), document.name))
+        pages.refill(document, tables.tables(file))

@@ -62,9 +62,7 @@ def report_training(
     from srelu24.documents import ablation, pages
 
     file = AblationFile.load(json)
-    text = page.read_text(encoding="utf-8")
-    tables = pages.tables(results) | ablation.tables(file)
-    page.write_text(pages.filled(text, tables, page.name), encoding="utf-8")
+    pages.refill(page, pages.tables(results) | ablation.tables(file))
     ablation.plot(file, json.with_suffix(".svg"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from srelu24.db.database import Database
 from srelu24.db.records import Evidence, TuningRecord
-from srelu24.documents.pages import filled
+from srelu24.documents.pages import refill
 from srelu24.documents.pages import tables as result_tables
 from srelu24_gen import models
 from srelu24_gen.models import Model, Pass, Shape
@@ -29,11 +29,7 @@ def update(document: Path, db: Database, results: Path) -> bool:
     Raises:
         RecordError: its markers ask for a table that does not exist.
     """
-    before = document.read_text(encoding="utf-8")
-    after = filled(before, tables(db.shipped_records()) | result_tables(results), document.name)
-    if after != before:
-        document.write_text(after, encoding="utf-8")
-    return after != before
+    return refill(document, tables(db.shipped_records()) | result_tables(results))
 
 
 def tables(records: Iterable[TuningRecord]) -> dict[str, str]:

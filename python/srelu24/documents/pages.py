@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from srelu24 import whole_file
 from srelu24.bench.results import Result, load_results, of_recipes
 from srelu24.documents import tables as report_tables
+from srelu24_gen import untrusted
 from srelu24_gen.errors import RecordError
 
 NOTHING = "Not measured yet.\n"
@@ -58,10 +60,22 @@ def update_page(page: Path, results_dir: Path) -> bool:
     Raises:
         RecordError: a marker asks for a table that does not exist, or a file is no result file.
     """
-    before = page.read_text(encoding="utf-8")
-    after = filled(before, tables(results_dir), page.name)
-    if after != before:
-        page.write_text(after, encoding="utf-8")
+    return refill(page, tables(results_dir))
+
+
+def refill(page: Path, by_name: dict[str, str]) -> bool:
+    """Fills the marked sections of a file with these tables; True if that changed it.
+
+    Raises:
+        RecordError: a marker asks for a table that does not exist, or the page cannot be read or written.
+    """
+    try:
+        before = str(untrusted.read(page), "utf-8")
+        after = filled(before, by_name, page.name)
+        if after != before:
+            whole_file.write(page, after.encode())
+    except (OSError, UnicodeError) as error:
+        raise RecordError(f"the page {page} cannot be filled ({error}); give a text file") from error
     return after != before
 
 

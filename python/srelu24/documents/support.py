@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from srelu24.documents.pages import filled
+from srelu24.documents.pages import refill
 from srelu24.documents.tables import markdown_table
 from srelu24_gen import space
 from srelu24_gen.spec import WIDE_TYPES, Activation, DType, Family, Op, instructions_of
@@ -75,11 +75,7 @@ def update(page: Path) -> bool:
     Raises:
         RecordError: its markers ask for another table.
     """
-    before = page.read_text(encoding="utf-8")
-    after = filled(before, {"support": markdown()}, page.name)
-    if after != before:
-        page.write_text(after, encoding="utf-8")
-    return after != before
+    return refill(page, {"support": markdown()})
 
 
 def _kernels(family: Family, target: GpuTarget) -> str:
