@@ -11,6 +11,7 @@ then the cubin.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,10 @@ def _fetch(program: object, size_of: Callable[..., Any], copy_to: Callable[..., 
     return bytes(content)
 
 
+MOST_SECONDS = 1800
+"""After so long the process ends whatever happens: nobody waits for it where its parent was killed."""
+
 if __name__ == "__main__":
+    signal.alarm(MOST_SECONDS)
     answer, binary = compile_here(**json.load(sys.stdin.buffer))
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n" + binary)

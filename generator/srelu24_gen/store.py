@@ -15,6 +15,7 @@ import re
 import secrets
 import shlex
 import shutil
+import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -322,6 +323,8 @@ class BuildStore:
             info = self.folder.stat()
         except OSError:
             return  # nothing can be loaded from it either
+        if not stat.S_ISDIR(info.st_mode):
+            return
         quoted = shlex.quote(str(self.folder))
         if info.st_mode & 0o022:
             raise CacheError(

@@ -16,14 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import pytest
 
 from srelu24_gen import compile as compile_module
 from srelu24_gen import store as store_module
 from srelu24_gen.compile import BuildStore, BuiltKernel, build, build_many, build_rendered, compile_source
 from srelu24_gen.errors import CacheError, CompileError, RenderError
+from srelu24_gen.machine_code import machine_code, why_not_kernel
 from srelu24_gen.render import RenderedKernel
 from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op
+from srelu24_gen.store import encode_meta
 from srelu24_gen.target import Toolchain
 
 Rendered = Callable[..., RenderedKernel]
@@ -89,6 +92,43 @@ def test_a_serialised_wgmma_is_a_warning(rendered: Rendered, store: BuildStore) 
 def test_the_headers_kernels_stand_on_compile(header: str, rendered: Rendered, store: BuildStore) -> None:
     source = f"#include <{header}>\n#ifndef __CUDA_ARCH_FEAT_SM90_ALL\n#error\n#endif\n{kernel(COPY_BODY)}"
     assert build_rendered(rendered(source), store=store).cubin.startswith(ELF)
+
+
+def test_every_kernel_has_its_key_in_its_symbol_and_the_machine_code_it_had(
+    rendered: Rendered, store: BuildStore, toolchain: Toolchain
+) -> None:
+    source = kernel("__shared__ float s[96]; s[threadIdx.x] = p[n]; __syncthreads(); p[n] = s[n];")
+    one, other = (build_rendered(rendered(text), store=store) for text in (source, f"int more;{source}"))
+    for built in (one, other):
+        assert built.meta.entry == f"srelu24_kernel_{built.meta.key[:16]}"
+        assert why_not_kernel(built.cubin, "sm_90a", built.meta.entry) is None
+    assert "has no code of" in str(why_not_kernel(one.cubin, "sm_90a", other.meta.entry))
+    plain = compile_source(source, "k", toolchain=toolchain).cubin
+    assert machine_code(plain) == machine_code(one.cubin)
+
+
+def test_a_cubin_swapped_for_another_kernels_is_a_miss(rendered: Rendered, store: BuildStore) -> None:
+    one, other = (build_rendered(rendered(kernel(f"p[n] = {i};")), store=store) for i in range(2))
+    assert one.folder
+    meta = msgspec.structs.replace(one.meta, cubin_sha256=other.meta.cubin_sha256, cubin_bytes=other.meta.cubin_bytes)
+    (one.folder / "kernel.cubin").write_bytes(other.cubin)
+    (one.folder / "meta.json").write_bytes(encode_meta(meta))
+    assert store.load(one.meta.key, one.meta.name), "it looks intact"
+    again = build_rendered(rendered(kernel("p[n] = 0;")), store=store)
+    assert (again.from_cache, again.cubin) == (False, one.cubin)
+    assert build_rendered(rendered(kernel("p[n] = 0;")), store=store).from_cache
+
+
+def test_a_compilation_without_end_is_ended(
+    rendered: Rendered, store: BuildStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 60\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(compile_module.sys, "executable", str(script))
+    monkeypatch.setattr(compile_module, "COMPILE_SECONDS", 0.2)
+    with pytest.raises(CompileError, match=r"was ended after 0\.2 s"):
+        build_rendered(rendered(), store=store)
 
 
 def test_equal_sources_give_equal_binaries(toolchain: Toolchain) -> None:

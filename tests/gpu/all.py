@@ -21,12 +21,22 @@ ALONE = ("test_tuning", "test_runtime")
 SUMMARY = re.compile(r"^(?:=+ )?(\d+ (?:passed|failed|error|skipped|deselected|no tests).*?)(?: =+)?$", re.MULTILINE)
 
 
-def run(module: str, extra: list[str]) -> tuple[str, int, float, str]:
-    """One module's name, exit status, seconds and output."""
+def run(module: str, extra: list[str], log: Path | None) -> int:
+    """Run one module and say at once what became of it; its exit status."""
     started = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-m", "", str(HERE / f"{module}.py"), *extra]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parents[1], env=os.environ | {"CI": ""})
-    return module, done.returncode, time.monotonic() - started, done.stdout + done.stderr
+    seconds, output = time.monotonic() - started, done.stdout + done.stderr
+    if log is not None:
+        with log.open("a") as file:
+            file.write(f"######## {module}\n{output}\n\n")
+    said = SUMMARY.findall(output)
+    if done.returncode not in (0, 5):
+        failures = "\n".join(line for line in output.splitlines() if line.startswith(("FAILED", "ERROR", "E  ")))
+        print(failures[:3000] or output[-3000:])
+    verdict = "ok" if done.returncode in (0, 5) else "FAILED"
+    print(f"{module:28} {verdict:6} {seconds:6.0f} s  {said[-1] if said else ''}", flush=True)
+    return done.returncode
 
 
 def main() -> int:
@@ -39,20 +49,10 @@ def main() -> int:
     extra = ["--family", options.family]
     modules = options.only or sorted(path.stem for path in HERE.glob("test_*.py"))
     together = [module for module in modules if module not in ALONE]
-    results = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        results += pool.map(lambda module: run(module, extra), together)
-    results += [run(module, extra) for module in modules if module in ALONE]
-    if options.log:
-        options.log.write_text("\n\n".join(f"######## {module}\n{text}" for module, _, _, text in results))
-    for module, status, _, text in results:
-        if status not in (0, 5):
-            failures = "\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR", "E  ")))
-            print(f"---- {module}\n{failures[:3000] or text[-3000:]}")
-    for module, status, seconds, text in results:
-        said = SUMMARY.findall(text)
-        print(f"{module:28} {'ok' if status in (0, 5) else 'FAILED':6} {seconds:6.0f} s  {said[-1] if said else ''}")
-    return int(any(status not in (0, 5) for _, status, _, _ in results))
+        statuses = list(pool.map(lambda module: run(module, extra, options.log), together))
+    statuses += [run(module, extra, options.log) for module in modules if module in ALONE]
+    return int(any(status not in (0, 5) for status in statuses))
 
 
 if __name__ == "__main__":

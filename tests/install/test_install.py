@@ -8,18 +8,14 @@ data (modules, templates, headers, records, console script), not the resolution 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import sysconfig
 import tarfile
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[2]
+from installs import CHECKOUT, environment, install, only, run
 
 # Run with -I: neither the current folder nor PYTHONPATH helps the import. Prints where everything came from.
 USE = """
@@ -41,14 +37,6 @@ print(json.dumps({
 """
 
 
-def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-    """Stdout of a command; its whole output in the failure where it does not exit with 0."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SRELU24_"))}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=clean | (env or {}), capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist, and the wheel that was built from the unpacked sdist."""
@@ -56,30 +44,6 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, CHECKOUT, cwd=folder)
     return folder
-
-
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
-
-
-def environment(folder: Path) -> Path:
-    """A virtual environment with links to this one's third-party packages, and without srelu24.
-
-    Links rather than a .pth file, because cuda-pathfinder looks for NVRTC in site-packages only.
-    """
-    venv.create(folder, with_pip=False, symlinks=True)
-    site = only(folder, "lib/python*/site-packages")
-    for installed in Path(sysconfig.get_path("purelib")).iterdir():
-        if "srelu24" not in installed.name and installed.suffix != ".pth":
-            (site / installed.name).symlink_to(installed)
-    return folder
-
-
-def install(environment: Path, *what: str | Path) -> None:
-    command = (sys.executable, "-m", "pip", "--python", environment / "bin/python", "--disable-pip-version-check")
-    flags = ("install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--force-reinstall")
-    run(*command, *flags, *what, cwd=environment)
 
 
 @pytest.mark.slow

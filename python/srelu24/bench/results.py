@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from srelu24 import whole_file
+from srelu24_gen import untrusted
 from srelu24_gen.errors import RecordError
 
 SCHEMA = 1
@@ -31,8 +32,8 @@ class ResultFile(Struct, kw_only=True):
     def load(cls, path: Path) -> Self:
         """Raises RecordError where the file cannot be read or is not of this kind and schema."""
         try:
-            file = msgspec.json.decode(path.read_bytes(), type=cls)
-        except (OSError, msgspec.MsgspecError) as error:
+            file = untrusted.decode(untrusted.read(path), cls)
+        except (OSError, untrusted.Undecodable) as error:
             raise RecordError(f"{path} is no {cls.__name__} ({error}); measure again or name another file") from error
         if file.schema != SCHEMA:
             raise RecordError(f"{path} has schema {file.schema} and {SCHEMA} is needed; measure again or remove it")

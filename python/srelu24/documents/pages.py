@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from srelu24 import whole_file
+from srelu24_gen import untrusted
 from srelu24_gen.errors import RecordError
 
 NOTHING = "Not measured yet.\n"
@@ -32,8 +34,11 @@ def fill(page: Path, tables: Mapping[str, str]) -> bool:
             raise RecordError(f"{page.name} asks for results:{name}; there are {', '.join(tables)}")
         return f"{section[1]}{tables[name] or NOTHING}{section[4]}"
 
-    before = page.read_text(encoding="utf-8")
-    after = _MARKED.sub(table, before)
-    if after != before:
-        page.write_text(after, encoding="utf-8")
+    try:
+        before = str(untrusted.read(page), "utf-8")
+        after = _MARKED.sub(table, before)
+        if after != before:
+            whole_file.write(page, after.encode())
+    except (OSError, UnicodeError) as error:
+        raise RecordError(f"the page {page} cannot be filled ({error}); give a text file") from error
     return after != before

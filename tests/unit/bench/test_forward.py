@@ -47,6 +47,12 @@ def dense_ffn(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return reference.gemm(reference.gemm(x, w1, activation=Activation.RELU2), w2)
 
 
+def ffn(x: Tensor, w1: Tensor, w2: Tensor, mode: str, activation: str = Activation.RELU2) -> Tensor:
+    if mode == "dense":
+        return dense_ffn(x, w1, w2)
+    return reference.ffn(x, w1, w2, activation=activation)
+
+
 def choose_ffn(shape: Shape, *_: object) -> SimpleNamespace:
     return SimpleNamespace(way=SPARSE if shape.m >= 64 else "gemm")
 
@@ -55,10 +61,10 @@ def choose_ffn(shape: Shape, *_: object) -> SimpleNamespace:
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our ops are the reference, any device will do, and nobody waits for TorchInductor."""
     ops = SimpleNamespace(
-        ffn=lambda x, w1, w2, mode: dense_ffn(x, w1, w2) if mode == "dense" else reference.ffn(x, w1, w2),
-        gemm_relu2_24=reference.gemm_relu2_24,
+        ffn=ffn,
+        gemm_24=reference.gemm_24,
         matmul=reference.spgemm,
-        sparsify24=lambda h: reference.sparsify24(h, Activation.RELU2),
+        sparsify24=lambda h, activation: reference.sparsify24(h, Activation(activation)),
         linear=lambda x, w, activation="none": reference.gemm(x, w, activation=Activation(activation)),
     )
     monkeypatch.setattr(peers, "functions", ops)

@@ -112,7 +112,7 @@ def test_a_damaged_entry_is_a_miss_and_is_replaced(store: BuildStore, damage: st
 
 
 def test_a_file_in_the_place_of_an_entry_is_replaced(store: BuildStore) -> None:
-    store.folder.mkdir()
+    store.folder.mkdir(mode=0o700)
     store.entry(KEY, NAME).write_text("?")
     assert store.load(KEY, NAME) is None
     assert publish(store)
