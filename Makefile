@@ -13,11 +13,12 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS ?= docs/results
+ATTACK_SECONDS ?= 3600
 BENCH_SHAPES ?= 16384x4096x16384 16384x6144x24576 16384x8192x28672 4096x8192x8192 8192x4096x21504
 CUDA_SOURCES := $(shell find templates/include -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-install check format bench docs docs-page clean
+.PHONY: help setup run test test-gpu test-install attack check format bench docs docs-page clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,8 +42,11 @@ test: $(READY) ## unit, compile, compatibility and example tests; no GPU needed
 test-gpu: $(READY) ## tests that need a Hopper GPU
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
-test-install: $(READY) ## wheel, sdist and editable installs, each used from another folder
+test-install: $(READY) ## wheel, sdist and editable installs, a clone, other CUDA 13 compilers (these from the package index)
 	$(BIN)/python -m pytest tests/install $(ARGS)
+
+attack: $(READY) ## an hour of damaged bundles, records and stores, random command lines and killed processes
+	SRELU24_ATTACK_SECONDS=$(ATTACK_SECONDS) $(BIN)/python -m pytest tests/attack $(ARGS)
 
 check: $(READY) ## lint, format, types, import rules, C++ format, tests
 	$(BIN)/ruff check .
