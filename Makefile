@@ -3,21 +3,24 @@
 #   PYTHON     interpreter for the virtual environment, 3.11 or newer          make PYTHON=/opt/python3.12/bin/python3 test
 #   VENV       where the virtual environment lies                              make VENV=/tmp/venv test
 #   PIP_FLAGS  passed to `pip install`, for example another package index      make PIP_FLAGS="--extra-index-url ..." run
+#   TEST_JOBS  processes that run the tests, by default one a core               make TEST_JOBS=1 test
 #   ARGS       passed to the command of the target                             make run ARGS="--shape 8192x4096x16384"
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+TEST_JOBS ?= auto
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS ?= docs/results
+ATTACK_SECONDS ?= 3600
 BENCH_SHAPES ?= 16384x4096x16384 16384x6144x24576 16384x8192x28672 4096x8192x8192 8192x4096x21504
 CUDA_SOURCES := $(shell find templates/include -name "*.cuh")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-gpu test-install check format bench docs docs-page clean
+.PHONY: help setup run test test-gpu test-install attack check format bench docs docs-page clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,13 +39,16 @@ run: $(READY) ## the main job: check the machine, build, tune, run and time a sq
 	$(BIN)/srelu24 run $(ARGS)
 
 test: $(READY) ## unit, compile, compatibility and example tests; no GPU needed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(READY) ## tests that need a Hopper GPU
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
-test-install: $(READY) ## wheel, sdist and editable installs, each used from another folder
+test-install: $(READY) ## wheel, sdist and editable installs, a clone, other CUDA 13 compilers (these from the package index)
 	$(BIN)/python -m pytest tests/install $(ARGS)
+
+attack: $(READY) ## an hour of damaged bundles, records and stores, random command lines and killed processes
+	SRELU24_ATTACK_SECONDS=$(ATTACK_SECONDS) $(BIN)/python -m pytest tests/attack $(ARGS)
 
 check: $(READY) ## lint, format, types, import rules, C++ format, tests
 	$(BIN)/ruff check .
@@ -50,7 +56,7 @@ check: $(READY) ## lint, format, types, import rules, C++ format, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(if $(CUDA_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CUDA_SOURCES))
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 format: $(READY) ## rewrite Python and CUDA sources in the project's format
 	$(BIN)/ruff check --fix .

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from rich.live import Live
-from rich.table import Table
 from torch import Tensor
 
 import srelu24
 from srelu24.bench.ablation import corpus
 from srelu24.bench.ablation.model import Transformer
 from srelu24.cli import views
+from srelu24.cli.table import Table
 from srelu24.figures import figure
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -106,7 +106,7 @@ def main() -> None:
     # By layer, under the names that the layers have in the model.
     with recipe.watch() as metrics:
         loss_of(sparse, tokens)
-    views.show(metrics.table())
+    views.console().print(metrics.table())
     held_out = corpus.batch(text.validation, args.batch, args.context, torch.Generator().manual_seed(1))
     with torch.no_grad():
         for name, model in models.items():
@@ -160,9 +160,8 @@ def density_of_sparse(model: Transformer, recipe: srelu24.Recipe, tokens: Tensor
 def screen(curves: dict[str, Curve], recipe: srelu24.Recipe, step: int, steps: int) -> Table:
     """What the terminal shows."""
     phase = "sparse" if recipe.sparse else "warm-up, dense"
-    table = views.table(
-        f"step {step} of {steps}; the recipe is {phase}", ("", "loss", "", "density", "", "ms per step")
-    )
+    columns = ("", "loss", "", "density", "", "ms per step")
+    table = Table(f"step {step} of {steps}; the recipe is {phase}", columns)
     for name, curve in curves.items():
         numbers = f"{curve.losses[-1]:.4f}", f"{curve.densities[-1]:.1%}"
         ms = f"{1e3 * curve.seconds / step:.1f}"

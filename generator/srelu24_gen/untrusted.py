@@ -65,4 +65,4 @@ def decode(text: bytes | str, kind: type[T]) -> T:
     except RecursionError as error:
         raise Undecodable("it is nested too deeply") from error
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError) as error:
-        raise Undecodable(str(error)) from error
+        raise Undecodable(str(error)[:300]) from error  # it may repeat what it could not decode

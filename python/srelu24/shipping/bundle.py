@@ -245,7 +245,7 @@ def _read(path: Path, content: bytes) -> tuple[Manifest, dict[str, bytes]]:
     except BundleError:
         raise
     except Exception as error:  # zipfile has no list of what it raises for a damaged file; nothing else runs here
-        raise BundleError(f"{path} is no intact bundle ({error}); copy it again") from error
+        raise BundleError(f"{path} is no intact bundle ({str(error)[:200]}); copy it again") from error
     for name, expected in manifest.files.items():
         if (len(files[name]), _sha256(files[name])) != (expected.bytes, expected.sha256):
             raise BundleError(f"{path} is damaged: {name} is not what its manifest says; copy it again")

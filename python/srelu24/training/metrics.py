@@ -83,6 +83,8 @@ class Metrics:
             "their density",
         )
         table = Table(*columns)
+        table.columns[0].no_wrap = True  # names are for looking up
+        table.columns[0].overflow = "fold"
         for x in self.layers:
             shares = (f"{x.density:.2%}", f"{x.dropped_features:.2%}", f"{x.dropped_tokens:.2%}")
             table.add_row(x.name, *shares, str(x.dense_features), f"{x.dense_density:.2%}")

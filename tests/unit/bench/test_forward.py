@@ -94,7 +94,7 @@ def test_every_peer_computes_what_it_is_checked_against() -> None:
 
 
 def test_a_sweep_shows_every_way_and_the_chosen_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chooses(x: Tensor, w1: Tensor, w2: Tensor, mode: str) -> Tensor:
+    def chooses(x: Tensor, w1: Tensor, w2: Tensor, mode: str, activation: str = "relu2") -> Tensor:
         sparse = mode == "sparse" or (mode == "auto" and x.shape[0] >= 64)
         return reference.ffn(x, w1, w2) if sparse else dense_ffn(x, w1, w2)
 

@@ -67,8 +67,16 @@ def test_bench_writes_below_the_gpu_folder(tmp_path: Path, monkeypatch: pytest.M
     calls: list[Any] = []
 
     def bench_ffn(
-        shapes: Any, dtype: DType, densities: Any, *, seconds_per_shape: float, json_path: Path, on_event: Any
+        shapes: Any,
+        dtype: DType,
+        densities: Any,
+        *,
+        seconds_per_shape: float,
+        json_path: Path,
+        on_event: Any,
+        activation: Any,
     ) -> results.BenchFile:
+        assert activation == "relu2"
         calls.append((shapes, dtype, densities, seconds_per_shape, json_path))
         on_event(forward.BenchEvent("progress", "timing", 0.5))
         return results.BenchFile(env={}, rows=[row])

@@ -103,7 +103,7 @@ def test_every_tile_is_done_exactly_once(
     tile: tuple[int, int], cluster_m: int, stream_k: bool, group: int, m: int, n8: int, k8: int, sm_count: int
 ) -> None:
     tile_m, tile_n = tile
-    config = KernelConfig(*tile, cluster_m, stream_k=stream_k, raster_group=group)
+    config = KernelConfig(*tile, cluster_m=cluster_m, stream_k=stream_k, raster_group=group)
     plan = plan_work(config, m, 8 * n8, 8 * k8, sm_count)
     tiles = set(itertools.product(range(-(-m // (tile_m * cluster_m))), range(-(-8 * n8 // tile_n))))
     k_blocks = -(-8 * k8 // 64)
