@@ -52,6 +52,8 @@ def supports_config(family: Family, config: KernelConfig, target: GpuTarget) -> 
         return Verdict(False, f"raster_group = {c.raster_group} must be at least 1")
     if c.stages < _LEAST_STAGES:
         return Verdict(False, f"stages = {c.stages}; loads are ahead of the MMAs with at least {_LEAST_STAGES}")
+    if c.stream_k and family.residual and c.tile_m * c.tile_n >= 128 * 256:
+        return Verdict(False, f"a {c.tile_m}x{c.tile_n} tile has no registers left for a residual where K is split")
     size = footprint(family, c)
     if size.shared_bytes > target.smem_per_block:
         return Verdict(

@@ -66,7 +66,7 @@ def test_the_parameter_block_is_as_long_as_its_struct(
     monkeypatch.setattr("srelu24.runtime.arguments.ArgumentBlock", packed.append)
     config = KernelConfig(128, 128, 64, cluster_m=1, stages=3, producer=Producer.ALL, raster_group=3)
     spec = KernelSpec(FAMILIES[1], config, "sm_80")
-    numbers = dict.fromkeys(Arguments._fields, 1) | {"m": 300, "n": 264, "k": 72, "scales": (), "tokens": ()}
+    numbers = dict.fromkeys(Arguments._fields, 1) | {"m": 300, "n": 264, "k": 72, "scales": None, "tokens": None}
     _, grid = encode_mma_sync(spec, Arguments(**numbers), sm_count=108)  # type: ignore[arg-type]
     assert grid == 3 * 4, "three tiles of rows; four of columns, since E goes on to 512"
     (content,) = packed
