@@ -42,7 +42,7 @@ test: $(READY) ## unit, compile, compatibility and example tests; no GPU needed
 test-gpu: $(READY) ## tests that need a Hopper GPU
 	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
-test-install: $(READY) ## wheel, sdist and editable installs, a clone, other CUDA 13 compilers (these from the package index)
+test-install: $(READY) ## installs, a clone, and CUDA 13 compilers from the package index
 	$(BIN)/python -m pytest tests/install $(ARGS)
 
 attack: $(READY) ## an hour of damaged bundles, records and stores, random command lines and killed processes
