@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from srelu24_gen.errors import CompileError, Srelu24Error, ToolchainError
+from srelu24_gen.kept_kernel import KernelMeta
 from srelu24_gen.machine_code import why_not_kernel
 from srelu24_gen.nvrtc import Answer
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.plain_code import without_comments
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import KernelSpec
-from srelu24_gen.store import BuildStore, KernelMeta
+from srelu24_gen.store import BuildStore
 from srelu24_gen.target import Toolchain
 
 __all__ = [
