@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from srelu24_gen.errors import CompileError, Srelu24Error, ToolchainError
+from srelu24_gen.kept_kernel import KernelMeta
 from srelu24_gen.machine_code import why_not_kernel
 from srelu24_gen.nvrtc import Answer
 from srelu24_gen.paths import templates_dir
 from srelu24_gen.plain_code import without_comments
 from srelu24_gen.render import RenderedKernel, render
 from srelu24_gen.spec import KernelSpec
-from srelu24_gen.store import BuildStore, KernelMeta
+from srelu24_gen.store import BuildStore
 from srelu24_gen.target import Toolchain
 
 __all__ = [
@@ -106,7 +107,7 @@ def build_rendered(
     key = _key(rendered, toolchain)
     entry = entry_of(key)
     with store.lock(key):
-        if hit := _cached(rendered, key, store):  # built by another process while this one waited
+        if hit := _kept(rendered, [toolchain], store):  # built by another process while this one waited
             return hit
         try:
             compiled = compile_source(rendered.source, name, arch=rendered.spec.arch, entry=entry, toolchain=toolchain)
@@ -168,7 +169,7 @@ def build_many(
             done(binary, hit)
         else:
             missing.append(rendered)
-    pool = ThreadPoolExecutor(jobs or _cpus())
+    pool = ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0)))
     try:
         futures = {pool.submit(_attempt, rendered, store, toolchains[0]): rendered.spec for rendered in missing}
         for future in as_completed(futures):
@@ -212,10 +213,8 @@ def compile_source(
         log = error.stderr.decode(errors="replace")
         raise CompileError(f"{ended}; if memory ran out, build with fewer jobs", log) from error
     except subprocess.TimeoutExpired as error:
-        raise CompileError(
-            f"the process compiling {name} was ended after {COMPILE_SECONDS:g} s; build with fewer jobs, or leave this"
-            " configuration out"
-        ) from error
+        reason = f"the process compiling {name} was ended after {COMPILE_SECONDS:g} s; build with fewer jobs"
+        raise CompileError(reason) from error
     except (OSError, ValueError) as error:
         raise CompileError(f"the process compiling {name} could not be run: {error}") from error
     if not cubin:
@@ -351,16 +350,11 @@ def _identity(rendered: RenderedKernel, key: str) -> dict[str, Any]:
 
 def _kept(rendered: RenderedKernel, toolchains: Iterable[Toolchain], store: BuildStore) -> BuiltKernel | None:
     """The kernel that the first of these has made."""
-    found = (_cached(rendered, _key(rendered, toolchain), store) for toolchain in toolchains)
-    return next(filter(None, found), None)
-
-
-def _cached(rendered: RenderedKernel, key: str, store: BuildStore) -> BuiltKernel | None:
     name = rendered.spec.name
-    found = store.load(key, name)
-    if found is None or why_foreign(rendered, key, found[1], found[0]):
-        return None
-    return BuiltKernel(rendered.spec, *found, store.entry(key, name), from_cache=True)
+    for key in (_key(rendered, toolchain) for toolchain in toolchains):
+        if (found := store.load(key, name)) and not why_foreign(rendered, key, found[1], found[0]):
+            return BuiltKernel(rendered.spec, *found, store.entry(key, name), from_cache=True)
+    return None
 
 
 def _describe(rendered: RenderedKernel, key: str, compiled: Compiled, toolchain: Toolchain) -> KernelMeta:
@@ -401,7 +395,3 @@ def _attempt(rendered: RenderedKernel, store: BuildStore, toolchain: Toolchain) 
         return build_rendered(rendered, store=store, toolchain=toolchain)
     except CompileError as error:
         return error
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0))

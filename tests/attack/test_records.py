@@ -12,7 +12,7 @@ import pytest
 from attacks import Attack
 
 from rows import PROBLEM, record, trial
-from srelu24.cli import views
+from srelu24.cli import record_views
 from srelu24.db import store as store_module
 from srelu24.db.database import Database
 from srelu24.db.records import TuningRecord, decode_row, read_file, write_file
@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parents[2] / "tuning_db"
 def use(db: Database) -> list[TuningRecord]:
     """What commands and ``ffn()`` do with records."""
     records = db.records()
-    views.records_table(records)
+    record_views.records_table(records)
     for target in ("h200", "a100"):
         db.find(PROBLEM, TARGETS[target])
         db.of_widths(PROBLEM, TARGETS[target])

@@ -23,10 +23,10 @@ from srelu24_gen import compile as compile_module
 from srelu24_gen import store as store_module
 from srelu24_gen.compile import BuildStore, BuiltKernel, build, build_many, build_rendered, compile_source
 from srelu24_gen.errors import CacheError, CompileError, RenderError
+from srelu24_gen.kept_kernel import encode_meta
 from srelu24_gen.machine_code import machine_code, why_not_kernel
 from srelu24_gen.render import RenderedKernel
 from srelu24_gen.spec import DType, Family, KernelConfig, KernelSpec, Op
-from srelu24_gen.store import encode_meta
 from srelu24_gen.target import Toolchain
 
 Rendered = Callable[..., RenderedKernel]

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from srelu24_gen.store import KernelMeta, encode_meta
+from srelu24_gen.kept_kernel import KernelMeta, encode_meta
 
 Change = Callable[[dict[str, bytes], dict[str, Any]], object]
 """Of the files by name, and of the manifest."""

@@ -161,6 +161,8 @@ class UserStore:
                     _check(connection, version)
                     self._checked = True
                 yield connection, version
+        except UnicodeDecodeError as error:  # SQLite repeats what it cannot parse
+            raise _Damaged("the definitions of its tables are no text") from error
         except sqlite3.DatabaseError as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise _Damaged(str(error)) from error

@@ -30,10 +30,11 @@ from srelu24.shipping import catalogue
 from srelu24_gen import __version__, untrusted
 from srelu24_gen import compile as compiler
 from srelu24_gen.errors import BundleError, Srelu24Error, ToolchainError, Unsupported
+from srelu24_gen.kept_kernel import KeptKernel, KernelMeta, encode_meta
 from srelu24_gen.models import Pass, Shape
 from srelu24_gen.render import render
 from srelu24_gen.spec import Activation, DType, Family, KernelConfig, KernelSpec, Problem
-from srelu24_gen.store import BuildStore, KeptKernel, KernelMeta, encode_meta
+from srelu24_gen.store import BuildStore
 from srelu24_gen.target import GpuTarget, Toolchain
 
 FORMAT = 1

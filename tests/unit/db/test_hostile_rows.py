@@ -154,12 +154,13 @@ def test_whatever_stands_in_a_row_leaves_the_others(db: Database, value: object)
         "ALTER TABLE trials RENAME TO trialz",
         "ALTER TABLE records RENAME COLUMN json TO jsoo",
         "DROP TABLE records",
+        "PRAGMA writable_schema = 1; UPDATE sqlite_master SET sql = CAST(x'435245415445209fff' AS TEXT)",
     ],
 )
 def test_a_store_whose_tables_are_not_ours_is_set_aside(db: Database, damage: str) -> None:
     db.put(record())
     with sqlite3.connect(db.user_file) as connection:
-        connection.execute(damage)
+        connection.executescript(damage)
     connection.close()
     db = Database.open(db.shipped_folder, db.user_file)
     with pytest.warns(RuntimeWarning, match="set aside as"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -117,4 +118,4 @@ def test_every_type_and_activation_has_a_c_plus_plus_name() -> None:
     assert set(EPILOGUES) == set(Activation)
     header = (templates_dir() / "include" / "srelu24" / "activation.cuh").read_text()
     for row in EPILOGUES.values():
-        assert f"struct {row.struct} {{" in header
+        assert re.search(rf"^struct {row.struct}\b", header, re.MULTILINE)

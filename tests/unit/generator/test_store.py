@@ -18,8 +18,9 @@ import pytest
 
 from srelu24_gen import store as store_module
 from srelu24_gen.errors import CacheError
+from srelu24_gen.kept_kernel import KeptKernel, KernelMeta, encode_meta
 from srelu24_gen.spec import DType, Family, KernelConfig, Op
-from srelu24_gen.store import BuildStore, KeptKernel, KernelMeta, encode_meta
+from srelu24_gen.store import BuildStore
 
 CUBIN = b"\x7fELF" + bytes(range(256))
 KEY = hashlib.sha256(b"a kernel").hexdigest()
