@@ -32,10 +32,10 @@ HIDDEN = SHAPE.step_gemms(DType.BF16, b1=True)[0]
 LONGEST = KernelConfig(128, 256, 64, cluster_m=2, stages=4, producer=Producer.WARPGROUP, stream_k=True, raster_group=16)
 CONFIG_TEXT = config_text(HIDDEN.family.op, LONGEST)
 REASON = (
-    "nvrtc was 12.9.1, is 13.0.88; the kernel of /root/.cache/srelu24/sm_90a/gemm_relu2_24_bf16_count_tokens_permuted "
+    "nvrtc was 12.9.1, is 13.0.88; the kernel of /u/.cache/srelu24/sm_90a/gemm_relu2_24_bf16_count_tokens_permuted "
     "no longer compiles: CUDA_ERROR_MISALIGNED_ADDRESS in srelu24::sm90::consume<MainloopStreamK, EpilogueRelu2>"
 )
-PATH = "/work/environments/production/lib/python3.11/site-packages/nvidia/cuda_runtime/include"
+PATH = "/opt/environments/production/lib/python3.11/site-packages/nvidia/cuda_runtime/include"
 KERNEL = KernelSpec(HIDDEN.family, LONGEST).name
 
 
